@@ -1,0 +1,32 @@
+"""bilevax: bilevel optimisation in JAX, with certified hypergradients.
+
+Start with `BilevelProblem`, `solve`, `hypergradient` and `implicit_objective`; solvers are in `bilevel.solvers`.
+"""
+
+from bilevel import (
+    checkpoint,
+    data,
+    diagnostics,
+    linear,
+    lower,
+    oracles,
+    report,
+    run,
+    sets,
+    solver,
+    solvers,
+    step,
+    struct,
+)
+from bilevel.checkpoint import CheckpointError
+from bilevel.data import Full, Minibatch, Source
+from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient, implicit_objective
+from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
+from bilevel.lower import Newton
+from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.record import OracleCount, Record, Solution, Status
+from bilevel.run import SolveError, Unsupported, advance, solve, solve_many
+from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
+from bilevel.solver import Solver
+from bilevel.solvers import *  # noqa: F403  (every solver found in bilevel/solvers, by discovery)
+from bilevel.struct import InvalidInput

@@ -1,0 +1,149 @@
+"""Sources of data: what the solver sees of the problem's data at each step.
+
+A source is a pytree with `init(key) -> state`, `next(state, key, x, y) -> (batch, state)` and `full() -> batch`. A source
+may look at the current (x, y): rollouts of inverse reinforcement learning do. Everything random comes from `key`, and
+everything remembered is in `state`, so a run resumes to the bit.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bilevel.struct import invalid, static, struct
+
+PyTree = Any
+
+
+class Source:
+    """The protocol. `fraction` is the part of the data that one batch holds: what one oracle call costs."""
+
+    @property
+    def fraction(self) -> float:
+        """Batch size over number of samples, in (0, 1]."""
+        return 1.0
+
+    def init(self, key: Array) -> PyTree:
+        """The state before the first batch."""
+        return ()
+
+    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        """The next batch and state."""
+        raise NotImplementedError
+
+    def full(self) -> PyTree:
+        """All the data as one batch: for measuring, and for solvers that are not stochastic."""
+        raise NotImplementedError
+
+    def validate(self, name: str) -> None:
+        """Raise `InvalidInput`, naming `name`, where the data cannot be used."""
+
+
+def _check_finite(name: str, arrays: PyTree) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
+            where = np.argwhere(~np.isfinite(np.asarray(leaf)))[0].tolist()
+            invalid(
+                f"{name}{jax.tree_util.keystr(path)}", f"a non-finite datum at index {where}", "finite numbers",
+                "Clean or drop the sample.",
+            )  # fmt: skip
+
+
+@struct
+class Full(Source):
+    """All of `arrays` (any pytree, None where there is no data) as the batch of every step."""
+
+    arrays: PyTree = None
+
+    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:  # noqa: D102
+        return self.arrays, state
+
+    def full(self) -> PyTree:  # noqa: D102
+        return self.arrays
+
+    def validate(self, name: str) -> None:  # noqa: D102
+        _check_finite(name, self.arrays)
+
+
+@struct
+class Minibatch(Source):
+    """Random batches of `batch_size` samples; every leaf of `arrays` has the samples along axis 0.
+
+    `replace=True` draws each index uniformly and independently. `replace=False` (default) is random reshuffling: an
+    incremental Fisher-Yates shuffle of the indices, `batch_size` swaps a step, so that every epoch of n consecutive
+    indices holds each index exactly once; a batch may straddle two epochs where batch_size does not divide n. The
+    state is then (permutation [n], position).
+    """
+
+    arrays: PyTree
+    batch_size: int = static()
+    replace: bool = static(False)
+
+    @property
+    def num_samples(self) -> int:
+        """The number of samples n."""
+        return jax.tree.leaves(self.arrays)[0].shape[0]
+
+    @property
+    def fraction(self) -> float:  # noqa: D102
+        return self.batch_size / self.num_samples
+
+    def init(self, key: Array) -> PyTree:  # noqa: D102
+        return () if self.replace else (jnp.arange(self.num_samples), jnp.zeros((), int))
+
+    def indices(self, state: PyTree, key: Array) -> tuple[Array, PyTree]:
+        """The next batch's indices, shape [batch_size], and the state after it."""
+        n = self.num_samples
+        if self.replace:
+            return jax.random.randint(key, (self.batch_size,), 0, n), state
+        permutation, start = state
+        positions = (start + jnp.arange(self.batch_size)) % n
+        partners = jax.random.randint(
+            key, (self.batch_size,), positions, n
+        )  # each uniform over what the epoch has left
+
+        def swap(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            permutation, drawn = carry
+            here, there = permutation[positions[k]], permutation[partners[k]]
+            return permutation.at[positions[k]].set(there).at[partners[k]].set(here), drawn.at[k].set(there)
+
+        drawn = jnp.zeros(self.batch_size, permutation.dtype)
+        permutation, drawn = jax.lax.fori_loop(0, self.batch_size, swap, (permutation, drawn))
+        return drawn, (permutation, (start + self.batch_size) % n)
+
+    def take(self, indices: Array) -> PyTree:
+        """The samples at `indices`."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], self.arrays)
+
+    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:  # noqa: D102
+        indices, state = self.indices(state, key)
+        return self.take(indices), state
+
+    def full(self) -> PyTree:  # noqa: D102
+        return self.arrays
+
+    def validate(self, name: str) -> None:  # noqa: D102
+        leaves = jax.tree_util.tree_leaves_with_path(self.arrays)
+        if not leaves:
+            invalid(
+                f"{name}.arrays (Minibatch)",
+                "no arrays",
+                "at least one array",
+                "Use Full() where there is no data.",
+            )
+        lengths = {jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
+        if len(set(lengths.values())) != 1 or () in lengths.values():
+            invalid(
+                f"{name}.arrays (Minibatch)",
+                f"leading sizes {lengths}",
+                "one number of samples",
+                "Put samples on axis 0.",
+            )
+        if not 1 <= self.batch_size <= self.num_samples:
+            invalid(
+                f"{name}.batch_size (Minibatch)", self.batch_size, f"a whole number in [1, {self.num_samples}]",
+                "Use Full for all of the data at once.",
+            )  # fmt: skip
+        _check_finite(f"{name}.arrays", self.arrays)

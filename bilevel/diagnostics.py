@@ -1,0 +1,84 @@
+"""Convergence diagnostics: what the referee recomputes from (x, y) alone."""
+
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.hypergradient import hypergradient
+from bilevel.lower import Newton
+from bilevel.problem import BilevelProblem
+
+PyTree = Any
+
+
+class Measurement(NamedTuple):
+    """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
+
+    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y. violation: distance of x to X plus
+    that of y to Y. status: of the hypergradient.
+    """
+
+    value: Array
+    hypergradient: Array
+    error_bound: Array
+    lower_residual: Array
+    violation: Array
+    status: Array
+
+
+def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree, step_size: float = 1.0) -> PyTree:
+    """(x - Proj_X(x - step_size gradient))/step_size, shaped like x: zero exactly at stationary points of F over X."""
+    moved = problem.x_set.project(jax.tree.map(lambda a, g: a - step_size * g, x, gradient))
+    return jax.tree.map(lambda a, b: (a - b) / step_size, x, moved)
+
+
+def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None = Newton()) -> Measurement:  # noqa: B008
+    """Recompute everything from (x, y) on all of the data; y only warm-starts the lower solve.
+
+    `lower=None` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
+    """
+    h = hypergradient(problem, x, y, lower=lower)
+    residual = oracles.residual(problem, x, y, problem.lower_data.full())
+    return Measurement(
+        value=h.value,
+        hypergradient=norm(gradient_mapping(problem, x, h.gradient)),
+        error_bound=h.error_bound,
+        lower_residual=norm(residual),
+        violation=problem.x_set.violation(x) + problem.y_set.violation(y),
+        status=h.status,
+    )
+
+
+def norm(tree: PyTree) -> Array:
+    """The 2-norm of all leaves together, shape []."""
+    return jnp.linalg.norm(ravel_pytree(tree)[0])
+
+
+def distance(a: PyTree, b: PyTree) -> Array:
+    """|a - b|_2 over all leaves, shape []."""
+    return norm(jax.tree.map(operator.sub, a, b))
+
+
+def fit_rate(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """(p, half-width of its 95% interval) in values ~ C steps^p, by least squares on logarithms of positive entries.
+
+    Raises:
+        ValueError: with fewer than three positive pairs.
+    """
+    from scipy.stats import linregress, t
+
+    keep = (np.asarray(steps) > 0) & (np.asarray(values) > 0)
+    if keep.sum() < 3:
+        raise ValueError(
+            f"fit_rate: got {int(keep.sum())} positive pairs; expected at least 3. Record more steps."
+        )
+    fit: Any = linregress(np.log(np.asarray(steps)[keep]), np.log(np.asarray(values)[keep]))
+    return float(fit.slope), float(fit.stderr * t.ppf(0.975, keep.sum() - 2)) if keep.sum() > 2 else float(
+        "inf"
+    )

@@ -1,0 +1,249 @@
+"""Linear systems M v = b from products with M: CG, MINRES, GMRES, Neumann, Dense.
+
+Each solver is a pytree with `prepare(matvec, n, dtype) -> solve`, and `solve(b, v0) -> LinearSolution(v, residual,
+iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]. The loop ends at
+|residual| <= tol |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends it at once.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel.struct import static, struct
+
+Matvec = Callable[[Array], Array]
+
+
+class LinearSolution(NamedTuple):
+    """v [n]; residual |b - M v| []; iterations [] (products with M)."""
+
+    v: Array
+    residual: Array
+    iterations: Array
+
+
+class LinearSolver:
+    """The protocol."""
+
+    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:
+        """A function (b [n], v0 [n]) -> LinearSolution for this M; what can be done once (a factor) is done here."""
+
+        def solve(b: Array, v0: Array) -> LinearSolution:
+            v, iterations = self._iterate(matvec, b, v0)
+            return LinearSolution(v, jnp.linalg.norm(b - matvec(v)), iterations)
+
+        return solve
+
+    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        raise NotImplementedError
+
+
+def _tol(tol: Any, dtype: Any) -> Any:
+    return 10 * jnp.finfo(dtype).eps if tol is None else tol
+
+
+@struct
+class CG(LinearSolver):
+    """Conjugate gradients for symmetric positive definite M (Hestenes and Stiefel, 1952).
+
+    The error in the energy norm falls at every iteration in exact arithmetic. Two rules keep rounding from undoing that:
+    a direction of non-positive curvature ends the loop, and so does the recurrence's residual at rounding level of b.
+    `tol` relative, default 10 eps; `max_iterations` defaults to 10 n, since rounding can cost CG several times n.
+    """
+
+    tol: Any = None
+    max_iterations: int | None = static(None)
+
+    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        limit = 10 * b.size if self.max_iterations is None else self.max_iterations
+        target = (_tol(self.tol, b.dtype) * jnp.linalg.norm(b)) ** 2
+
+        def go_on(carry: tuple) -> Array:
+            _, _, _, squared, k, good = carry
+            return good & (squared > target) & (k < limit)
+
+        def body(carry: tuple) -> tuple:
+            v, r, p, squared, k, _ = carry
+            Mp = matvec(p)
+            curvature = p @ Mp
+            good = (curvature > 0) & jnp.isfinite(curvature)
+            step = jnp.where(good, squared / jnp.where(good, curvature, 1), 0)
+            r_next = r - step * Mp
+            squared_next = r_next @ r_next
+            return v + step * p, r_next, r_next + (squared_next / squared) * p, squared_next, k + 1, good
+
+        r = b - matvec(v0)
+        v, _, _, _, k, _ = lax.while_loop(go_on, body, (v0, r, r, r @ r, jnp.array(0), jnp.array(True)))
+        return v, k
+
+
+@struct
+class MINRES(LinearSolver):
+    """Minimal residuals for symmetric, possibly indefinite M (Paige and Saunders, 1975). The residual never grows."""
+
+    tol: Any = None
+    max_iterations: int | None = static(None)
+
+    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        limit = 10 * b.size if self.max_iterations is None else self.max_iterations
+        r = b - matvec(v0)
+        beta = jnp.linalg.norm(r)
+        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+        zero, nought = jnp.zeros_like(b), jnp.zeros((), b.dtype)
+
+        # Lanczos vectors q_old, q; two Givens rotations (c, s) act on the new column of the tridiagonal matrix; the
+        # directions d_old, d are the columns of Q R^-1; |phi| is the residual's norm.
+        def go_on(carry: tuple) -> Array:
+            return (jnp.abs(carry[-2]) > target) & (carry[-1] < limit)
+
+        def body(carry: tuple) -> tuple:
+            v, q_old, q, beta, c_old, s_old, c, s, d_old, d, phi, k = carry
+            w = matvec(q) - beta * q_old
+            alpha = q @ w
+            w = w - alpha * q
+            beta_next = jnp.linalg.norm(w)
+            epsilon, rest = s_old * beta, c_old * beta
+            delta, gamma_bar = c * rest + s * alpha, -s * rest + c * alpha
+            gamma = jnp.hypot(gamma_bar, beta_next)
+            safe = jnp.where(gamma > 0, gamma, 1)
+            c_next, s_next = gamma_bar / safe, beta_next / safe
+            d_next = jnp.where(gamma > 0, (q - delta * d - epsilon * d_old) / safe, 0)
+            v = v + (c_next * phi) * d_next
+            q_next = jnp.where(beta_next > 0, w / jnp.where(beta_next > 0, beta_next, 1), 0)
+            phi = jnp.where(gamma > 0, -s_next * phi, 0)  # gamma = 0: the Krylov space is exhausted
+            return v, q, q_next, beta_next, c, s, c_next, s_next, d, d_next, phi, k + 1
+
+        one = nought + 1
+        q = r / jnp.where(beta > 0, beta, 1)
+        start = (v0, zero, q, nought, one, nought, one, nought, zero, zero, beta, jnp.array(0))
+        carry = lax.while_loop(go_on, body, start)
+        return carry[0], carry[-1]
+
+
+@struct
+class GMRES(LinearSolver):
+    """Restarted GMRES for general M (Saad and Schultz, 1986), Arnoldi with one re-orthogonalisation.
+
+    `restart` is the Krylov dimension, capped at n; memory is restart x n. `max_iterations` defaults to 20 restarts. The
+    residual never grows from one restart to the next: a cycle that fails to reduce it ends the loop.
+    """
+
+    tol: Any = None
+    restart: int = static(50)
+    max_iterations: int | None = static(None)
+
+    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        m = (
+            min(self.restart, b.size)
+            if self.max_iterations is None
+            else min(self.restart, b.size, self.max_iterations)
+        )
+        limit = 20 * m if self.max_iterations is None else self.max_iterations
+        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+
+        def cycle(v: Array, r: Array) -> Array:
+            beta = jnp.linalg.norm(r)
+
+            def arnoldi(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+                Q, H = carry
+                w = matvec(Q[k])
+                size = jnp.linalg.norm(w)
+                h = Q @ w
+                w = w - h @ Q
+                again = Q @ w
+                w = w - again @ Q
+                norm = jnp.linalg.norm(w)
+                alive = norm > 10 * jnp.finfo(b.dtype).eps * size  # else the Krylov space is exhausted
+                column = (h + again).at[k + 1].set(jnp.where(alive, norm, 0))
+                return Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), H.at[:, k].set(
+                    column
+                )
+
+            Q = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(r / jnp.where(beta > 0, beta, 1))
+            Q, H = lax.fori_loop(0, m, arnoldi, (Q, jnp.zeros((m + 1, m), b.dtype)))
+            coefficients = jnp.linalg.lstsq(H, jnp.zeros(m + 1, b.dtype).at[0].set(beta))[0]
+            return v + coefficients @ Q[:m]
+
+        def go_on(carry: tuple) -> Array:
+            _, r, k, progress = carry
+            return progress & (jnp.linalg.norm(r) > target) & (k < limit)
+
+        def body(carry: tuple) -> tuple:
+            v, r, k, _ = carry
+            trial = cycle(v, r)
+            r_trial = b - matvec(trial)
+            progress = jnp.linalg.norm(r_trial) < jnp.linalg.norm(r)
+            return jnp.where(progress, trial, v), jnp.where(progress, r_trial, r), k + m, progress
+
+        v, _, k, _ = lax.while_loop(go_on, body, (v0, b - matvec(v0), jnp.array(0), jnp.array(True)))
+        return v, k
+
+
+@struct
+class Neumann(LinearSolver):
+    """The Neumann series as a recursion, v <- v + step_size (b - M v); converges where |I - step_size M| < 1.
+
+    From v0 = 0, k iterations give step_size * sum of (I - step_size M)^j b for j < k.
+    """
+
+    step_size: Any = 1.0
+    tol: Any = None
+    max_iterations: int | None = static(1000)
+
+    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        limit = 1000 if self.max_iterations is None else self.max_iterations
+        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+
+        def go_on(carry: tuple) -> Array:
+            _, r, k = carry
+            return (jnp.linalg.norm(r) > target) & (k < limit)
+
+        def body(carry: tuple) -> tuple:
+            v, r, k = carry
+            v = v + jnp.asarray(self.step_size, b.dtype) * r
+            return v, b - matvec(v), k + 1
+
+        v, _, k = lax.while_loop(go_on, body, (v0, b - matvec(v0), jnp.array(0)))
+        return v, k
+
+
+@struct
+class Dense(LinearSolver):
+    """Form M by n products (one vmap) and factor it once: Cholesky where `positive_definite`, else LU."""
+
+    positive_definite: bool = static(False)
+
+    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:  # noqa: D102
+        M = dense_matrix(matvec, n, dtype)
+        if self.positive_definite:
+            factor = jax.scipy.linalg.cho_factor(M)
+            apply = lambda b: jax.scipy.linalg.cho_solve(factor, b)  # noqa: E731
+        else:
+            lu = jax.scipy.linalg.lu_factor(M)
+            apply = lambda b: jax.scipy.linalg.lu_solve(lu, b)  # noqa: E731
+
+        def solve(b: Array, v0: Array) -> LinearSolution:
+            v = apply(b)
+            return LinearSolution(v, jnp.linalg.norm(b - M @ v), jnp.array(n))
+
+        return solve
+
+
+def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:
+    """M [n, n] from n products."""
+    return jax.vmap(matvec, out_axes=1)(jnp.eye(n, dtype=dtype))
+
+
+DENSE_LIMIT = (
+    256  # unknowns; below it a dense factor is faster than CG at any condition number (docs/design.md)
+)
+
+
+def default_solver(n: int, symmetric: bool) -> LinearSolver:
+    """Dense up to DENSE_LIMIT unknowns; beyond, CG for a lower level that is minimised and GMRES for a fixed point."""
+    if n <= DENSE_LIMIT:
+        return Dense()
+    return CG() if symmetric else GMRES()

@@ -1,0 +1,256 @@
+"""The problem: functions, sets, data. One spec for every solver.
+
+    min over x in X of  F(x) = f(x, y(x)),   y(x) = argmin over y in Y(x) of g(x, y)     [Minimize(g)]
+                                        or   y(x) = T(x, y(x))                           [FixedPoint(T)]
+
+with Y(x) = {y in Y : coupling}. Functions are static, arrays are leaves: a second instance of the same family (the same
+module-level functions, other data) compiles nothing.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bilevel.data import Full, Source
+from bilevel.sets import Reals, Set
+from bilevel.struct import InvalidInput, invalid, static, struct
+
+PyTree = Any
+Objective = Callable[[PyTree, PyTree, PyTree], Array]
+
+
+@struct
+class Minimize:
+    """Lower level y(x) = argmin_y g(x, y, batch), g -> []. Its residual is grad_y g."""
+
+    g: Objective = static()
+
+
+@struct
+class FixedPoint:
+    """Lower level y = T(x, y, batch), T shaped like y. Its residual is y - T."""
+
+    T: Callable[[PyTree, PyTree, PyTree], PyTree] = static()
+
+
+@struct
+class LinearCoupling:
+    """A y + B x <= b, and A_eq y + B_eq x = b_eq where given. y and x are raveled; shapes [rows, dim y], [rows, dim x], [rows]."""
+
+    A: Any
+    B: Any
+    b: Any
+    A_eq: Any = None
+    B_eq: Any = None
+    b_eq: Any = None
+
+
+@struct
+class SmoothCoupling:
+    """h(x, y) <= 0, with h -> [rows] differentiable."""
+
+    h: Callable[[PyTree, PyTree], Array] = static()
+
+
+def _no_init(key: Array) -> tuple[PyTree, PyTree]:
+    invalid("init", "nothing", "a function key -> (x0, y0)", "Pass init=lambda key: (x0, y0).")
+
+
+@struct
+class BilevelProblem:
+    """A bilevel problem.
+
+    Args:
+        upper: f(x, y, batch) -> [], the upper objective; a mean over the batch where there is data.
+        lower: `Minimize(g)` or `FixedPoint(T)`.
+        x_set, y_set: closed convex sets; default the whole space.
+        coupling: `LinearCoupling`, `SmoothCoupling` or None.
+        upper_data, lower_data: sources; the batch is None where there is no data.
+        init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes.
+    """
+
+    upper: Objective = static()
+    lower: Minimize | FixedPoint
+    x_set: Set = Reals()
+    y_set: Set = Reals()
+    coupling: LinearCoupling | SmoothCoupling | None = None
+    upper_data: Source = Full()
+    lower_data: Source = Full()
+    init: Callable[[Array], tuple[PyTree, PyTree]] = static(_no_init)
+
+    @property
+    def constrained_lower(self) -> bool:
+        """Whether the lower level has a set or a coupling."""
+        return not isinstance(self.y_set, Reals) or self.coupling is not None
+
+    def validate(self) -> "BilevelProblem":
+        """Check everything that can be checked without solving; return self.
+
+        Raises:
+            InvalidInput: naming the argument, what was got, what was expected and what to do, for functions that are not
+                callable, wrong shapes or dtypes, a non-scalar objective, an empty set, lo > hi, a non-finite datum.
+        """
+        _check_kinds(self)
+        self.upper_data.validate("upper_data")
+        self.lower_data.validate("lower_data")
+        key = jax.random.key(0)
+        start = self.init(key)
+        if not isinstance(start, tuple) or len(start) != 2:
+            invalid(
+                "init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees."
+            )
+        x, y = start
+        for name, point in (("x0", x), ("y0", y)):
+            _check_point(name, point)
+        self.x_set.validate("x_set", x)
+        self.y_set.validate("y_set", y)
+        batches = {}
+        for name, source in (("upper_data", self.upper_data), ("lower_data", self.lower_data)):
+            try:
+                batches[name] = jax.eval_shape(lambda s=source: s.next(s.init(key), key, x, y)[0])
+            except InvalidInput:
+                raise
+            except Exception as error:
+                invalid(
+                    name,
+                    f"{type(error).__name__}: {error}",
+                    "a source whose next() gives a batch",
+                    "Check the source.",
+                )
+        shape_x, shape_y = jax.eval_shape(lambda: (x, y))
+        _check_scalar("upper", self.upper, shape_x, shape_y, batches["upper_data"])
+        if isinstance(self.lower, Minimize):
+            _check_scalar("lower (Minimize)", self.lower.g, shape_x, shape_y, batches["lower_data"])
+        else:
+            _check_map(self.lower.T, shape_x, shape_y, batches["lower_data"])
+        _check_coupling(self.coupling, x, y)
+        return self
+
+
+def _check_kinds(problem: BilevelProblem) -> None:
+    if not callable(problem.upper):
+        invalid(
+            "upper",
+            type(problem.upper).__name__,
+            "a function f(x, y, batch) -> []",
+            "Pass the function itself.",
+        )
+    if not isinstance(problem.lower, Minimize | FixedPoint):
+        invalid(
+            "lower",
+            type(problem.lower).__name__,
+            "Minimize(g) or FixedPoint(T)",
+            "Wrap the function: lower=Minimize(g).",
+        )
+    for name, kind in (("x_set", Set), ("y_set", Set), ("upper_data", Source), ("lower_data", Source)):
+        value = getattr(problem, name)
+        if not isinstance(value, kind):
+            do = (
+                "Use one of bilevel.Reals, Box, Ball, Simplex, Polyhedron, Product."
+                if kind is Set
+                else "Wrap the arrays: Full(arrays)."
+            )
+            invalid(name, type(value).__name__, f"a {kind.__name__.lower()}", do)
+    if not isinstance(problem.coupling, LinearCoupling | SmoothCoupling | None):
+        invalid(
+            "coupling",
+            type(problem.coupling).__name__,
+            "LinearCoupling, SmoothCoupling or None",
+            "Wrap the constraint.",
+        )
+
+
+def _check_point(name: str, point: PyTree) -> None:
+    leaves = jax.tree_util.tree_leaves_with_path(point)
+    if not leaves:
+        invalid(
+            f"init: {name}", "an empty pytree", "at least one float array", "Return the variables from init."
+        )
+    for path, leaf in leaves:
+        label = f"init: {name}{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            invalid(label, type(leaf).__name__, "a float array", "Use jnp.asarray(value, float).")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            invalid(
+                label,
+                f"dtype {leaf.dtype}",
+                "a floating-point dtype",
+                "Convert it: jnp.asarray(value, float).",
+            )
+        if not np.isfinite(np.asarray(leaf)).all():
+            invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
+
+
+def _shape_of(name: str, function: Callable, *args: PyTree) -> PyTree:
+    try:
+        return jax.eval_shape(function, *args)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        shapes = [jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", arg) for arg in args]
+        invalid(
+            name, f"{type(error).__name__}: {error}", f"a function of arguments shaped {shapes}",
+            "Check the shapes and dtypes of init, of the data and in the function.",
+        )  # fmt: skip
+
+
+def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: PyTree) -> None:
+    out = _shape_of(name, function, x, y, batch)
+    if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
+        got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
+        invalid(name, got, "a scalar, shape []", "Take the mean over the batch.")
+    if not jnp.issubdtype(out.dtype, jnp.floating):
+        invalid(name, f"dtype {out.dtype}", "a floating-point dtype", "Compute the objective in floats.")
+
+
+def _check_map(T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:
+    out = _shape_of("lower (FixedPoint)", T, x, y, batch)
+    if jax.tree.structure(out) != jax.tree.structure(y):
+        got, want = jax.tree.structure(out), jax.tree.structure(y)
+        invalid("lower (FixedPoint)", f"structure {got}", f"y's structure {want}", "Return a pytree like y.")
+    for (path, have), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(y), strict=True):
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            invalid(
+                f"lower (FixedPoint){jax.tree_util.keystr(path)}", f"{have.dtype}{list(have.shape)}",
+                f"{want.dtype}{list(want.shape)} as y", "Return a pytree like y.",
+            )  # fmt: skip
+
+
+def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree, y: PyTree) -> None:
+    if coupling is None:
+        return
+    if isinstance(coupling, SmoothCoupling):
+        out = _shape_of("coupling (SmoothCoupling)", coupling.h, x, y)
+        if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) != 1:
+            invalid(
+                "coupling (SmoothCoupling)",
+                out,
+                "h(x, y) of shape [rows]",
+                "Stack the constraints in one vector.",
+            )
+        return
+    size = {
+        name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(point))
+        for name, point in (("x", x), ("y", y))
+    }
+    for suffix in ("", "_eq"):
+        parts = {name: getattr(coupling, name + suffix) for name in ("A", "B", "b")}
+        if all(part is None for part in parts.values()) and suffix:
+            continue
+        rows = np.shape(parts["b"])[:1]
+        want = {"A": (*rows, size["y"]), "B": (*rows, size["x"]), "b": rows}
+        for name, part in parts.items():
+            label = f"coupling.{name}{suffix} (LinearCoupling)"
+            if part is None or len(rows) != 1 or np.shape(part) != want[name]:
+                invalid(
+                    label,
+                    f"shape {np.shape(part)}",
+                    f"shape {want[name]} for A y + B x <= b",
+                    "Columns count raveled entries.",
+                )
+            if not np.isfinite(np.asarray(part)).all():
+                invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")

@@ -1,0 +1,147 @@
+"""What a run leaves behind: Status, OracleCount, Record, Solution."""
+
+import enum
+import math
+from typing import Any
+
+import numpy as np
+
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+class Status(enum.IntEnum):
+    """How a computation ended. Append-only: numbers never change meaning. `advice` is a sentence for the user."""
+
+    advice: str
+
+    def __new__(cls, value: int, advice: str) -> "Status":
+        """An integer with a sentence."""
+        member = int.__new__(cls, value)
+        member._value_ = value
+        member.advice = advice
+        return member
+
+    CONVERGED = 0, "The referee recomputed every residual, and all are within the tolerance."
+    MAX_STEPS = 1, "The step limit came first. Raise max_steps or the step size, or loosen tol."
+    TIME_LIMIT = 2, "The time limit came first. Raise time_limit, or loosen tol."
+    NONFINITE = (
+        3,
+        "A value became infinite or NaN; the last finite iterate is returned. Reduce the step size.",
+    )
+    INFEASIBLE_LOWER = (
+        4,
+        "The lower level has no feasible point at this x. Restrict x_set, or relax the constraints.",
+    )
+    WEAKLY_ACTIVE = (
+        5,
+        "A lower constraint is active with a multiplier near zero: F has a kink here. Smooth (DSBLO), or look at active_margin.",
+    )
+    STALLED = (
+        6,
+        "Progress stopped at rounding error before the tolerance. Loosen tol, rescale, or use float64.",
+    )
+    INTERRUPTED = 7, "Interrupted from the keyboard; everything up to the interruption is returned."
+    ESTIMATED = 8, "Solved, with an error bound that is estimated, not proved. Pass constants= to certify it."
+    STOPPED = 9, "The callback asked to stop."
+
+
+@struct
+class OracleCount:
+    """Oracle calls by kind. An HVP is g_yy v, a JVP the cross product g_xy v; for fixed points read I - T_y and T_x."""
+
+    upper_values: int = static(0)
+    upper_gradients: int = static(0)
+    lower_values: int = static(0)
+    lower_gradients: int = static(0)
+    hvps: int = static(0)
+    jvps: int = static(0)
+
+    def as_dict(self) -> dict[str, int]:
+        """Calls by name."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def total(self) -> int:
+        """Calls of all kinds, each counted once."""
+        return sum(self.as_dict().values())
+
+    def passes(self, upper_fraction: float, lower_fraction: float) -> float:
+        """Calls weighted by the part of the data that each touches: 1 is one oracle on all of the data.
+
+        This is the unit in which stochastic and full-batch solvers compare.
+        """
+        upper = self.upper_values + self.upper_gradients
+        return upper * upper_fraction + (self.total - upper) * lower_fraction
+
+
+COLUMNS = ("step", "value", "hypergradient", "lower_residual", "violation", "oracles", "time")
+
+
+class Record:
+    """The measurements of a run, a row per measured step.
+
+    Columns: step; value = F(x) with the lower level solved again by the referee; hypergradient = norm of the projected
+    gradient mapping of F; lower_residual = norm of R(x, y) at the *solver's* y; violation = distance to the sets;
+    oracles = passes over the data (`OracleCount.passes`); time = solver seconds, without compiling and measuring; and
+    error_bound and status of the measured hypergradient.
+    """
+
+    def __init__(self, rows: list[dict[str, float]] | None = None) -> None:
+        """Start from `rows`, one dictionary a row."""
+        self.rows: list[dict[str, float]] = list(rows or [])
+
+    def append(self, **row: float) -> None:
+        """Add a row."""
+        self.rows.append(row)
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    def __getitem__(self, column: str) -> np.ndarray:
+        """One column as an array of floats, shape [rows]."""
+        return np.array([row.get(column, math.nan) for row in self.rows], float)
+
+
+class Solution:
+    """What `solve` returns; printing it gives the report.
+
+    Attributes:
+        x, y: the solver's output. status: a `Status`. record: a `Record`.
+        stats: dictionary with steps, setup_time (compile), solve_time, measure_time in seconds, oracles, solver, tol.
+        state: the solver's state, for `advance`. info: the last step's information from the solver.
+    """
+
+    def __init__(
+        self,
+        x: PyTree,
+        y: PyTree,
+        status: Status,
+        record: Record,
+        stats: dict[str, Any],
+        state: PyTree,
+        info: PyTree,
+    ) -> None:
+        """Collect the parts."""
+        self.x, self.y, self.status, self.record, self.stats, self.state, self.info = (
+            x,
+            y,
+            status,
+            record,
+            stats,
+            state,
+            info,
+        )
+
+    def __str__(self) -> str:
+        """Header, table and footer."""
+        from bilevel import report
+
+        return report.solution_text(self)
+
+    def __repr__(self) -> str:
+        """One line."""
+        last = self.record.rows[-1] if self.record.rows else {}
+        return f"Solution(status={self.status.name}, steps={self.stats.get('steps')}, F={last.get('value', math.nan):.6g})"

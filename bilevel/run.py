@@ -1,0 +1,390 @@
+"""Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds by vmap).
+
+The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps of a
+chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one compilation
+serves every chunk.
+"""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bilevel import report
+from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel.diagnostics import measure as measure_implicit
+from bilevel.problem import BilevelProblem
+from bilevel.record import Record, Solution, Status
+from bilevel.solver import Solver
+from bilevel.struct import invalid
+
+PyTree = Any
+PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
+
+
+class SolveError(RuntimeError):
+    """Raised by `solve(..., throw=True)` when a run does not end well; `.solution` holds what there is."""
+
+    def __init__(self, solution: Solution) -> None:
+        """Carry the solution."""
+        super().__init__(f"{solution.status.name}: {solution.status.advice}")
+        self.solution = solution
+
+
+class Unsupported(ValueError):
+    """The solver's theory excludes this problem; the message is the solver's reason."""
+
+
+def advance(
+    problem: BilevelProblem,
+    solver: Solver,
+    state: PyTree,
+    key: Array,
+    start: Array | int,
+    num_steps: Array | int,
+) -> tuple[PyTree, PyTree]:
+    """(state, info of the last step) after steps start, …, start + num_steps - 1.
+
+    Pure: safe under jit, vmap and shard_map. `start` and `num_steps` may be traced. With num_steps = 0 info is zeros.
+    """
+    shapes = jax.eval_shape(lambda s: solver.step(problem, s, key)[1], state)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def body(k: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+        return solver.step(problem, carry[0], jax.random.fold_in(key, k))
+
+    return jax.lax.fori_loop(start, start + num_steps, body, (state, nothing))
+
+
+class Lanes(NamedTuple):
+    """The compiled functions of a run: for one key, or for many by vmap."""
+
+    init: Callable
+    advance: Callable
+    measure: Callable
+    output: Callable
+    finite: Callable
+
+
+def _all_finite(state: PyTree) -> Array:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+
+
+@partial(jax.jit, static_argnames="many")
+def _init(problem: BilevelProblem, solver: Solver, key: Array, many: bool) -> PyTree:
+    one = lambda key: solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))  # noqa: E731
+    return jax.vmap(one)(key) if many else one(key)
+
+
+@partial(jax.jit, static_argnames="many")
+def _advance(
+    problem: BilevelProblem,
+    solver: Solver,
+    state: PyTree,
+    key: Array,
+    start: Array,
+    num_steps: Array,
+    many: bool,
+) -> tuple[PyTree, PyTree]:
+    one = lambda state, key: advance(problem, solver, state, key, start, num_steps)  # noqa: E731
+    return jax.vmap(one)(state, key) if many else one(state, key)
+
+
+@partial(jax.jit, static_argnames=("many", "measure"))
+def _measure(problem: BilevelProblem, solver: Solver, state: PyTree, many: bool, measure: Callable) -> PyTree:
+    one = lambda state: measure(problem, *solver.output(problem, state))  # noqa: E731
+    return jax.vmap(one)(state) if many else one(state)
+
+
+@partial(jax.jit, static_argnames="many")
+def _finite(state: PyTree, many: bool) -> Array:
+    return jax.vmap(_all_finite)(state) if many else _all_finite(state)
+
+
+def solve(
+    problem: BilevelProblem,
+    solver: Solver,
+    *,
+    key: Array,
+    max_steps: int = 1000,
+    every: int | None = None,
+    tol: float | None = None,
+    time_limit: float | None = None,
+    callback: Callable[[int, PyTree, dict[str, float]], bool | None] | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool | None = None,
+    throw: bool = False,
+    measure: Callable = measure_implicit,
+) -> Solution:
+    """Run `solver` on `problem`.
+
+    Args:
+        problem, solver: what to solve, and how.
+        key: a typed key, `jax.random.key(seed)`; the run is a function of it.
+        max_steps: steps at most.
+        every: steps between measurements; default max_steps/20, at least 1.
+        tol: stop when the referee's gradient mapping norm plus its error, the lower residual at the solver's y and the
+            violation of the sets are all at most tol. Default: the square root of the dtype's eps; 0 never stops.
+        time_limit: seconds of solver time, compiling and measuring left out.
+        callback: called with (step, state, row) after each measurement; a true value stops the run.
+        checkpoint: a file. Saved after every measurement and on interruption; where it exists already, the run goes on
+            from it, to the same bits as a run without a break.
+        progress: a bar on the terminal; default only on a terminal, after two seconds.
+        throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
+        measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again.
+
+    Returns:
+        a `Solution`; printing it gives the report.
+
+    Raises:
+        InvalidInput: for bad arguments or a bad problem. Unsupported: with the solver's reason. CheckpointError. SolveError.
+    """
+    _check_arguments(max_steps, every, tol, time_limit)
+    if key.shape != ():
+        invalid(
+            "key",
+            f"shape {key.shape}",
+            "one typed key, jax.random.key(seed)",
+            "Use solve_many for several keys.",
+        )
+    solutions = _drive(
+        problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
+        callback=callback, checkpoint=checkpoint, progress=progress, measure=measure,
+    )  # fmt: skip
+    if throw and solutions[0].status not in (Status.CONVERGED, Status.MAX_STEPS):
+        raise SolveError(solutions[0])
+    return solutions[0]
+
+
+def solve_many(
+    problem: BilevelProblem,
+    solver: Solver,
+    *,
+    keys: Array,
+    max_steps: int = 1000,
+    every: int | None = None,
+    tol: float | None = None,
+    time_limit: float | None = None,
+    progress: bool | None = None,
+    measure: Callable = measure_implicit,
+) -> list[Solution]:
+    """`solve` for every key of `keys`, shape [n], in one vmapped run; the arguments are those of `solve`.
+
+    A key that converges or turns non-finite is set aside with its record; the others go on. Times are those of all keys together.
+    """
+    _check_arguments(max_steps, every, tol, time_limit)
+    if len(keys.shape) != 1 or keys.shape[0] == 0:
+        invalid(
+            "keys", f"shape {keys.shape}", "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n)."
+        )
+    return _drive(
+        problem, solver, keys, many=True, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
+        callback=None, checkpoint=None, progress=progress, measure=measure,
+    )  # fmt: skip
+
+
+def _check_arguments(max_steps: int, every: int | None, tol: float | None, time_limit: float | None) -> None:
+    if not isinstance(max_steps, int) or not 0 <= max_steps < 2**31 - 1:
+        invalid("max_steps", max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        invalid(
+            "every", every, "a whole number >= 1, or None", "It is the number of steps between measurements."
+        )
+    if tol is not None and not tol >= 0:
+        invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
+    if time_limit is not None and not time_limit >= 0:
+        invalid("time_limit", time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
+
+
+def _lanes(solver: Solver, many: bool, measure: Callable) -> Lanes:
+    return Lanes(
+        init=lambda problem, key: _init(problem, solver, key, many),
+        advance=lambda problem, state, key, start, n: _advance(
+            problem, solver, state, key, jnp.asarray(start), jnp.asarray(n), many
+        ),
+        measure=lambda problem, state: _measure(problem, solver, state, many, measure),
+        output=lambda problem, state: solver.output(problem, state),
+        finite=lambda state: np.atleast_1d(np.asarray(_finite(state, many))),
+    )
+
+
+def _lane(tree: PyTree, many: bool, k: int) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
+
+
+class _Clock:
+    """Solver seconds: what compiling, measuring and saving take is kept apart."""
+
+    def __init__(self, elapsed: float = 0.0) -> None:
+        self.solve, self.setup, self.measure = elapsed, 0.0, 0.0
+
+    @contextmanager
+    def on(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
+
+
+def _drive(
+    problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float | None,
+    time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
+    measure: Callable,
+) -> list[Solution]:  # fmt: skip
+    problem.validate()
+    reason = solver.unsupported(problem)
+    if reason is not None:
+        raise Unsupported(reason)
+    lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
+    every = max(1, max_steps // 20) if every is None else every
+    clock = _Clock()
+    owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
+
+    with clock.on("setup"):  # compiling: the same calls with nothing to do
+        state = jax.block_until_ready(lanes.init(problem, key))
+        state, info = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
+        jax.block_until_ready((lanes.measure(problem, state), lanes.finite(state)))
+    if tol is None:
+        tol = float(
+            np.sqrt(
+                min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0]))
+            )
+        )
+    step, rows = 0, [Record() for _ in range(count)]
+    call = solver.cost(problem)
+    if solver.full_batch:
+        passes = call.passes(1.0, 1.0)
+    else:
+        passes = call.passes(problem.upper_data.fraction, problem.lower_data.fraction)
+    if checkpoint is not None and Path(checkpoint).exists():
+        (state, info), notes = load_checkpoint(checkpoint, (state, info), owner=owner)
+        step, clock = int(notes["step"]), _Clock(float(notes["time"]))
+        rows = [Record(_decode(rows)) for rows in notes["rows"]]
+
+    finished: dict[int, tuple[PyTree, PyTree, Status]] = {}  # lane -> (state, info, status), set aside
+
+    def save() -> None:
+        if checkpoint is not None:
+            notes = {"step": step, "time": clock.solve, "rows": [_encode(record.rows) for record in rows]}
+            save_checkpoint(checkpoint, (state, info), owner=owner, notes=notes)
+
+    def look() -> bool:
+        """Measure, record and decide; true when nothing is left to run."""
+        with clock.on("measure"):
+            measured = jax.device_get(lanes.measure(problem, state))
+        for k in range(count):
+            if k in finished:
+                continue
+            m = _lane(measured, many, k)
+            row = {
+                "step": step, "value": float(m.value), "hypergradient": float(m.hypergradient),
+                "lower_residual": float(m.lower_residual), "violation": float(m.violation), "oracles": step * passes,
+                "time": clock.solve, "error_bound": float(m.error_bound), "status": int(m.status),
+            }  # fmt: skip
+            if not rows[k].rows or rows[k].rows[-1]["step"] != step:
+                rows[k].append(**row)
+            proved = float(np.nan_to_num(m.error_bound, nan=np.inf))
+            if (
+                max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol
+                and tol > 0
+            ):
+                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED
+        save()
+        stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
+        if stop:
+            finished.setdefault(0, (state, info, Status.STOPPED))
+        return len(finished) == count
+
+    ending = Status.MAX_STEPS
+    bar = report.Progress(progress, max_steps, type(solver).__name__)
+    pace = 0.0  # seconds a step, the last piece's
+    try:
+        done = look() if step == 0 else False
+        while not done and step < max_steps:
+            target = min(max_steps, (step // every + 1) * every)
+            while step < target and not done:
+                piece = 1 if pace == 0 else max(1, int(PATIENCE / pace))
+                piece = min(piece, target - step)
+                with clock.on("solve"):
+                    begin = time.perf_counter()
+                    new_state, new_info = jax.block_until_ready(
+                        lanes.advance(problem, state, key, step, piece)
+                    )
+                    pace = max((time.perf_counter() - begin) / piece, 1e-9)
+                bad = [k for k, fine in enumerate(lanes.finite(new_state)) if not fine and k not in finished]
+                if bad:
+                    for k in bad:
+                        last, last_info, at = _last_finite(lanes, problem, state, key, step, piece, many, k)
+                        finished[k] = last, last_info, Status.NONFINITE
+                        rows[k].stopped_at = at  # pyright: ignore[reportAttributeAccessIssue]
+                    done = len(finished) == count
+                if not done:
+                    state, info, step = new_state, new_info, step + piece
+                bar.update(step, rows[0])
+                if time_limit is not None and clock.solve >= time_limit and step < max_steps:
+                    ending, done = Status.TIME_LIMIT, True
+            if len(finished) < count:
+                done = look() or done
+    except KeyboardInterrupt:
+        ending = Status.INTERRUPTED
+        save()
+    finally:
+        bar.close()
+
+    solutions = []
+    for k in range(count):
+        at_state, at_info, status = finished.get(k, (_lane(state, many, k), _lane(info, many, k), ending))
+        stopped = getattr(
+            rows[k], "stopped_at", rows[k].rows[-1]["step"] if k in finished and rows[k].rows else step
+        )
+        x, y = lanes.output(problem, at_state)
+        stats = {
+            "solver": type(solver).__name__, "steps": int(stopped), "tol": tol, "setup_time": clock.setup,
+            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": int(stopped) * passes, "cost": call.as_dict(),
+        }  # fmt: skip
+        solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
+    return solutions
+
+
+def _last_finite(
+    lanes: Lanes,
+    problem: BilevelProblem,
+    state: PyTree,
+    key: Array,
+    start: int,
+    piece: int,
+    many: bool,
+    k: int,
+) -> tuple[PyTree, PyTree, int]:
+    """(state, info, step) just before lane k turned non-finite: bisection, since every path is repeatable."""
+    good, bad = 0, piece
+    best, info = lanes.advance(problem, state, key, start, 0)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        trial, trial_info = lanes.advance(problem, state, key, start, middle)
+        if lanes.finite(trial)[k]:
+            good, best, info = middle, trial, trial_info
+        else:
+            bad = middle
+    return _lane(best, many, k), _lane(info, many, k), start + good
+
+
+def _encode(rows: list[dict[str, float]]) -> list[dict[str, str]]:
+    return [{name: float(value).hex() for name, value in row.items()} for row in rows]
+
+
+def _decode(rows: list[dict[str, str]]) -> list[dict[str, float]]:
+    whole = ("step", "status")
+    return [
+        {n: int(float.fromhex(v)) if n in whole else float.fromhex(v) for n, v in row.items()} for row in rows
+    ]

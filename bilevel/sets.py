@@ -1,0 +1,427 @@
+"""Sets for x and y: project, violation, sample, active, validate.
+
+Every set works on any pytree with the structure it was made for, and is itself a pytree, so that bounds can be traced.
+Projections come from `optax.projections` where it has them; the polyhedron's is a least-distance program solved exactly.
+"""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax.projections
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel.struct import invalid, struct
+
+PyTree = Any
+
+
+def _like(bound: PyTree, z: PyTree) -> PyTree:
+    """Broadcast `bound` (a prefix of z's structure) to z's leaves, in z's dtypes."""
+    full = jax.tree.broadcast(bound, z)
+    return jax.tree.map(lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), full, z)
+
+
+def _norm(z: PyTree) -> Array:
+    return jnp.linalg.norm(ravel_pytree(z)[0])
+
+
+def _check_prefix(name: str, bound: PyTree, like: PyTree) -> None:
+    try:
+        full = jax.tree.broadcast(bound, like)
+        jax.tree.map(lambda b, leaf: np.broadcast_to(np.asarray(b), np.shape(leaf)), full, like)
+    except ValueError:
+        shapes = jax.tree.map(np.shape, bound), jax.tree.map(np.shape, like)
+        invalid(
+            name,
+            f"shapes {shapes[0]}",
+            f"a scalar or something that broadcasts to {shapes[1]}",
+            "Reshape the bound.",
+        )
+
+
+def _check_numbers(name: str, value: PyTree) -> None:
+    for leaf in jax.tree.leaves(value):
+        if np.isnan(np.asarray(leaf)).any():
+            invalid(name, "NaN", "numbers", "Remove the NaN; use infinity for a missing bound.")
+
+
+class Set:
+    """A closed convex set. Subclasses define `project`, `sample`, `active`; `z` is a pytree of float arrays."""
+
+    bounded: bool = True
+
+    def project(self, z: PyTree) -> PyTree:
+        """The Euclidean projection of `z`; same structure, shapes and dtypes."""
+        raise NotImplementedError
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:
+        """A random point of the set, shaped like `like`. The distribution is stated by each set."""
+        raise NotImplementedError
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
+        """Which constraints hold with equality at `z` to within `tol`; booleans shaped as each set states."""
+        raise NotImplementedError
+
+    def violation(self, z: PyTree) -> Array:
+        """Euclidean distance of `z` to the set, shape []."""
+        return _norm(jax.tree.map(operator.sub, z, self.project(z)))
+
+    def validate(self, name: str, like: PyTree) -> None:
+        """Raise `InvalidInput`, naming `name`, if the set is empty or does not fit points shaped like `like`."""
+
+
+@struct
+class Reals(Set):
+    """The whole space. Samples are standard normal; nothing is ever active."""
+
+    bounded = False
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        return z
+
+    def violation(self, z: PyTree) -> Array:  # noqa: D102
+        return jnp.zeros((), ravel_pytree(z)[0].dtype)
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(like)
+        return unravel(jax.random.normal(key, flat.shape, flat.dtype))
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+        return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), z)
+
+
+@struct
+class Box(Set):
+    """{z : lo <= z <= hi}. Bounds are scalars, or pytrees whose leaves broadcast to z's; infinite bounds are allowed.
+
+    Samples are uniform; a coordinate with one infinite bound is exponential from the finite one, with none normal.
+    `active` has z's shape.
+    """
+
+    lo: PyTree
+    hi: PyTree
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        return optax.projections.projection_box(z, _like(self.lo, z), _like(self.hi, z))
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(like)
+        lo, hi = ravel_pytree(_like(self.lo, like))[0], ravel_pytree(_like(self.hi, like))[0]
+        uniform, normal = (
+            draw(key, flat.shape, flat.dtype) for draw in (jax.random.uniform, jax.random.normal)
+        )
+        far = -jnp.log1p(-uniform)
+        finite_lo, finite_hi = jnp.isfinite(lo), jnp.isfinite(hi)
+        safe_lo, safe_hi = jnp.where(finite_lo, lo, 0), jnp.where(finite_hi, hi, 0)
+        within = jnp.clip(safe_lo + uniform * (safe_hi - safe_lo), safe_lo, jnp.maximum(safe_lo, safe_hi))
+        one_sided = jnp.where(finite_lo, safe_lo + far, jnp.where(finite_hi, safe_hi - far, normal))
+        return unravel(jnp.where(finite_lo & finite_hi, within, one_sided))
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+        return jax.tree.map(
+            lambda leaf, lo, hi: (leaf <= lo + tol) | (leaf >= hi - tol),
+            z,
+            _like(self.lo, z),
+            _like(self.hi, z),
+        )
+
+    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+        for end, bound in (("lo", self.lo), ("hi", self.hi)):
+            _check_numbers(f"{name}.{end}", bound)
+            _check_prefix(f"{name}.{end}", bound, like)
+        lo, hi = (np.asarray(ravel_pytree(_like(bound, like))[0]) for bound in (self.lo, self.hi))
+        wrong = np.flatnonzero((lo > hi) | (lo == np.inf) | (hi == -np.inf))
+        if wrong.size:
+            k = wrong[0]
+            invalid(
+                f"{name} (Box)",
+                f"lo = {lo[k]} and hi = {hi[k]} at flat index {k}",
+                "lo <= hi everywhere",
+                "Swap the bounds.",
+            )
+
+
+@struct
+class Ball(Set):
+    """{z : |z - center|_2 <= radius} with the norm of the whole pytree. Samples are uniform; `active` is one boolean."""
+
+    radius: Any = 1.0
+    center: PyTree = 0.0
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        center = _like(self.center, z)
+        step = optax.projections.projection_l2_ball(jax.tree.map(operator.sub, z, center), self.radius)
+        return jax.tree.map(operator.add, center, step)
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(like)
+        direction, length = jax.random.split(key)
+        normal = jax.random.normal(direction, flat.shape, flat.dtype)
+        uniform = jax.random.uniform(length, (), flat.dtype)
+        scale = self.radius * uniform ** (1.0 / flat.size) / jnp.linalg.norm(normal)
+        return self.project(jax.tree.map(operator.add, _like(self.center, like), unravel(scale * normal)))
+
+    def active(self, z: PyTree, tol: float = 0.0) -> Array:  # noqa: D102
+        return _norm(jax.tree.map(operator.sub, z, _like(self.center, z))) >= self.radius - tol
+
+    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+        if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
+            invalid(
+                f"{name}.radius (Ball)",
+                self.radius,
+                "one finite number >= 0",
+                "A negative radius is an empty set.",
+            )
+        _check_numbers(f"{name}.center", self.center)
+        _check_prefix(f"{name}.center", self.center, like)
+
+
+@struct
+class Simplex(Set):
+    """{z >= 0 : sum z = scale} over all leaves of the pytree together. Samples are uniform (Dirichlet(1)).
+
+    `active` has z's shape: which coordinates are zero.
+    """
+
+    scale: Any = 1.0
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        return optax.projections.projection_simplex(z, self.scale)
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(like)
+        return unravel(self.scale * jax.random.dirichlet(key, jnp.ones(flat.shape, flat.dtype)))
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+        return jax.tree.map(lambda leaf: leaf <= tol, z)
+
+    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+        if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
+            invalid(
+                f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0."
+            )
+
+
+@struct
+class Polyhedron(Set):
+    """{z : A z <= b} on the raveled pytree; A has shape [rows, n], b [rows].
+
+    Samples come from 64 hit-and-run steps started at a projected normal point, chords cut at length 1e3; an equality
+    written as two inequalities leaves no chord and the sample is the projected point. `active` has shape [rows].
+    """
+
+    bounded = False
+    A: Any
+    b: Any
+
+    def _rows(self, dtype: Any) -> tuple[Array, Array]:
+        return jnp.asarray(self.A, dtype), jnp.asarray(self.b, dtype)
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(z)
+        A, b = self._rows(flat.dtype)
+        return unravel(flat + least_distance(A, b - A @ flat))
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        flat, unravel = ravel_pytree(like)
+        A, b = self._rows(flat.dtype)
+        start, walk = jax.random.split(key)
+        point = ravel_pytree(self.project(unravel(jax.random.normal(start, flat.shape, flat.dtype))))[0]
+
+        def hit_and_run(point: Array, key: Array) -> tuple[Array, None]:
+            towards, along = jax.random.split(key)
+            direction = jax.random.normal(towards, flat.shape, flat.dtype)
+            direction = direction / jnp.linalg.norm(direction)
+            speed, slack = A @ direction, jnp.maximum(b - A @ point, 0)
+            reach = slack / jnp.where(speed == 0, 1, speed)
+            high = jnp.min(jnp.where(speed > 0, reach, 1e3), initial=1e3)
+            low = jnp.max(jnp.where(speed < 0, reach, -1e3), initial=-1e3)
+            return point + (low + jax.random.uniform(along, (), flat.dtype) * (high - low)) * direction, None
+
+        return unravel(jax.lax.scan(hit_and_run, point, jax.random.split(walk, 64))[0])
+
+    def active(self, z: PyTree, tol: float = 0.0) -> Array:  # noqa: D102
+        flat = ravel_pytree(z)[0]
+        A, b = self._rows(flat.dtype)
+        return A @ flat >= b - tol
+
+    def violation(self, z: PyTree) -> Array:
+        """The largest row of A z - b, or 0: cheaper than a projection, and zero exactly when z is in the set."""
+        flat = ravel_pytree(z)[0]
+        A, b = self._rows(flat.dtype)
+        return jnp.max(A @ flat - b, initial=0)
+
+    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+        size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
+        A, b = np.asarray(self.A), np.asarray(self.b)
+        if A.ndim != 2 or A.shape[1] != size:
+            invalid(
+                f"{name}.A (Polyhedron)",
+                f"shape {A.shape}",
+                f"[rows, {size}]",
+                "One column per entry of the raveled point.",
+            )
+        if b.shape != A.shape[:1]:
+            invalid(
+                f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A."
+            )
+        for part, value in (("A", A), ("b", b)):
+            if not np.isfinite(value).all():
+                invalid(
+                    f"{name}.{part} (Polyhedron)",
+                    "a non-finite entry",
+                    "finite numbers",
+                    "Leave out rows without a bound.",
+                )
+        if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
+            invalid(
+                f"{name} (Polyhedron)",
+                "an empty set",
+                "some z with A z <= b",
+                "Two of the rows contradict each other.",
+            )
+
+
+@struct
+class Product(Set):
+    """One set per branch: `sets` is a pytree of sets whose structure is a prefix of z's, e.g. {"w": Reals(), "lam": Box(0, 1)}."""
+
+    sets: Any
+
+    @property
+    def bounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether every factor is bounded."""
+        return all(factor.bounded for factor in self._factors())
+
+    def _factors(self) -> list[Set]:
+        return jax.tree.leaves(self.sets, is_leaf=_is_set)
+
+    def _map(self, function: Any, *trees: PyTree) -> PyTree:
+        return jax.tree.map(function, self.sets, *trees, is_leaf=_is_set)
+
+    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+        return self._map(lambda factor, part: factor.project(part), z)
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+        treedef = jax.tree.structure(self.sets, is_leaf=_is_set)
+        keys = treedef.unflatten(list(jax.random.split(key, treedef.num_leaves)))
+        return self._map(lambda factor, part, key: factor.sample(key, part), like, keys)
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+        return self._map(lambda factor, part: factor.active(part, tol), z)
+
+    def violation(self, z: PyTree) -> Array:  # noqa: D102
+        return _norm(self._map(lambda factor, part: factor.violation(part), z))
+
+    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+        try:
+            self._map(lambda factor, part: factor.validate(name, part), like)
+        except (TypeError, AttributeError, KeyError) as error:
+            invalid(
+                f"{name} (Product)",
+                error,
+                "a pytree of sets, a prefix of the point's structure",
+                "Match the structures.",
+            )
+        except ValueError as error:
+            if type(error) is ValueError:  # a mismatch of structures, reported by JAX
+                invalid(
+                    f"{name} (Product)",
+                    error,
+                    "a pytree of sets, a prefix of the point's structure",
+                    "Match the structures.",
+                )
+            raise
+
+
+def _is_set(value: object) -> bool:
+    return isinstance(value, Set)
+
+
+def least_distance(A: Array, slack: Array) -> Array:
+    """The shortest d with A d <= slack, or NaN where there is none. Shapes: A [rows, n], slack [rows] -> [n].
+
+    Lawson and Hanson's reduction of least-distance programming to non-negative least squares (Solving Least Squares
+    Problems, 1974, chapter 23), with G = -A, h = -slack: u = argmin_{u >= 0} |E u - e_{n+1}|, E = [G'; h'], r = E u - e;
+    then d = -r[:n]/r[n], and r = 0 exactly when the set is empty. The active rows that come out are solved again for d
+    directly, because the division loses digits when d is long. A masked active-set loop: static shapes, jit, vmap.
+    """
+    rows, n = A.shape
+    if rows == 0:
+        return jnp.zeros(n, A.dtype)
+    eps = jnp.finfo(A.dtype).eps
+    length = jnp.maximum(
+        jnp.linalg.norm(A, axis=1), jnp.finfo(A.dtype).tiny
+    )  # rows of norm one: one tolerance for all
+    zero_row = length <= jnp.finfo(A.dtype).tiny
+    G, h = -A / length[:, None], -slack / jnp.where(zero_row, 1, length)
+    scale = jnp.maximum(jnp.max(jnp.abs(h)), jnp.finfo(A.dtype).tiny)  # d scales with h: solve for d/scale
+    h = h / scale
+    E = jnp.concatenate([G.T, h[None, :]])  # [n + 1, rows]
+    e = jnp.zeros(n + 1, A.dtype).at[n].set(1)
+    tol = 10 * eps * (n + rows)
+
+    def on_support(support: Array) -> Array:
+        """Least squares with the columns of `support` only: the others are zeroed, and their diagonal is one."""
+        Q, R = jnp.linalg.qr(
+            jnp.concatenate([jnp.where(support, E, 0), jnp.diag(jnp.where(support, 0, 1).astype(A.dtype))])
+        )
+        rhs = Q.T @ jnp.concatenate([e, jnp.zeros(rows, A.dtype)])
+        return jnp.where(support, jax.scipy.linalg.solve_triangular(R, rhs), 0)
+
+    def go_on(carry: tuple) -> Array:
+        u, support, count, blocked = carry
+        descent = jnp.where(support | blocked, -jnp.inf, E.T @ (e - E @ u))
+        return (jnp.max(descent) > tol) & (count < 3 * rows + 10)
+
+    def body(carry: tuple) -> tuple:
+        u, support, count, blocked = carry
+        entering = jnp.argmax(jnp.where(support | blocked, -jnp.inf, E.T @ (e - E @ u)))
+        support = support.at[entering].set(True)
+        trial = on_support(support)
+        dependent = ~jnp.isfinite(trial).all() | (
+            trial[entering] <= 0
+        )  # a column that rounding let in: keep it out
+
+        def negative(inner: tuple) -> Array:
+            _, support, trial = inner
+            return jnp.any(support & (trial <= 0))
+
+        def shrink(inner: tuple) -> tuple:
+            u, support, trial = inner
+            ratio = jnp.where(support & (trial <= 0), u / jnp.where(u - trial == 0, 1, u - trial), jnp.inf)
+            u = u + jnp.min(ratio) * (trial - u)
+            support = support & (u > eps) & (jnp.arange(rows) != jnp.argmin(ratio))
+            u = jnp.where(support, u, 0)
+            return u, support, on_support(support)
+
+        rejected = support.at[entering].set(False)
+        u_new, support_new, trial = jax.lax.while_loop(
+            negative, shrink, (u, jnp.where(dependent, rejected, support), jnp.where(dependent, u, trial))
+        )
+        blocked = jnp.where(dependent, blocked.at[entering].set(True), jnp.zeros_like(blocked))
+        return (
+            jnp.where(dependent, u, jnp.where(support_new, trial, 0)),
+            jnp.where(dependent, rejected, support_new),
+            count + 1,
+            blocked,
+        )
+
+    nothing = jnp.zeros(rows, bool)
+    u, support, _, _ = jax.lax.while_loop(
+        go_on, body, (jnp.zeros(rows, A.dtype), nothing, jnp.array(0), nothing)
+    )
+    residual = e - E @ u  # r = -residual; r[n] < 0 when feasible
+    empty = (residual[n] <= tol) | jnp.any(zero_row & (h > 0))
+    rough = -residual[:n] / jnp.where(empty, 1, residual[n])
+    # d is the projection of 0 on the active rows' affine hull: d = G_a' (G_a G_a')^-1 h_a; a QR keeps it stable.
+    Ga, ha = jnp.where(support[:, None], G, 0), jnp.where(support, h, 0)
+    Q, R = jnp.linalg.qr(jnp.concatenate([Ga.T, jnp.diag(jnp.where(support, 0, 1).astype(A.dtype))]))
+    exact = (Q @ jax.scipy.linalg.solve_triangular(R, ha, trans=1))[:n]
+    better = jnp.isfinite(exact).all() & (jnp.max(h - G @ exact) <= jnp.maximum(jnp.max(h - G @ rough), tol))
+    d = scale * jnp.where(better, exact, rough)
+    return jnp.where(jnp.all(slack >= 0), jnp.zeros_like(d), jnp.where(empty, jnp.nan, d))

@@ -1,0 +1,51 @@
+"""The protocol every solver follows. Read this page first; then copy docs/add-a-solver.md.
+
+A solver is a frozen dataclass (`@struct`) of settings: floats are leaves, loop lengths and choices are static. It
+defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solver file reads like the paper's algorithm
+box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import each other, nor `run`.
+"""
+
+from typing import Any, ClassVar
+
+from jax import Array
+
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+
+PyTree = Any
+
+
+class Solver:
+    """One algorithm. The state is a NamedTuple with at least `.x` and `.y`: what the next step needs, and no more."""
+
+    full_batch: ClassVar[bool] = False
+    """True where every step uses all of the data (`source.full()`) instead of the sources' batches."""
+
+    def init(self, problem: BilevelProblem, key: Array) -> Any:
+        """The state before the first step; pure, traced under jit."""
+        raise NotImplementedError
+
+    def step(self, problem: BilevelProblem, state: Any, key: Array) -> tuple[Any, Any]:
+        """(next state, info). info is a NamedTuple of what people look at; pure, traced under jit."""
+        raise NotImplementedError
+
+    def output(self, problem: BilevelProblem, state: Any) -> tuple[PyTree, PyTree]:
+        """The (x, y) to report; default the current iterate."""
+        return state.x, state.y
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        """Oracle calls of one step. A contract test holds it against counted calls."""
+        raise NotImplementedError
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        """Why the method's theory excludes this problem, or None. Default: refuse a constrained lower level."""
+        return refuse_constrained_lower(self, problem)
+
+
+def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods whose lower level is unconstrained."""
+    if problem.coupling is not None:
+        return f"{type(solver).__name__} needs a lower level without constraints; got {type(problem.coupling).__name__}."
+    if problem.constrained_lower:
+        return f"{type(solver).__name__} needs an unconstrained lower level; got y_set = {type(problem.y_set).__name__}."
+    return None

@@ -1,0 +1,105 @@
+"""SOBA: all three directions of the bilevel problem, stepped at once."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel import oracles
+from bilevel.diagnostics import norm
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.struct import struct
+from bilevel.tuning import default_steps
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """The iterates (v shaped like y), the three step rules, the states of the two sources."""
+
+    x: PyTree
+    y: PyTree
+    v: PyTree
+    step_x: Stepper
+    step_y: Stepper
+    step_v: Stepper
+    upper: PyTree
+    lower: PyTree
+
+
+class Info(NamedTuple):
+    """|f_x - R_x' v|: the norm of the direction in x."""
+
+    direction: Array
+
+
+@struct
+class SOBA(Solver):
+    """SOBA, single loop: with one batch of f and one of g per step,
+
+        y <- y - a R(x, y),   v <- v - b (R_y' v - f_y),   x <- Proj_X(x - c (f_x - R_x' v)),
+
+    all three directions taken at the old (x, y, v). At the solution R_y' v = f_y, so that grad F = f_x - R_x' v.
+
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. On all of the data
+    with constant small steps it converges linearly where F is strongly convex; with batches, to a neighbourhood whose size
+    the steps set, or with steps ~ k^(-1/2) at the rate K^(-1/2) for the squared gradient norm.
+    Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP, in one sweep over each batch.
+
+    Args:
+        lower_step_size, linear_step_size, upper_step_size: a, b, c > 0, optax schedules or optax transformations.
+            Default: `tuning.default_steps` at init.
+
+    Reference: Dagréou, Ablin, Vaiter, Moreau. A framework for bilevel optimization that enables stochastic and global
+        variance reduction algorithms. NeurIPS 2022, arXiv:2201.13409, Algorithm 1.
+    Differs from the paper: v has the opposite sign; x is projected on X; fixed points are allowed as lower level.
+    """
+
+    lower_step_size: Any = None
+    linear_step_size: Any = None
+    upper_step_size: Any = None
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations."""
+        step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:  # noqa: D102
+        start, upper, lower = jax.random.split(key, 3)
+        x, y = problem.init(start)
+        v = jax.tree.map(jnp.zeros_like, y)
+        a = c = None
+        if None in (self.lower_step_size, self.linear_step_size, self.upper_step_size):
+            a, c = default_steps(problem, x, y, single_loop=True)
+        return State(
+            x, y, v,
+            step_x=stepper(self.upper_step_size, c, x),
+            step_y=stepper(self.lower_step_size, a, y),
+            step_v=stepper(self.linear_step_size, a, v),
+            upper=problem.upper_data.init(upper),
+            lower=problem.lower_data.init(lower),
+        )  # fmt: skip
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:  # noqa: D102
+        x, y, v = state.x, state.y, state.v
+        key_upper, key_lower = jax.random.split(key)
+        batch_f, upper = problem.upper_data.next(state.upper, key_upper, x, y)
+        batch_g, lower = problem.lower_data.next(state.lower, key_lower, x, y)
+
+        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+        R, Hv, Jv = oracles.directions(problem, x, y, v, batch_g)
+        direction_v = jax.tree.map(jnp.subtract, Hv, fy)
+        direction_x = jax.tree.map(jnp.subtract, fx, Jv)
+
+        y, step_y = state.step_y(y, R)
+        v, step_v = state.step_v(v, direction_v)
+        x, step_x = state.step_x(x, direction_x)
+        return State(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(
+            norm(direction_x)
+        )
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+        return OracleCount(upper_gradients=1, lower_gradients=1, hvps=1, jvps=1)
