@@ -12,14 +12,10 @@ jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if os.environ.get("BILEVAX_CACHE", "") != "off":
-    jax.config.update(
-        "jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("bilevax")) / "xla-tests")
-    )
+    jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("bilevax")) / "xla-tests"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
-settings.register_profile(
-    "tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
 
 

@@ -48,12 +48,9 @@ def _to_numpy(leaf: Any) -> np.ndarray:
 
 def _describe(tree: PyTree) -> list[list[Any]]:
     leaves = [
-        (jax.tree_util.keystr(path), leaf, _to_numpy(leaf))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        (jax.tree_util.keystr(path), leaf, _to_numpy(leaf)) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     ]
-    return [
-        [path, str(getattr(leaf, "dtype", raw.dtype)), list(np.shape(leaf))] for path, leaf, raw in leaves
-    ]
+    return [[path, str(getattr(leaf, "dtype", raw.dtype)), list(np.shape(leaf))] for path, leaf, raw in leaves]
 
 
 def fingerprint(*parts: PyTree) -> str:
@@ -73,9 +70,7 @@ def _structure_text(value: Any) -> str:
     if callable(value) and hasattr(value, "__qualname__"):
         return f"{value.__module__}.{value.__qualname__}"
     if hasattr(value, "__dataclass_fields__"):
-        inside = ",".join(
-            f"{name}={_structure_text(getattr(value, name))}" for name in value.__dataclass_fields__
-        )
+        inside = ",".join(f"{name}={_structure_text(getattr(value, name))}" for name in value.__dataclass_fields__)
         return f"{type(value).__qualname__}({inside})"
     if isinstance(value, dict):
         return "{" + ",".join(f"{name}:{_structure_text(item)}" for name, item in sorted(value.items())) + "}"
@@ -113,15 +108,13 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
     try:
         with safe_open(path, "numpy") as file:
             head = file.metadata() or {}
-            buffers = [file.get_tensor(name).tobytes() for name in sorted(file.keys())]  # noqa: SIM118
+            buffers = [file.get_tensor(name).tobytes() for name in sorted(file.keys())]
         text = head["manifest"]
         manifest = json.loads(text)
         intact = hashlib.sha256(text.encode()).hexdigest() == head["manifest_sha256"]
         intact = intact and hashlib.sha256(b"".join(buffers)).hexdigest() == manifest["sha256"]
     except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(
-            f"checkpoint {path}: cannot be read ({error}). Delete it to start afresh."
-        ) from error
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}). Delete it to start afresh.") from error
     if not intact:
         raise CheckpointError(
             f"checkpoint {path}: its checksum does not match: the file is damaged. Delete it to start afresh."
@@ -135,9 +128,7 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
             f"checkpoint {path}: it belongs to another problem, solver, key or setting. Name another file, or delete it."
         )
     if manifest["leaves"] != _describe(like):
-        raise CheckpointError(
-            f"checkpoint {path}: its arrays differ in path, shape or dtype from this run's state."
-        )
+        raise CheckpointError(f"checkpoint {path}: its arrays differ in path, shape or dtype from this run's state.")
     leaves = [_restore(buffer, leaf) for buffer, leaf in zip(buffers, jax.tree.leaves(like), strict=True)]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest["notes"]
 

@@ -75,10 +75,6 @@ def fit_rate(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
 
     keep = (np.asarray(steps) > 0) & (np.asarray(values) > 0)
     if keep.sum() < 3:
-        raise ValueError(
-            f"fit_rate: got {int(keep.sum())} positive pairs; expected at least 3. Record more steps."
-        )
+        raise ValueError(f"fit_rate: got {int(keep.sum())} positive pairs; expected at least 3. Record more steps.")
     fit: Any = linregress(np.log(np.asarray(steps)[keep]), np.log(np.asarray(values)[keep]))
-    return float(fit.slope), float(fit.stderr * t.ppf(0.975, keep.sum() - 2)) if keep.sum() > 2 else float(
-        "inf"
-    )
+    return float(fit.slope), float(fit.stderr * t.ppf(0.975, keep.sum() - 2)) if keep.sum() > 2 else float("inf")

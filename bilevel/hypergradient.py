@@ -106,7 +106,7 @@ def hypergradient(
     constants: Constants | None = None,
     estimate: bool = True,
 ) -> Hypergradient:
-    """grad F(x) with its error. Pure; use it under jit and vmap.
+    """Grad F(x) with its error. Pure; use it under jit and vmap.
 
     Args:
         problem: with an unconstrained lower level. All of its data is used.
@@ -160,15 +160,11 @@ def hypergradient(
             forward = oracles.hvp_operator(problem, x, y, lower_batch)
             forward_solve = method.prepare(lambda v: ravel_pytree(forward(unravel(v)))[0], n, dtype)
         d = -forward_solve(R, jnp.zeros_like(R)).v
-        by_x, by_y = oracles.adjoint_change(
-            problem, x, y, unravel(flat_v), unravel(d), upper_batch, lower_batch
-        )
+        by_x, by_y = oracles.adjoint_change(problem, x, y, unravel(flat_v), unravel(d), upper_batch, lower_batch)
         by_x, by_y = ravel_pytree(by_x)[0], ravel_pytree(by_y)[0]
         unsolved = fy - ravel_pytree(product(unravel(flat_v)))[0]
         change = by_x - cross(solve(unsolved + by_y, jnp.zeros_like(fy)).v)
-        error = 2 * jnp.linalg.norm(change) + rounding * (
-            jnp.linalg.norm(fx) + jnp.linalg.norm(fx - gradient)
-        )
+        error = 2 * jnp.linalg.norm(change) + rounding * (jnp.linalg.norm(fx) + jnp.linalg.norm(fx - gradient))
     else:
         error = jnp.full((), jnp.nan, dtype)
     solved = jnp.where(
@@ -208,9 +204,7 @@ def _proved(
     return bound + rounding * (jnp.linalg.norm(fx) + c.L_fx * size_y + c.C_gxy * size_v)
 
 
-def _unrolled(
-    problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array
-) -> Hypergradient:
+def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array) -> Hypergradient:
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     (value, last), gradient = oracles.unrolled_objective(
         problem, x, y, method.num_steps, method.step_size, upper_batch, lower_batch
@@ -225,9 +219,7 @@ def _unrolled(
         linear_residual=nan,
         error_bound=jnp.where(finite, nan, jnp.inf),
         active_margin=jnp.full((), jnp.inf, value.dtype),
-        status=jnp.where(
-            finite, jnp.where(status == Status.CONVERGED, Status.ESTIMATED, status), Status.NONFINITE
-        ),
+        status=jnp.where(finite, jnp.where(status == Status.CONVERGED, Status.ESTIMATED, status), Status.NONFINITE),
         v=jax.tree.map(jnp.zeros_like, last),
     )
 

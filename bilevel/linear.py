@@ -136,11 +136,7 @@ class GMRES(LinearSolver):
     max_iterations: int | None = static(None)
 
     def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
-        m = (
-            min(self.restart, b.size)
-            if self.max_iterations is None
-            else min(self.restart, b.size, self.max_iterations)
-        )
+        m = min(self.restart, b.size) if self.max_iterations is None else min(self.restart, b.size, self.max_iterations)
         limit = 20 * m if self.max_iterations is None else self.max_iterations
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
 
@@ -158,9 +154,7 @@ class GMRES(LinearSolver):
                 norm = jnp.linalg.norm(w)
                 alive = norm > 10 * jnp.finfo(b.dtype).eps * size  # else the Krylov space is exhausted
                 column = (h + again).at[k + 1].set(jnp.where(alive, norm, 0))
-                return Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), H.at[:, k].set(
-                    column
-                )
+                return Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), H.at[:, k].set(column)
 
             Q = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(r / jnp.where(beta > 0, beta, 1))
             Q, H = lax.fori_loop(0, m, arnoldi, (Q, jnp.zeros((m + 1, m), b.dtype)))
@@ -237,9 +231,7 @@ def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:
     return jax.vmap(matvec, out_axes=1)(jnp.eye(n, dtype=dtype))
 
 
-DENSE_LIMIT = (
-    256  # unknowns; below it a dense factor is faster than CG at any condition number (docs/design.md)
-)
+DENSE_LIMIT = 256  # unknowns; below it a dense factor is faster than CG at any condition number (docs/design.md)
 
 
 def default_solver(n: int, symmetric: bool) -> LinearSolver:

@@ -104,9 +104,7 @@ def solve(
 
     R = residual(flat)
     norm = jnp.linalg.norm(R)
-    status = jnp.where(
-        jnp.isfinite(norm), jnp.where(norm == 0, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE
-    )
+    status = jnp.where(jnp.isfinite(norm), jnp.where(norm == 0, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
     start = (
         flat,
         R,
@@ -135,13 +133,9 @@ def _minimize_step(value: Callable, residual: Callable, operator: Callable, dens
 
             good = jnp.isfinite(factor).all()
             factor = lax.cond(good, lambda: factor, shifted)
-            return lambda R: jax.scipy.linalg.cho_solve((factor, True), R), jnp.where(good, 0.0, 1.0).astype(
-                flat.dtype
-            )
+            return lambda R: jax.scipy.linalg.cho_solve((factor, True), R), jnp.where(good, 0.0, 1.0).astype(flat.dtype)
         eta = jnp.minimum(0.1, jnp.linalg.norm(R) / norms[0]).astype(flat.dtype)
-        solve = CG(tol=jnp.maximum(eta, 10 * jnp.finfo(flat.dtype).eps)).prepare(
-            operator(flat), flat.size, flat.dtype
-        )
+        solve = CG(tol=jnp.maximum(eta, 10 * jnp.finfo(flat.dtype).eps)).prepare(operator(flat), flat.size, flat.dtype)
 
         def direction(R: Array) -> Array:
             v = solve(R, jnp.zeros_like(R)).v
@@ -192,11 +186,7 @@ def _fixed_point_step(residual: Callable, operator: Callable, dense: bool) -> Ca
         if dense:
             d = -jnp.linalg.solve(dense_matrix(M, flat.size, flat.dtype), R)
         else:
-            d = (
-                -GMRES(restart=20, max_iterations=20)
-                .prepare(M, flat.size, flat.dtype)(R, jnp.zeros_like(R))
-                .v
-            )
+            d = -GMRES(restart=20, max_iterations=20).prepare(M, flat.size, flat.dtype)(R, jnp.zeros_like(R)).v
         d = jnp.where(jnp.isfinite(d).all(), d, 0)
         eta = jnp.linalg.norm(R + M(d)) / jnp.linalg.norm(R)
         newton = flat + d
@@ -205,9 +195,7 @@ def _fixed_point_step(residual: Callable, operator: Callable, dense: bool) -> Ca
         picard = flat - R
         new, R_new = lax.cond(take, lambda: (newton, R_newton), lambda: (picard, residual(picard)))
         # At rounding level nothing halves R any more: a Newton step this small is the end, whichever was taken.
-        small = jnp.linalg.norm(d) <= 1e-7 * (1 + jnp.linalg.norm(flat)) * jnp.sqrt(
-            jnp.finfo(flat.dtype).eps / 2.2e-16
-        )
+        small = jnp.linalg.norm(d) <= 1e-7 * (1 + jnp.linalg.norm(flat)) * jnp.sqrt(jnp.finfo(flat.dtype).eps / 2.2e-16)
         length = jnp.where(take | small, jnp.linalg.norm(d), jnp.linalg.norm(R) + 1)
         return new, R_new, length, jnp.where(small & (eta < 1), jnp.minimum(eta, 1e-8), eta), jnp.array(True)
 
@@ -248,12 +236,8 @@ def spectrum(
     first = jax.random.normal(jax.random.key(0), (n,), flat.dtype)
     Q = jnp.zeros((m + 1, n), flat.dtype).at[0].set(first / jnp.linalg.norm(first))
     Q, T = lax.fori_loop(0, m, body, (Q, jnp.zeros((m + 1, m), flat.dtype)))
-    used = (
-        jnp.linalg.norm(Q[:m], axis=1) > 0.5
-    )  # an exhausted Krylov space leaves zero rows: keep their zeros out
+    used = jnp.linalg.norm(Q[:m], axis=1) > 0.5  # an exhausted Krylov space leaves zero rows: keep their zeros out
     first_value = T[0, 0]
-    T = jnp.where(used[:, None] & used[None, :], (T[:m] + T[:m].T) / 2, 0) + jnp.diag(
-        jnp.where(used, 0, first_value)
-    )
+    T = jnp.where(used[:, None] & used[None, :], (T[:m] + T[:m].T) / 2, 0) + jnp.diag(jnp.where(used, 0, first_value))
     values = jnp.linalg.eigvalsh(T)
     return values[-1], values[0]

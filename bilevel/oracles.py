@@ -53,7 +53,7 @@ def upper_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 def upper_value_and_gradients(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 ) -> tuple[Array, tuple[PyTree, PyTree]]:
-    """f and (f_x, f_y) in one sweep; counted as one gradient."""
+    """F and (f_x, f_y) in one sweep; counted as one gradient."""
     _count(upper_gradients=1)
     return jax.value_and_grad(problem.upper, argnums=(0, 1))(x, y, batch)
 
@@ -117,7 +117,7 @@ def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, u: PyTree, batc
 def hvp_operator(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
 ) -> Callable[[PyTree], PyTree]:
-    """v -> R_y v (or R_y' v) with the residual's forward sweep done once: for many products at one point."""
+    """V -> R_y v (or R_y' v) with the residual's forward sweep done once: for many products at one point."""
     _, forward = jax.linearize(lambda y: _residual(problem, x, y, batch), y)
     if transpose and not isinstance(problem.lower, Minimize):
         pull = jax.linear_transpose(forward, y)

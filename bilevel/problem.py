@@ -100,9 +100,7 @@ class BilevelProblem:
         key = jax.random.key(0)
         start = self.init(key)
         if not isinstance(start, tuple) or len(start) != 2:
-            invalid(
-                "init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees."
-            )
+            invalid("init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees.")
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
             _check_point(name, point)
@@ -167,9 +165,7 @@ def _check_kinds(problem: BilevelProblem) -> None:
 def _check_point(name: str, point: PyTree) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(point)
     if not leaves:
-        invalid(
-            f"init: {name}", "an empty pytree", "at least one float array", "Return the variables from init."
-        )
+        invalid(f"init: {name}", "an empty pytree", "at least one float array", "Return the variables from init.")
     for path, leaf in leaves:
         label = f"init: {name}{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
@@ -233,10 +229,7 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
                 "Stack the constraints in one vector.",
             )
         return
-    size = {
-        name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(point))
-        for name, point in (("x", x), ("y", y))
-    }
+    size = {name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(point)) for name, point in (("x", x), ("y", y))}
     for suffix in ("", "_eq"):
         parts = {name: getattr(coupling, name + suffix) for name in ("A", "B", "b")}
         if all(part is None for part in parts.values()) and suffix:

@@ -144,4 +144,6 @@ class Solution:
     def __repr__(self) -> str:
         """One line."""
         last = self.record.rows[-1] if self.record.rows else {}
-        return f"Solution(status={self.status.name}, steps={self.stats.get('steps')}, F={last.get('value', math.nan):.6g})"
+        return (
+            f"Solution(status={self.status.name}, steps={self.stats.get('steps')}, F={last.get('value', math.nan):.6g})"
+        )

@@ -69,9 +69,7 @@ class Progress:
             self.task = self.bar.add_task(self.label, total=self.total, last="")
         last = record.rows[-1] if record.rows else {"value": math.nan, "hypergradient": math.nan}
         assert self.task is not None
-        self.bar.update(
-            self.task, completed=step, last=f"F {last['value']:.5g}  |grad| {last['hypergradient']:.1e}"
-        )
+        self.bar.update(self.task, completed=step, last=f"F {last['value']:.5g}  |grad| {last['hypergradient']:.1e}")
 
     def close(self) -> None:
         """Remove the bar."""

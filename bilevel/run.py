@@ -183,9 +183,7 @@ def solve_many(
     """
     _check_arguments(max_steps, every, tol, time_limit)
     if len(keys.shape) != 1 or keys.shape[0] == 0:
-        invalid(
-            "keys", f"shape {keys.shape}", "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n)."
-        )
+        invalid("keys", f"shape {keys.shape}", "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     return _drive(
         problem, solver, keys, many=True, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
         callback=None, checkpoint=None, progress=progress, measure=measure,
@@ -196,9 +194,7 @@ def _check_arguments(max_steps: int, every: int | None, tol: float | None, time_
     if not isinstance(max_steps, int) or not 0 <= max_steps < 2**31 - 1:
         invalid("max_steps", max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
     if every is not None and (not isinstance(every, int) or every < 1):
-        invalid(
-            "every", every, "a whole number >= 1, or None", "It is the number of steps between measurements."
-        )
+        invalid("every", every, "a whole number >= 1, or None", "It is the number of steps between measurements.")
     if tol is not None and not tol >= 0:
         invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
     if time_limit is not None and not time_limit >= 0:
@@ -256,9 +252,7 @@ def _drive(
         jax.block_until_ready((lanes.measure(problem, state), lanes.finite(state)))
     if tol is None:
         tol = float(
-            np.sqrt(
-                min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0]))
-            )
+            np.sqrt(min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0])))
         )
     step, rows = 0, [Record() for _ in range(count)]
     call = solver.cost(problem)
@@ -294,10 +288,7 @@ def _drive(
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
             proved = float(np.nan_to_num(m.error_bound, nan=np.inf))
-            if (
-                max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol
-                and tol > 0
-            ):
+            if max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol and tol > 0:
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
@@ -317,9 +308,7 @@ def _drive(
                 piece = min(piece, target - step)
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    new_state, new_info = jax.block_until_ready(
-                        lanes.advance(problem, state, key, step, piece)
-                    )
+                    new_state, new_info = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
                 bad = [k for k, fine in enumerate(lanes.finite(new_state)) if not fine and k not in finished]
                 if bad:
@@ -344,9 +333,7 @@ def _drive(
     solutions = []
     for k in range(count):
         at_state, at_info, status = finished.get(k, (_lane(state, many, k), _lane(info, many, k), ending))
-        stopped = getattr(
-            rows[k], "stopped_at", rows[k].rows[-1]["step"] if k in finished and rows[k].rows else step
-        )
+        stopped = getattr(rows[k], "stopped_at", rows[k].rows[-1]["step"] if k in finished and rows[k].rows else step)
         x, y = lanes.output(problem, at_state)
         stats = {
             "solver": type(solver).__name__, "steps": int(stopped), "tol": tol, "setup_time": clock.setup,
@@ -385,6 +372,4 @@ def _encode(rows: list[dict[str, float]]) -> list[dict[str, str]]:
 
 def _decode(rows: list[dict[str, str]]) -> list[dict[str, float]]:
     whole = ("step", "status")
-    return [
-        {n: int(float.fromhex(v)) if n in whole else float.fromhex(v) for n, v in row.items()} for row in rows
-    ]
+    return [{n: int(float.fromhex(v)) if n in whole else float.fromhex(v) for n, v in row.items()} for row in rows]

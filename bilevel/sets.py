@@ -111,9 +111,7 @@ class Box(Set):
     def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
         flat, unravel = ravel_pytree(like)
         lo, hi = ravel_pytree(_like(self.lo, like))[0], ravel_pytree(_like(self.hi, like))[0]
-        uniform, normal = (
-            draw(key, flat.shape, flat.dtype) for draw in (jax.random.uniform, jax.random.normal)
-        )
+        uniform, normal = (draw(key, flat.shape, flat.dtype) for draw in (jax.random.uniform, jax.random.normal))
         far = -jnp.log1p(-uniform)
         finite_lo, finite_hi = jnp.isfinite(lo), jnp.isfinite(hi)
         safe_lo, safe_hi = jnp.where(finite_lo, lo, 0), jnp.where(finite_hi, hi, 0)
@@ -201,9 +199,7 @@ class Simplex(Set):
 
     def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
         if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
-            invalid(
-                f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0."
-            )
+            invalid(f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0.")
 
 
 @struct
@@ -266,9 +262,7 @@ class Polyhedron(Set):
                 "One column per entry of the raveled point.",
             )
         if b.shape != A.shape[:1]:
-            invalid(
-                f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A."
-            )
+            invalid(f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A.")
         for part, value in (("A", A), ("b", b)):
             if not np.isfinite(value).all():
                 invalid(
@@ -354,9 +348,7 @@ def least_distance(A: Array, slack: Array) -> Array:
     if rows == 0:
         return jnp.zeros(n, A.dtype)
     eps = jnp.finfo(A.dtype).eps
-    length = jnp.maximum(
-        jnp.linalg.norm(A, axis=1), jnp.finfo(A.dtype).tiny
-    )  # rows of norm one: one tolerance for all
+    length = jnp.maximum(jnp.linalg.norm(A, axis=1), jnp.finfo(A.dtype).tiny)  # rows of norm one: one tolerance for all
     zero_row = length <= jnp.finfo(A.dtype).tiny
     G, h = -A / length[:, None], -slack / jnp.where(zero_row, 1, length)
     scale = jnp.maximum(jnp.max(jnp.abs(h)), jnp.finfo(A.dtype).tiny)  # d scales with h: solve for d/scale
@@ -383,9 +375,7 @@ def least_distance(A: Array, slack: Array) -> Array:
         entering = jnp.argmax(jnp.where(support | blocked, -jnp.inf, E.T @ (e - E @ u)))
         support = support.at[entering].set(True)
         trial = on_support(support)
-        dependent = ~jnp.isfinite(trial).all() | (
-            trial[entering] <= 0
-        )  # a column that rounding let in: keep it out
+        dependent = ~jnp.isfinite(trial).all() | (trial[entering] <= 0)  # a column that rounding let in: keep it out
 
         def negative(inner: tuple) -> Array:
             _, support, trial = inner
@@ -412,9 +402,7 @@ def least_distance(A: Array, slack: Array) -> Array:
         )
 
     nothing = jnp.zeros(rows, bool)
-    u, support, _, _ = jax.lax.while_loop(
-        go_on, body, (jnp.zeros(rows, A.dtype), nothing, jnp.array(0), nothing)
-    )
+    u, support, _, _ = jax.lax.while_loop(go_on, body, (jnp.zeros(rows, A.dtype), nothing, jnp.array(0), nothing))
     residual = e - E @ u  # r = -residual; r[n] < 0 when feasible
     empty = (residual[n] <= tol) | jnp.any(zero_row & (h > 0))
     rough = -residual[:n] / jnp.where(empty, 1, residual[n])

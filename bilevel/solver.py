@@ -45,7 +45,11 @@ class Solver:
 def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | None:
     """The reason for methods whose lower level is unconstrained."""
     if problem.coupling is not None:
-        return f"{type(solver).__name__} needs a lower level without constraints; got {type(problem.coupling).__name__}."
+        return (
+            f"{type(solver).__name__} needs a lower level without constraints; got {type(problem.coupling).__name__}."
+        )
     if problem.constrained_lower:
-        return f"{type(solver).__name__} needs an unconstrained lower level; got y_set = {type(problem.y_set).__name__}."
+        return (
+            f"{type(solver).__name__} needs an unconstrained lower level; got y_set = {type(problem.y_set).__name__}."
+        )
     return None

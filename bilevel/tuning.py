@@ -38,15 +38,10 @@ def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
 
     first = (
         here
-        + 0.1
-        * jnp.linalg.norm(here)
-        * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype)
-        / flat.size**0.5
+        + 0.1 * jnp.linalg.norm(here) * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype) / flat.size**0.5
     )
     length = jnp.linalg.norm(first)
-    first = jnp.where(
-        length > 0, first / jnp.where(length > 0, length, 1), jnp.ones_like(first) / flat.size**0.5
-    )
+    first = jnp.where(length > 0, first / jnp.where(length > 0, length, 1), jnp.ones_like(first) / flat.size**0.5)
     return lax.scan(probe, (first, jnp.zeros((), flat.dtype)), length=PROBES)[0][1]
 
 

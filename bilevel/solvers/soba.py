@@ -97,9 +97,7 @@ class SOBA(Solver):
         y, step_y = state.step_y(y, R)
         v, step_v = state.step_v(v, direction_v)
         x, step_x = state.step_x(x, direction_x)
-        return State(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(
-            norm(direction_x)
-        )
+        return State(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(norm(direction_x))
 
     def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
         return OracleCount(upper_gradients=1, lower_gradients=1, hvps=1, jvps=1)
