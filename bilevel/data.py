@@ -37,6 +37,15 @@ class Source:
         """All the data as one batch: for measuring, and for solvers that are not stochastic."""
         raise NotImplementedError
 
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks of a fixed partition the data has: what variance reduction keeps tables over."""
+        return 1
+
+    def block(self, index: Array) -> PyTree:
+        """Block `index` of the fixed partition, as a batch."""
+        return self.full()
+
     def validate(self, name: str) -> None:
         """Raise `InvalidInput`, naming `name`, where the data cannot be used."""
 
@@ -116,6 +125,14 @@ class Minibatch(Source):
     def take(self, indices: Array) -> PyTree:
         """The samples at `indices`."""
         return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], self.arrays)
+
+    @property
+    def num_blocks(self) -> int:
+        """Consecutive samples in blocks of batch_size; what is left over where it does not divide n is in no block."""
+        return self.num_samples // self.batch_size
+
+    def block(self, index: Array) -> PyTree:  # noqa: D102
+        return self.take(index * self.batch_size + jnp.arange(self.batch_size))
 
     def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:  # noqa: D102
         indices, state = self.indices(state, key)

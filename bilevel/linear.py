@@ -32,12 +32,17 @@ class LinearSolver:
         """A function (b [n], v0 [n]) -> LinearSolution for this M; what can be done once (a factor) is done here."""
 
         def solve(b: Array, v0: Array) -> LinearSolution:
-            v, iterations = self._iterate(matvec, b, v0)
+            v, iterations = self.iterate(matvec, b, v0)
             return LinearSolution(v, jnp.linalg.norm(b - matvec(v)), iterations)
 
         return solve
 
-    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        """(v, iterations) without the final residual: for solvers that run a fixed number of iterations."""
+        raise NotImplementedError
+
+    def max_products(self, n: int) -> int:
+        """Products with M that `iterate` takes at most for n unknowns."""
         raise NotImplementedError
 
 
@@ -57,8 +62,14 @@ class CG(LinearSolver):
     tol: Any = None
     max_iterations: int | None = static(None)
 
-    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
-        limit = 10 * b.size if self.max_iterations is None else self.max_iterations
+    def _limit(self, n: int) -> int:
+        return 10 * n if self.max_iterations is None else self.max_iterations
+
+    def max_products(self, n: int) -> int:  # noqa: D102
+        return 1 + self._limit(n)
+
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+        limit = self._limit(b.size)
         target = (_tol(self.tol, b.dtype) * jnp.linalg.norm(b)) ** 2
 
         def go_on(carry: tuple) -> Array:
@@ -87,8 +98,14 @@ class MINRES(LinearSolver):
     tol: Any = None
     max_iterations: int | None = static(None)
 
-    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
-        limit = 10 * b.size if self.max_iterations is None else self.max_iterations
+    def _limit(self, n: int) -> int:
+        return 10 * n if self.max_iterations is None else self.max_iterations
+
+    def max_products(self, n: int) -> int:  # noqa: D102
+        return 1 + self._limit(n)
+
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+        limit = self._limit(b.size)
         r = b - matvec(v0)
         beta = jnp.linalg.norm(r)
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
@@ -135,9 +152,21 @@ class GMRES(LinearSolver):
     restart: int = static(50)
     max_iterations: int | None = static(None)
 
-    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
-        m = min(self.restart, b.size) if self.max_iterations is None else min(self.restart, b.size, self.max_iterations)
-        limit = 20 * m if self.max_iterations is None else self.max_iterations
+    def _cycles(self, n: int) -> tuple[int, int]:
+        """(products per cycle, cycles)."""
+        m = min(self.restart, n)
+        if self.max_iterations is None:
+            return m, 20
+        m = min(m, self.max_iterations)
+        return m, -(-self.max_iterations // m)
+
+    def max_products(self, n: int) -> int:  # noqa: D102
+        m, cycles = self._cycles(n)
+        return 1 + (m + 1) * cycles
+
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+        m, cycles = self._cycles(b.size)
+        limit = m * cycles
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
 
         def cycle(v: Array, r: Array) -> Array:
@@ -185,10 +214,13 @@ class Neumann(LinearSolver):
 
     step_size: Any = 1.0
     tol: Any = None
-    max_iterations: int | None = static(1000)
+    max_iterations: int = static(1000)
 
-    def _iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
-        limit = 1000 if self.max_iterations is None else self.max_iterations
+    def max_products(self, n: int) -> int:  # noqa: D102
+        return 1 + self.max_iterations
+
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+        limit = self.max_iterations
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
 
         def go_on(carry: tuple) -> Array:
@@ -209,6 +241,12 @@ class Dense(LinearSolver):
     """Form M by n products (one vmap) and factor it once: Cholesky where `positive_definite`, else LU."""
 
     positive_definite: bool = static(False)
+
+    def max_products(self, n: int) -> int:  # noqa: D102
+        return n
+
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+        return self.prepare(matvec, b.size, b.dtype)(b, v0).v, jnp.array(b.size)
 
     def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:  # noqa: D102
         M = dense_matrix(matvec, n, dtype)

@@ -16,6 +16,7 @@ from bilevel import oracles
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
+from bilevel.step import Stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -200,6 +201,20 @@ def _fixed_point_step(residual: Callable, operator: Callable, dense: bool) -> Ca
         return new, R_new, length, jnp.where(small & (eta < 1), jnp.minimum(eta, 1e-8), eta), jnp.array(True)
 
     return move
+
+
+def descend(
+    problem: BilevelProblem, x: PyTree, y: PyTree, step_y: Stepper, source: PyTree, key: Array, num_steps: int
+) -> tuple[PyTree, Stepper, PyTree]:
+    """(y, stepper, source state) after num_steps of y <- y - a R(x, y; batch), a fresh batch of the lower source each."""
+
+    def body(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
+        y, step_y, source = carry
+        batch, source = problem.lower_data.next(source, key, x, y)
+        y, step_y = step_y(y, oracles.residual(problem, x, y, batch))
+        return (y, step_y, source), None
+
+    return lax.scan(body, (y, step_y, source), jax.random.split(key, num_steps))[0]
 
 
 def spectrum(

@@ -7,6 +7,7 @@ with Y(x) = {y in Y : coupling}. Functions are static, arrays are leaves: a seco
 module-level functions, other data) compiles nothing.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -86,6 +87,11 @@ class BilevelProblem:
     def constrained_lower(self) -> bool:
         """Whether the lower level has a set or a coupling."""
         return not isinstance(self.y_set, Reals) or self.coupling is not None
+
+    def on_full_data(self) -> "BilevelProblem":
+        """The same problem with all of the data in every batch: what solvers that are not stochastic run on."""
+        upper, lower = Full(self.upper_data.full()), Full(self.lower_data.full())
+        return dataclasses.replace(self, upper_data=upper, lower_data=lower)
 
     def validate(self) -> "BilevelProblem":
         """Check everything that can be checked without solving; return self.

@@ -57,6 +57,11 @@ class Stepper(NamedTuple):
         params, state = self.rule.apply(params, direction, self.state)
         return params, Stepper(self.rule, state)
 
+    def size(self) -> tuple[Any, "Stepper"]:
+        """(the step size now, next stepper); for rules without an optax transformation."""
+        size, state = self.rule.at(self.state)
+        return size, Stepper(self.rule, state)
+
 
 def stepper(rule: StepRule | None, default: Any, params: PyTree) -> Stepper:
     """The stepper of `rule`, or of the number `default` where the rule is None."""
@@ -69,6 +74,14 @@ def step_sizes(solver: Any, *names: str) -> None:
     for name in names:
         object.__setattr__(solver, name, as_step(getattr(solver, name)))
         check_step(f"{type(solver).__name__}.{name}", getattr(solver, name))
+
+
+def require_size(name: str, rule: StepRule | None) -> None:
+    """Raise `InvalidInput` where a rule must have a size but is an optax transformation."""
+    if rule is not None and rule.transformation is not None:
+        invalid(
+            name, "an optax transformation", "a number > 0 or an optax schedule", "The method needs the step's size."
+        )
 
 
 def as_step(rule: Any) -> Any:

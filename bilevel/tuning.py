@@ -7,7 +7,7 @@ They cost a few lower-level solves once, at init, outside of the oracle count of
 numbers, schedules or optax transformations to control a run.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import spectrum
 from bilevel.problem import BilevelProblem
+from bilevel.step import Stepper, StepRule, stepper
 
 PyTree = Any
 PROBES = 6
@@ -52,3 +53,47 @@ def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, single_loop: bo
     sizes = (1 / L, 0.5 * caution / upper_curvature(problem, x, y))
     lower, upper = (jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2) for size in sizes)
     return lower, upper
+
+
+class Iterates(NamedTuple):
+    """The state that most solvers share.
+
+    x, y, v (the adjoint, shaped like y); the step rules with their states; the states of the two sources.
+    """
+
+    x: PyTree
+    y: PyTree
+    v: PyTree
+    step_x: Stepper
+    step_y: Stepper
+    step_v: Stepper
+    upper: PyTree
+    lower: PyTree
+
+
+def start(
+    problem: BilevelProblem,
+    key: Array,
+    upper_step: StepRule | None,
+    lower_step: StepRule | None,
+    linear_step: StepRule | None,
+    single_loop: bool,
+    caution: float = 1.0,
+) -> Iterates:
+    """The state at init's (x0, y0) with v = 0; a step rule that is None takes its default times `caution`."""
+    key_start, key_upper, key_lower = jax.random.split(key, 3)
+    x, y = problem.init(key_start)
+    v = jax.tree.map(jnp.zeros_like, y)
+    lower_size = upper_size = None
+    if None in (upper_step, lower_step, linear_step):
+        lower_size, upper_size = (caution * size for size in default_steps(problem, x, y, single_loop))
+    return Iterates(
+        x,
+        y,
+        v,
+        step_x=stepper(upper_step, upper_size, x),
+        step_y=stepper(lower_step, lower_size, y),
+        step_v=stepper(linear_step, lower_size, v),
+        upper=problem.upper_data.init(key_upper),
+        lower=problem.lower_data.init(key_lower),
+    )

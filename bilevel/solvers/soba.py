@@ -11,24 +11,9 @@ from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import step_sizes
 from bilevel.struct import struct
-from bilevel.tuning import default_steps
-
-PyTree = Any
-
-
-class State(NamedTuple):
-    """The iterates (v shaped like y), the three step rules, the states of the two sources."""
-
-    x: PyTree
-    y: PyTree
-    v: PyTree
-    step_x: Stepper
-    step_y: Stepper
-    step_v: Stepper
-    upper: PyTree
-    lower: PyTree
+from bilevel.tuning import Iterates, start
 
 
 class Info(NamedTuple):
@@ -67,23 +52,11 @@ class SOBA(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:  # noqa: D102
-        start, upper, lower = jax.random.split(key, 3)
-        x, y = problem.init(start)
-        v = jax.tree.map(jnp.zeros_like, y)
-        a = c = None
-        if None in (self.lower_step_size, self.linear_step_size, self.upper_step_size):
-            a, c = default_steps(problem, x, y, single_loop=True)
-        return State(
-            x, y, v,
-            step_x=stepper(self.upper_step_size, c, x),
-            step_y=stepper(self.lower_step_size, a, y),
-            step_v=stepper(self.linear_step_size, a, v),
-            upper=problem.upper_data.init(upper),
-            lower=problem.lower_data.init(lower),
-        )  # fmt: skip
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+        rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
+        return start(problem, key, *rules, single_loop=True)
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
         x, y, v = state.x, state.y, state.v
         key_upper, key_lower = jax.random.split(key)
         batch_f, upper = problem.upper_data.next(state.upper, key_upper, x, y)
@@ -97,7 +70,7 @@ class SOBA(Solver):
         y, step_y = state.step_y(y, R)
         v, step_v = state.step_v(v, direction_v)
         x, step_x = state.step_x(x, direction_x)
-        return State(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(norm(direction_x))
+        return Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(norm(direction_x))
 
     def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
         return OracleCount(upper_gradients=1, lower_gradients=1, hvps=1, jvps=1)

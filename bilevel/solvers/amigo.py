@@ -1,0 +1,89 @@
+"""AmIGO: amortised implicit gradient optimisation, with warm starts of y and v."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel import oracles
+from bilevel.diagnostics import norm
+from bilevel.lower import descend
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, step_sizes
+from bilevel.struct import static, struct
+from bilevel.tuning import Iterates, start
+
+PyTree = Any
+
+
+class Info(NamedTuple):
+    """|f_x - R_x' v|."""
+
+    direction: Array
+
+
+@struct
+class AmIGO(Solver):
+    """AmIGO: with a fresh batch B of g wherever one is named, D of f,
+
+        y <- y - a R(x, y; B)                                T = num_lower_steps times, from the last y
+        v <- v - b (R_y(x, y; B)' v - f_y(x, y; D))          Q = num_linear_steps times, from the last v
+        x <- Proj_X(x - c (f_x(x, y; D) - R_x(x, y; B)' v)).
+
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, unconstrained lower level.
+    The warm starts make T and Q constants: without noise the rate is that of gradient descent on F up to constants.
+    Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
+
+    Args:
+        lower_step_size, linear_step_size, upper_step_size: a, b, c > 0, optax schedules or optax transformations.
+            Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+
+    Reference: Arbel, Mairal. Amortized implicit differentiation for stochastic bilevel optimization. ICLR 2022,
+        arXiv:2111.14580, Algorithms 1 to 3.
+    Differs from the paper: v has the opposite sign; x is projected on X; fixed points are allowed as lower level.
+    """
+
+    lower_step_size: Any = None
+    linear_step_size: Any = None
+    upper_step_size: Any = None
+    num_lower_steps: int = static(10)
+    num_linear_steps: int = static(10)
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations."""
+        step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
+
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+        rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
+        return start(problem, key, *rules, single_loop=False)
+
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+        x = state.x
+        key_y, key_f, key_v, key_x = jax.random.split(key, 4)
+        y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps)
+
+        batch_f, upper = problem.upper_data.next(state.upper, key_f, x, y)
+        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+
+        def adjoint(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
+            v, step_v, lower = carry
+            batch, lower = problem.lower_data.next(lower, key, x, y)
+            residual = jax.tree.map(jnp.subtract, oracles.hvp(problem, x, y, v, batch), fy)
+            v, step_v = step_v(v, residual)
+            return (v, step_v, lower), None
+
+        keys = jax.random.split(key_v, self.num_linear_steps)
+        (v, step_v, lower), _ = lax.scan(adjoint, (state.v, state.step_v, lower), keys)
+
+        batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
+        direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
+        x, step_x = state.step_x(x, direction)
+        it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower)
+        return it, Info(norm(direction))
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+        T, Q = self.num_lower_steps, self.num_linear_steps
+        return OracleCount(upper_gradients=1, lower_gradients=T, hvps=Q, jvps=1)
