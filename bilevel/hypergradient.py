@@ -15,6 +15,7 @@ the adjoint equations give the leading term of h - grad F; the estimate is twice
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ from bilevel.linear import LinearSolver, default_solver
 from bilevel.lower import Newton
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
-from bilevel.struct import static, struct
+from bilevel.struct import invalid, static, struct
 
 PyTree = Any
 
@@ -95,6 +96,7 @@ def _norm(tree: PyTree) -> Array:
     return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 
+@partial(jax.jit, static_argnames="estimate")
 def hypergradient(
     problem: BilevelProblem,
     x: PyTree,
@@ -121,9 +123,12 @@ def hypergradient(
 
     Raises:
         NotImplementedError: for a lower level with sets or coupling.
+        InvalidInput: where x, y or v is not shaped like init's x0, y0.
     """
     lower_level.require_unconstrained(problem, "hypergradient")
-    y = problem.init(jax.random.key(0))[1] if y is None else y
+    y = start_y(problem, x, y)
+    if v is not None:
+        check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     if lower is None:
         status = jnp.array(Status.CONVERGED)
@@ -237,28 +242,50 @@ def implicit_objective(
         NotImplementedError: for a lower level with sets or coupling.
     """
     lower_level.require_unconstrained(problem, "implicit_objective")
+    return lambda x, y=None: _implicit_value(problem, x, y, method, lower)
+
+
+@jax.jit
+def _implicit_value(
+    problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: Newton | None
+) -> Array:
     symmetric = isinstance(problem.lower, Minimize)
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    y = lax.stop_gradient(start_y(problem, x, y))
+    flat, unravel = ravel_pytree(y)
+    linear = default_solver(flat.size, symmetric) if method is None else method
 
-    def F(x: PyTree, y: PyTree = None) -> Array:
-        y = problem.init(jax.random.key(0))[1] if y is None else lax.stop_gradient(y)
-        flat, unravel = ravel_pytree(y)
-        linear = default_solver(flat.size, symmetric) if method is None else method
+    def residual(flat: Array) -> Array:
+        return ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]
 
-        def residual(flat: Array) -> Array:
-            return ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]
+    def root(_: Callable, start: Array) -> Array:
+        found = lower_level.solve(problem, lax.stop_gradient(x), unravel(start), lower_batch, lower)
+        return jnp.where(found.status == Status.NONFINITE, jnp.nan, ravel_pytree(found.y)[0])
 
-        def root(_: Callable, start: Array) -> Array:
-            found = lower_level.solve(problem, lax.stop_gradient(x), unravel(start), lower_batch, lower)
-            return jnp.where(found.status == Status.NONFINITE, jnp.nan, ravel_pytree(found.y)[0])
+    def apply(matvec: Callable, b: Array) -> Array:
+        return linear.iterate(matvec, b, jnp.zeros_like(b))[0]
 
-        def apply(matvec: Callable, b: Array) -> Array:
-            return linear.prepare(matvec, flat.size, flat.dtype)(b, jnp.zeros_like(b)).v
+    def tangent(matvec: Callable, b: Array) -> Array:
+        return lax.custom_linear_solve(matvec, b, apply, transpose_solve=apply, symmetric=symmetric)
 
-        def tangent(matvec: Callable, b: Array) -> Array:
-            return lax.custom_linear_solve(matvec, b, apply, transpose_solve=apply, symmetric=symmetric)
+    solution = lax.custom_root(residual, flat, root, tangent)
+    return oracles.upper_value(problem, x, unravel(solution), upper_batch)
 
-        solution = lax.custom_root(residual, flat, root, tangent)
-        return oracles.upper_value(problem, x, unravel(solution), upper_batch)
 
-    return F
+def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
+    """y, or init's y0 where y is None; x and y are held against init's shapes."""
+    x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
+    check_like("x", x, x0, "init's x0")
+    if y is None:
+        return problem.init(jax.random.key(0))[1]
+    check_like("y", y, y0, "init's y0")
+    return y
+
+
+def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
+    """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
+    got, want = (
+        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
+    )
+    if got != want:
+        invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")

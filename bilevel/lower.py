@@ -35,19 +35,20 @@ class LowerSolution(NamedTuple):
 class Newton:
     """Newton's method for the lower level, with backtracking (Minimize) or Picard steps (FixedPoint) as safeguard.
 
-    Minimize: d = -H^-1 R; H made positive definite by a Gershgorin shift where Cholesky fails (dense) or CG stopped at
-    negative curvature (matrix-free, forcing term min(0.1, |R|/|R_0|)); the step is halved until g decreases
-    (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
+    Minimize: d = -H^-1 R; where Cholesky fails, H is replaced by the diagonal of its absolute row sums (dense), and CG stops
+    at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g decreases (Armijo, 1e-4),
+    or |R| halves while g does not rise beyond rounding.
     FixedPoint: d = -(I - T_y)^-1 R by LU or 20 GMRES products, taken where it halves |R|, else y <- T(x, y), which is
     the safe step of a contraction.
+    A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
 
-    A step that is predicted to leave an error below tol (1 + |y|) ends the loop: eta |d| + |d|^2/(1 + |y|), with eta the
-    accuracy of the linear solve. That rule does not depend on the scale of g.
+    The next direction's length estimates the error of y, whatever the scale of g. The loop ends when it is at most
+    tol (1 + |y|), or when it has stopped shrinking below sqrt(eps) (1 + |y|): rounding allows no more.
 
     Args:
         tol: relative accuracy of y; default 10 eps of y's dtype.
-        max_steps: Newton steps.
-        dense: form the Hessian; default where y has at most DENSE_LIMIT entries.
+        max_steps: steps, those rejected by the safeguard included.
+        dense: form the Hessian; default where y has at most `linear.DENSE_LIMIT` entries.
     """
 
     tol: Any = None
@@ -72,135 +73,128 @@ def solve(
     settings = Newton() if settings is None else settings
     flat, unravel = ravel_pytree(y)
     dense = flat.size <= DENSE_LIMIT if settings.dense is None else settings.dense
-    tol = 10 * jnp.finfo(flat.dtype).eps if settings.tol is None else settings.tol
+    minimize = isinstance(problem.lower, Minimize)
+    eps = jnp.finfo(flat.dtype).eps
+    tol = 10 * eps if settings.tol is None else settings.tol
 
-    def residual(flat: Array) -> Array:
-        return ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0]
+    def evaluate(flat: Array) -> tuple[Array, Array]:
+        """(g, R); g is 0 for a fixed point."""
+        if minimize:
+            g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
+            return g, ravel_pytree(R)[0]
+        return jnp.zeros((), flat.dtype), ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0]
 
     def operator(flat: Array) -> Callable[[Array], Array]:
         product = oracles.hvp_operator(problem, x, unravel(flat), batch)
         return lambda v: ravel_pytree(product(unravel(v)))[0]
 
-    if isinstance(problem.lower, Minimize):
-        move = _minimize_step(
-            lambda flat: oracles.lower_value(problem, x, unravel(flat), batch), residual, operator, dense
-        )
-    else:
-        move = _fixed_point_step(residual, operator, dense)
+    prepare, apply = _directions(operator, flat, minimize, dense)
 
-    def go_on(carry: tuple) -> Array:
-        _, _, _, steps, status = carry
-        return (status == Status.MAX_STEPS) & (steps < settings.max_steps)
+    def go_on(c: _Search) -> Array:
+        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
 
-    def body(carry: tuple) -> tuple:
-        flat, R, norms, steps, _ = carry
-        new, R_new, length, eta, moved = move(flat, R, norms)
-        scale = 1 + jnp.linalg.norm(new)
-        done = eta * length + length**2 / scale <= tol * scale
-        status = jnp.where(done, Status.CONVERGED, jnp.where(moved, Status.MAX_STEPS, Status.STALLED))
-        finite = jnp.isfinite(R_new).all() & jnp.isfinite(new).all()
-        status = jnp.where(finite, status, Status.NONFINITE)
-        best = jnp.minimum(norms[1], jnp.linalg.norm(R_new))
-        return jnp.where(finite, new, flat), R_new, norms.at[1].set(best), steps + 1, status
-
-    R = residual(flat)
-    norm = jnp.linalg.norm(R)
-    status = jnp.where(jnp.isfinite(norm), jnp.where(norm == 0, Status.CONVERGED, Status.MAX_STEPS), Status.NONFINITE)
-    start = (
-        flat,
-        R,
-        jnp.stack([norm, norm]),
-        jnp.array(0),
-        status,
-    )  # norms: at the start, and the best so far
-    flat, R, _, steps, status = lax.while_loop(go_on, body, start)
-    return LowerSolution(unravel(flat), jnp.linalg.norm(R), steps, status)
-
-
-def _minimize_step(value: Callable, residual: Callable, operator: Callable, dense: bool) -> Callable:
-    """(y, R, norms) -> (y_new, R_new, |d|, eta, moved) for a lower level that is minimised."""
-
-    def solver_at(flat: Array, R: Array, norms: Array) -> tuple[Callable, Array]:
-        """(R -> H^-1 R, eta) with H at `flat` made positive definite."""
-        if dense:
-            H = dense_matrix(operator(flat), flat.size, flat.dtype)
-            factor = jnp.linalg.cholesky(H)
-
-            def shifted() -> Array:
-                off = jnp.sum(jnp.abs(H), axis=1) - jnp.abs(jnp.diag(H))
-                lowest = jnp.min(jnp.diag(H) - off)  # Gershgorin: no eigenvalue lies below
-                shift = jnp.maximum(-lowest, 0) + 1e-3 * jnp.maximum(jnp.max(jnp.abs(H)), 1e-8)
-                return jnp.linalg.cholesky(H + shift * jnp.eye(flat.size, dtype=flat.dtype))
-
-            good = jnp.isfinite(factor).all()
-            factor = lax.cond(good, lambda: factor, shifted)
-            return lambda R: jax.scipy.linalg.cho_solve((factor, True), R), jnp.where(good, 0.0, 1.0).astype(flat.dtype)
-        eta = jnp.minimum(0.1, jnp.linalg.norm(R) / norms[0]).astype(flat.dtype)
-        solve = CG(tol=jnp.maximum(eta, 10 * jnp.finfo(flat.dtype).eps)).prepare(operator(flat), flat.size, flat.dtype)
-
-        def direction(R: Array) -> Array:
-            v = solve(R, jnp.zeros_like(R)).v
-            return jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
-
-        return direction, eta
-
-    def move(flat: Array, R: Array, norms: Array) -> tuple:
-        direction, eta = solver_at(flat, R, norms)
-        d, g = -direction(R), value(flat)
-        slope = R @ d
-        slack = 1e3 * jnp.finfo(flat.dtype).eps * (1 + jnp.abs(g))
-
-        def rejected(carry: tuple) -> Array:
-            t, _, _, accepted = carry
-            return ~accepted & (t > 1e-9)
-
-        def halve(carry: tuple) -> tuple:
-            return attempt(carry[0] * 0.5)
-
-        def attempt(t: Array) -> tuple:
-            new = flat + t * d
-            g_new, R_new = value(new), residual(new)
-            halved = (jnp.linalg.norm(R_new) <= 0.5 * norms[1]) & (g_new <= g + slack)
-            return t, new, R_new, ((g_new <= g + 1e-4 * t * slope) & (slope < 0)) | halved
-
-        t, new, R_new, accepted = lax.while_loop(rejected, halve, attempt(jnp.ones((), flat.dtype)))
-        new, R_new = jnp.where(accepted, new, flat), jnp.where(accepted, R_new, R)
-        length = jnp.linalg.norm(d)  # of the full step: a short accepted one is no sign of convergence
-        if dense:  # one more step with the same factor costs n^2, and finishes a quadratic
-            chord = -direction(R_new)
-            R_chord = residual(new + chord)
-            better = jnp.linalg.norm(R_chord) <= jnp.linalg.norm(R_new)
-            length = jnp.where(accepted, jnp.minimum(length, jnp.linalg.norm(chord)), length)
-            new, R_new = jnp.where(better, new + chord, new), jnp.where(better, R_chord, R_new)
-            accepted = accepted | better
-        return new, R_new, length, eta, accepted
-
-    return move
-
-
-def _fixed_point_step(residual: Callable, operator: Callable, dense: bool) -> Callable:
-    """(y, R, norms) -> (y_new, R_new, |d|, eta, moved) for a fixed point."""
-
-    def move(flat: Array, R: Array, norms: Array) -> tuple:
-        del norms
-        M = operator(flat)
-        if dense:
-            d = -jnp.linalg.solve(dense_matrix(M, flat.size, flat.dtype), R)
+    def body(c: _Search) -> _Search:
+        # One trial point a pass, so that each oracle is compiled once. The first pass (t = 0) only evaluates the start.
+        first = c.steps == 0
+        trial = c.y + c.t * c.d
+        g, R = evaluate(trial)
+        norm_R = jnp.linalg.norm(R)
+        finite = jnp.isfinite(norm_R) & jnp.isfinite(g)
+        halved = norm_R <= 0.5 * c.norm_R
+        if minimize:
+            slack = 1e3 * eps * (1 + jnp.abs(c.g))
+            enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
         else:
-            d = -GMRES(restart=20, max_iterations=20).prepare(M, flat.size, flat.dtype)(R, jnp.zeros_like(R)).v
-        d = jnp.where(jnp.isfinite(d).all(), d, 0)
-        eta = jnp.linalg.norm(R + M(d)) / jnp.linalg.norm(R)
-        newton = flat + d
-        R_newton = residual(newton)
-        take = jnp.linalg.norm(R_newton) <= 0.5 * jnp.linalg.norm(R)
-        picard = flat - R
-        new, R_new = lax.cond(take, lambda: (newton, R_newton), lambda: (picard, residual(picard)))
-        # At rounding level nothing halves R any more: a Newton step this small is the end, whichever was taken.
-        small = jnp.linalg.norm(d) <= 1e-7 * (1 + jnp.linalg.norm(flat)) * jnp.sqrt(jnp.finfo(flat.dtype).eps / 2.2e-16)
-        length = jnp.where(take | small, jnp.linalg.norm(d), jnp.linalg.norm(R) + 1)
-        return new, R_new, length, jnp.where(small & (eta < 1), jnp.minimum(eta, 1e-8), eta), jnp.array(True)
+            enough = c.safe | halved
+        ok = finite & (first | enough)
+        refactor = jnp.where(ok, first | (norm_R > 0.1 * c.norm_R), ~c.fresh) if dense else ok
+        flat, g, R, norm_R = (
+            jnp.where(ok, new, old) for new, old in ((trial, c.y), (g, c.g), (R, c.R), (norm_R, c.norm_R))
+        )
+        first_norm = jnp.where(first, norm_R, c.first_norm)
 
-    return move
+        renew = ok | refactor
+        factor = lax.cond(refactor, prepare, lambda _: c.factor, flat)
+        eta = jnp.clip(norm_R / first_norm, eps, 0.01)
+        otherwise = c.d if minimize else -R
+        if dense:
+            d = jnp.where(renew, apply(factor, flat, R, eta), otherwise)
+        else:
+            d = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: otherwise)
+        t = jnp.where(renew, 1, c.t / 2) if minimize else jnp.ones_like(c.t)
+
+        length, scale = jnp.linalg.norm(d), 1 + jnp.linalg.norm(flat)
+        at_rounding = ~first & (c.length <= jnp.sqrt(eps) * scale)
+        done = jnp.where(
+            ok, (length <= tol * scale) | (at_rounding & (length >= c.length / 2)), at_rounding & ~refactor
+        )
+        status = jnp.where(t < eps, Status.STALLED, Status.MAX_STEPS)
+        status = jnp.where(done | (norm_R == 0), Status.CONVERGED, status)
+        status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
+        return _Search(
+            flat, g, R, factor, d, t, length, norm_R, first_norm, R @ d,
+            fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize), steps=c.steps + 1, status=status,
+        )  # fmt: skip
+
+    zero, no, like = jnp.zeros((), flat.dtype), jnp.array(False), jnp.zeros_like(flat)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(prepare, flat))
+    start = _Search(
+        flat, zero, like, nothing, like, zero, zero, zero, zero, zero,
+        fresh=no, safe=no, steps=jnp.array(0), status=jnp.array(Status.MAX_STEPS),
+    )  # fmt: skip
+    end = lax.while_loop(go_on, body, start)
+    return LowerSolution(unravel(end.y), end.norm_R, end.steps, end.status)
+
+
+class _Search(NamedTuple):
+    """y with g and R there; factor of R_y and the direction d from it; step length t; |d|, |R|, |R at the start|, R'd.
+
+    fresh: the factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
+    """
+
+    y: Array
+    g: Array
+    R: Array
+    factor: PyTree
+    d: Array
+    t: Array
+    length: Array
+    norm_R: Array
+    first_norm: Array
+    slope: Array
+    fresh: Array
+    safe: Array
+    steps: Array
+    status: Array
+
+
+def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable]:
+    """prepare: y -> factor, and apply: (factor, y, R, eta) -> d = -R_y^-1 R to the accuracy eta where it is iterative."""
+    n, dtype = like.size, like.dtype
+
+    def cholesky(flat: Array) -> tuple[Array, Array]:
+        H = dense_matrix(operator(flat), n, dtype)
+        return jnp.linalg.cholesky(H), jnp.sum(jnp.abs(H), axis=1)
+
+    def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> Array:
+        L, rows = factor  # an indefinite H: diag(rows) - H is positive semidefinite (Gershgorin), a safe scaling
+        good = jnp.isfinite(L[-1, -1])
+        return -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.maximum(rows, jnp.finfo(dtype).tiny))
+
+    if dense and minimize:
+        return cholesky, by_cholesky
+    if dense:
+        return (
+            lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
+            lambda lu, flat, R, eta: -jax.scipy.linalg.lu_solve(lu, R),
+        )
+
+    def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> Array:
+        solver = CG(tol=eta) if minimize else GMRES(tol=eta, restart=20, max_iterations=20)
+        v, _ = solver.iterate(operator(flat), R, jnp.zeros_like(R))
+        return -jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
+
+    return lambda flat: (), iterative
 
 
 def descend(

@@ -77,6 +77,13 @@ def residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Py
     return _residual(problem, x, y, batch)
 
 
+def lower_value_and_gradient(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    """(g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_gradients=1)
+    return jax.value_and_grad(problem.lower.g, argnums=1)(x, y, batch)
+
+
 def lower_gradient_x(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     """grad_x g, shaped like x; only for `Minimize`."""
     assert isinstance(problem.lower, Minimize)

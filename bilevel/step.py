@@ -42,7 +42,8 @@ class StepRule:
     def at(self, state: PyTree) -> tuple[Array | float, PyTree]:
         """(the step size now, next state); for a float or a schedule."""
         if self.schedule is not None:
-            return self.schedule(state), state + 1
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
+                return self.schedule(state), state + 1
         return self.value, state
 
 

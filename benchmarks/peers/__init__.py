@@ -1,0 +1,1 @@
+"""Measurements against other libraries; each script prints a table and needs the extra `peers`."""
