@@ -3,6 +3,7 @@
 Start with `BilevelProblem`, `solve`, `hypergradient` and `implicit_objective`; solvers are in `bilevel.solvers`.
 """
 
+# ruff: noqa: F401, F403
 from bilevel import (
     checkpoint,
     data,
@@ -28,5 +29,5 @@ from bilevel.record import OracleCount, Record, Solution, Status
 from bilevel.run import SolveError, Unsupported, advance, solve, solve_many
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
 from bilevel.solver import Solver
-from bilevel.solvers import *  # noqa: F403  (every solver found in bilevel/solvers, by discovery)
+from bilevel.solvers import *  # every solver found in bilevel/solvers, by discovery
 from bilevel.struct import InvalidInput

@@ -1,6 +1,7 @@
 """Atomic checkpoints: a safetensors file of raw bytes with a manifest. No pickled code; loading executes nothing.
 
-The manifest (JSON in the file's header) holds the format version, the fingerprint of the run it belongs to, every leaf's
+The manifest (JSON in the file's header) holds the format version, the fingerprint of the run it belongs to, every
+leaf's
 path, shape and dtype, and the SHA-256 of all bytes: a flipped bit, another problem or a missing leaf is a named error.
 """
 
@@ -125,7 +126,8 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
         )
     if manifest["owner"] != owner:
         raise CheckpointError(
-            f"checkpoint {path}: it belongs to another problem, solver, key or setting. Name another file, or delete it."
+            f"checkpoint {path}: it belongs to another problem, solver, key or setting. "
+            "Name another file, or delete it."
         )
     if manifest["leaves"] != _describe(like):
         raise CheckpointError(f"checkpoint {path}: its arrays differ in path, shape or dtype from this run's state.")

@@ -1,6 +1,7 @@
 """Sources of data: what the solver sees of the problem's data at each step.
 
-A source is a pytree with `init(key) -> state`, `next(state, key, x, y) -> (batch, state)` and `full() -> batch`. A source
+A source is a pytree with `init(key) -> state`, `next(state, key, x, y) -> (batch, state)` and `full() -> batch`. A
+source
 may look at the current (x, y): rollouts of inverse reinforcement learning do. Everything random comes from `key`, and
 everything remembered is in `state`, so a run resumes to the bit.
 """
@@ -66,13 +67,13 @@ class Full(Source):
 
     arrays: PyTree = None
 
-    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:  # noqa: D102
+    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         return self.arrays, state
 
-    def full(self) -> PyTree:  # noqa: D102
+    def full(self) -> PyTree:
         return self.arrays
 
-    def validate(self, name: str) -> None:  # noqa: D102
+    def validate(self, name: str) -> None:
         _check_finite(name, self.arrays)
 
 
@@ -96,10 +97,10 @@ class Minibatch(Source):
         return jax.tree.leaves(self.arrays)[0].shape[0]
 
     @property
-    def fraction(self) -> float:  # noqa: D102
+    def fraction(self) -> float:
         return self.batch_size / self.num_samples
 
-    def init(self, key: Array) -> PyTree:  # noqa: D102
+    def init(self, key: Array) -> PyTree:
         return () if self.replace else (jnp.arange(self.num_samples), jnp.zeros((), int))
 
     def indices(self, state: PyTree, key: Array) -> tuple[Array, PyTree]:
@@ -131,17 +132,17 @@ class Minibatch(Source):
         """Consecutive samples in blocks of batch_size; what is left over where it does not divide n is in no block."""
         return self.num_samples // self.batch_size
 
-    def block(self, index: Array) -> PyTree:  # noqa: D102
+    def block(self, index: Array) -> PyTree:
         return self.take(index * self.batch_size + jnp.arange(self.batch_size))
 
-    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:  # noqa: D102
+    def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         indices, state = self.indices(state, key)
         return self.take(indices), state
 
-    def full(self) -> PyTree:  # noqa: D102
+    def full(self) -> PyTree:
         return self.arrays
 
-    def validate(self, name: str) -> None:  # noqa: D102
+    def validate(self, name: str) -> None:
         leaves = jax.tree_util.tree_leaves_with_path(self.arrays)
         if not leaves:
             invalid(

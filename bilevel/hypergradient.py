@@ -11,7 +11,8 @@ At computed (y, v) with residuals |R(x, y)| and r_v = f_y - R_y' v, and constant
     error <= L_fx delta + L_gxy |v| delta + C_gxy eps_v.
 
 Without constants the error is estimated to first order: the Newton correction d = -R_y^-1 R and the change it makes in
-the adjoint equations give the leading term of h - grad F; the estimate is twice its norm. It is an estimate: status says so.
+the adjoint equations give the leading term of h - grad F; the estimate is twice its norm. It is an estimate: status
+says so.
 """
 
 from collections.abc import Callable
@@ -68,8 +69,8 @@ class Hypergradient:
 
     value: f(x, y), shape []. gradient: shaped like x. y: the lower-level point used. lower_residual: |R(x, y)|.
     linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm: rigorous
-    up to a first-order allowance for rounding where `constants` were given, else estimated. active_margin: distance to a
-    change of the active set, infinite without constraints. status: a `Status` as an integer array: CONVERGED (bound
+    up to a first-order allowance for rounding where `constants` were given, else estimated. active_margin: distance to
+    a change of the active set, infinite without constraints. status: a `Status` as an integer array: CONVERGED (bound
     proved from the constants), ESTIMATED, or why the lower level failed. v: the adjoint, a warm start.
     """
 
@@ -87,7 +88,8 @@ class Hypergradient:
         """Numbers and the status sentence."""
         status = Status(int(self.status))
         return (
-            f"F = {float(self.value):.10g}, |gradient| = {float(_norm(self.gradient)):.4e}, error <= {float(self.error_bound):.1e}, "
+            f"F = {float(self.value):.10g}, |gradient| = {float(_norm(self.gradient)):.4e}, "
+            f"error <= {float(self.error_bound):.1e}, "
             f"lower residual {float(self.lower_residual):.1e}\n{status.name}: {status.advice}"
         )
 
@@ -234,7 +236,8 @@ def implicit_objective(
 ) -> Callable[..., Array]:
     """F: x -> f(x, y(x)), shape [], differentiable in forward and reverse mode, and again.
 
-    Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level from y,
+    Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level
+    from y,
     without a derivative with respect to y. F is NaN where the lower level cannot be solved at all; `hypergradient` says
     why, and how exact an answer is.
 

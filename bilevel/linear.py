@@ -54,7 +54,8 @@ def _tol(tol: Any, dtype: Any) -> Any:
 class CG(LinearSolver):
     """Conjugate gradients for symmetric positive definite M (Hestenes and Stiefel, 1952).
 
-    The error in the energy norm falls at every iteration in exact arithmetic. Two rules keep rounding from undoing that:
+    The error in the energy norm falls at every iteration in exact arithmetic. Two rules keep rounding from undoing
+    that:
     a direction of non-positive curvature ends the loop, and so does the recurrence's residual at rounding level of b.
     `tol` relative, default 10 eps; `max_iterations` defaults to 10 n, since rounding can cost CG several times n.
     """
@@ -65,10 +66,10 @@ class CG(LinearSolver):
     def _limit(self, n: int) -> int:
         return 10 * n if self.max_iterations is None else self.max_iterations
 
-    def max_products(self, n: int) -> int:  # noqa: D102
+    def max_products(self, n: int) -> int:
         return 1 + self._limit(n)
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self._limit(b.size)
         target = (_tol(self.tol, b.dtype) * jnp.linalg.norm(b)) ** 2
 
@@ -101,10 +102,10 @@ class MINRES(LinearSolver):
     def _limit(self, n: int) -> int:
         return 10 * n if self.max_iterations is None else self.max_iterations
 
-    def max_products(self, n: int) -> int:  # noqa: D102
+    def max_products(self, n: int) -> int:
         return 1 + self._limit(n)
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self._limit(b.size)
         r = b - matvec(v0)
         beta = jnp.linalg.norm(r)
@@ -160,11 +161,11 @@ class GMRES(LinearSolver):
         m = min(m, self.max_iterations)
         return m, -(-self.max_iterations // m)
 
-    def max_products(self, n: int) -> int:  # noqa: D102
+    def max_products(self, n: int) -> int:
         m, cycles = self._cycles(n)
         return 1 + (m + 1) * cycles
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         m, cycles = self._cycles(b.size)
         limit = m * cycles
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
@@ -216,10 +217,10 @@ class Neumann(LinearSolver):
     tol: Any = None
     max_iterations: int = static(1000)
 
-    def max_products(self, n: int) -> int:  # noqa: D102
+    def max_products(self, n: int) -> int:
         return 1 + self.max_iterations
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self.max_iterations
         target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
 
@@ -242,13 +243,13 @@ class Dense(LinearSolver):
 
     positive_definite: bool = static(False)
 
-    def max_products(self, n: int) -> int:  # noqa: D102
+    def max_products(self, n: int) -> int:
         return n
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:  # noqa: D102
+    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         return self.prepare(matvec, b.size, b.dtype)(b, v0).v, jnp.array(b.size)
 
-    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:  # noqa: D102
+    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:
         M = dense_matrix(matvec, n, dtype)
         if self.positive_definite:
             factor = jax.scipy.linalg.cho_factor(M)

@@ -23,7 +23,9 @@ PyTree = Any
 
 
 class LowerSolution(NamedTuple):
-    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, NONFINITE)."""
+    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED,
+    NONFINITE).
+    """
 
     y: PyTree
     residual: Array
@@ -35,9 +37,9 @@ class LowerSolution(NamedTuple):
 class Newton:
     """Newton's method for the lower level, with backtracking (Minimize) or Picard steps (FixedPoint) as safeguard.
 
-    Minimize: d = -H^-1 R; where Cholesky fails, H is replaced by the diagonal of its absolute row sums (dense), and CG stops
-    at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g decreases (Armijo, 1e-4),
-    or |R| halves while g does not rise beyond rounding.
+    Minimize: d = -H^-1 R; where Cholesky fails, H is replaced by the diagonal of its absolute row sums (dense), and CG
+    stops at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g decreases
+    (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
     FixedPoint: d = -(I - T_y)^-1 R by LU or 20 GMRES products, taken where it halves |R|, else y <- T(x, y), which is
     the safe step of a contraction.
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
@@ -61,7 +63,8 @@ def require_unconstrained(problem: BilevelProblem, what: str) -> None:
     if problem.constrained_lower:
         raise NotImplementedError(
             f"{what}: got a lower level with y_set = {type(problem.y_set).__name__} and coupling = "
-            f"{type(problem.coupling).__name__}; expected an unconstrained lower level. Sets and linear coupling are not supported yet."
+            f"{type(problem.coupling).__name__}; expected an unconstrained lower level. "
+            "Sets and linear coupling are not supported yet."
         )
 
 
@@ -169,7 +172,9 @@ class _Search(NamedTuple):
 
 
 def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable]:
-    """prepare: y -> factor, and apply: (factor, y, R, eta) -> d = -R_y^-1 R to the accuracy eta where it is iterative."""
+    """prepare: y -> factor, and apply: (factor, y, R, eta) -> d = -R_y^-1 R to the accuracy eta where it is
+    iterative.
+    """
     n, dtype = like.size, like.dtype
 
     def cholesky(flat: Array) -> tuple[Array, Array]:
@@ -200,7 +205,9 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
 def descend(
     problem: BilevelProblem, x: PyTree, y: PyTree, step_y: Stepper, source: PyTree, key: Array, num_steps: int
 ) -> tuple[PyTree, Stepper, PyTree]:
-    """(y, stepper, source state) after num_steps of y <- y - a R(x, y; batch), a fresh batch of the lower source each."""
+    """(y, stepper, source state) after num_steps of y <- y - a R(x, y; batch), a fresh batch of the lower source
+    each.
+    """
 
     def body(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
         y, step_y, source = carry

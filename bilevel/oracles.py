@@ -1,6 +1,7 @@
 """First- and second-order oracles of a problem: the only file that differentiates the user's functions.
 
-With the residual R(x, y) = grad_y g (Minimize) or y - T(x, y) (FixedPoint), everything implicit differentiation needs is
+With the residual R(x, y) = grad_y g (Minimize) or y - T(x, y) (FixedPoint), everything implicit differentiation needs
+is
     R,   R_y' v  (a Hessian-vector product g_yy v),   R_x' v  (a cross product g_xy v),   f_x, f_y.
 Every call is counted where it is executed: under `jax.disable_jit()` inside `counting()` the counts are exact, loops
 included. Compiled code counts what was traced.
@@ -139,7 +140,9 @@ def hvp_operator(
 def adjoint_change(
     problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, d: PyTree, upper: PyTree, lower: PyTree
 ) -> tuple[PyTree, PyTree]:
-    """Directional derivatives along d in y, v fixed, of (f_x - R_x' v, f_y - R_y' v): counted as one of each product."""
+    """Directional derivatives along d in y, v fixed, of (f_x - R_x' v, f_y - R_y' v): counted as one of each
+    product.
+    """
     _count(upper_gradients=1, hvps=1, jvps=1)
 
     def adjoint(y: PyTree) -> tuple[PyTree, PyTree]:

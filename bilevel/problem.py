@@ -40,7 +40,9 @@ class FixedPoint:
 
 @struct
 class LinearCoupling:
-    """A y + B x <= b, and A_eq y + B_eq x = b_eq where given. y and x are raveled; shapes [rows, dim y], [rows, dim x], [rows]."""
+    """A y + B x <= b, and A_eq y + B_eq x = b_eq where given. y and x are raveled; shapes [rows, dim y], [rows, dim
+    x], [rows].
+    """
 
     A: Any
     B: Any
@@ -97,7 +99,8 @@ class BilevelProblem:
         """Check everything that can be checked without solving; return self.
 
         Raises:
-            InvalidInput: naming the argument, what was got, what was expected and what to do, for functions that are not
+            InvalidInput: naming the argument, what was got, what was expected and what to do, for functions that are
+            not
                 callable, wrong shapes or dtypes, a non-scalar objective, an empty set, lo > hi, a non-finite datum.
         """
         _check_kinds(self)

@@ -36,7 +36,7 @@ class Status(enum.IntEnum):
     )
     WEAKLY_ACTIVE = (
         5,
-        "A lower constraint is active with a multiplier near zero: F has a kink here. Smooth (DSBLO), or look at active_margin.",
+        "A lower constraint is active with a multiplier near zero: F has a kink here. Look at active_margin.",
     )
     STALLED = (
         6,

@@ -1,7 +1,7 @@
 """Slow exact answers: the tests' ground truth and the referee's tool.
 
-Nothing here shares an algorithm with the fast path: the lower level by SciPy, matrices formed densely in NumPy, gradients
-of F by finite differences of values. Use float64 and problems of a few hundred lower-level unknowns.
+Nothing here shares an algorithm with the fast path: the lower level by SciPy, matrices formed densely in NumPy,
+gradients of F by finite differences of values. Use float64 and problems of a few hundred lower-level unknowns.
 """
 
 from collections.abc import Callable
@@ -71,7 +71,7 @@ def hypergradient(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[float,
 
 
 def objective(problem: BilevelProblem, y: PyTree) -> Callable[[PyTree], float]:
-    """x -> F(x) by `solve_lower` from y."""
+    """X -> F(x) by `solve_lower` from y."""
     upper = problem.upper_data.full()
     return lambda x: float(problem.upper(x, solve_lower(problem, x, y), upper))
 

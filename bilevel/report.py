@@ -28,7 +28,9 @@ def row_text(row: dict[str, float]) -> str:
 
 
 def solution_text(solution: Solution, max_rows: int = 12) -> str:
-    """Header, at most `max_rows` evenly chosen rows (the first and last among them), and a footer with status and times."""
+    """Header, at most `max_rows` evenly chosen rows (the first and last among them), and a footer with status and
+    times.
+    """
     rows, stats = solution.record.rows, solution.stats
     if len(rows) > max_rows:
         chosen = sorted({round(k * (len(rows) - 1) / (max_rows - 1)) for k in range(max_rows)})
@@ -36,7 +38,8 @@ def solution_text(solution: Solution, max_rows: int = 12) -> str:
     unit = "oracles: passes over the data; feas: distance to the sets; F and hypergrad recomputed with y(x)"
     footer = (
         f"{solution.status.name} after {stats['steps']} steps: {solution.status.advice}\n"
-        f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, measuring {stats['measure_time']:.3f} s; {unit}"
+        f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
+        f"measuring {stats['measure_time']:.3f} s; {unit}"
     )
     return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer])
 
@@ -99,8 +102,8 @@ def plot_records(
             for k, (label, runs) in enumerate(records.items()):
                 for i, record in enumerate(runs):
                     values = record[column] - (optimum or 0.0) if r == 0 else record[column]
-                    ax.plot(record[axis], values, color=f"C{k % 10}", alpha=1.0 if i == 0 else 0.3, lw=1.6 if i == 0 else 0.8,
-                            label=label if i == 0 else None)  # fmt: skip
+                    style = {"alpha": 1.0, "lw": 1.6, "label": label} if i == 0 else {"alpha": 0.3, "lw": 0.8}
+                    ax.plot(record[axis], values, color=f"C{k % 10}", **style)
             if r > 0 or optimum is not None:
                 ax.set_yscale("log")
             ax.set_xlabel(unit)

@@ -1,6 +1,7 @@
 """Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds by vmap).
 
-The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps of a
+The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps
+of a
 chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one compilation
 serves every chunk.
 """
@@ -128,7 +129,8 @@ def solve(
     """Run `solver` on `problem`.
 
     Args:
-        problem, solver: what to solve, and how.
+        problem: what to solve.
+        solver: how.
         key: a typed key, `jax.random.key(seed)`; the run is a function of it.
         max_steps: steps at most.
         every: steps between measurements; default max_steps/20, at least 1.
@@ -146,7 +148,8 @@ def solve(
         a `Solution`; printing it gives the report.
 
     Raises:
-        InvalidInput: for bad arguments or a bad problem. Unsupported: with the solver's reason. CheckpointError. SolveError.
+        InvalidInput: for bad arguments or a bad problem. Unsupported: with the solver's reason. CheckpointError.
+        SolveError.
     """
     _check_arguments(max_steps, every, tol, time_limit)
     if key.shape != ():
@@ -179,7 +182,8 @@ def solve_many(
 ) -> list[Solution]:
     """`solve` for every key of `keys`, shape [n], in one vmapped run; the arguments are those of `solve`.
 
-    A key that converges or turns non-finite is set aside with its record; the others go on. Times are those of all keys together.
+    A key that converges or turns non-finite is set aside with its record; the others go on. Times are those of all
+    keys together.
     """
     _check_arguments(max_steps, every, tol, time_limit)
     if len(keys.shape) != 1 or keys.shape[0] == 0:
@@ -233,7 +237,8 @@ class _Clock:
 
 
 def _drive(
-    problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float | None,
+    problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float |
+    None,
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
     measure: Callable,
 ) -> list[Solution]:  # fmt: skip
@@ -337,7 +342,8 @@ def _drive(
         x, y = lanes.output(problem, at_state)
         stats = {
             "solver": type(solver).__name__, "steps": int(stopped), "tol": tol, "setup_time": clock.setup,
-            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": int(stopped) * passes, "cost": call.as_dict(),
+            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": int(stopped) * passes,
+            "cost": call.as_dict(),
         }  # fmt: skip
         solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
     return solutions

@@ -1,7 +1,8 @@
 """Sets for x and y: project, violation, sample, active, validate.
 
 Every set works on any pytree with the structure it was made for, and is itself a pytree, so that bounds can be traced.
-Projections come from `optax.projections` where it has them; the polyhedron's is a least-distance program solved exactly.
+Projections come from `optax.projections` where it has them; the polyhedron's is a least-distance program solved
+exactly.
 """
 
 import operator
@@ -80,17 +81,17 @@ class Reals(Set):
 
     bounded = False
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         return z
 
-    def violation(self, z: PyTree) -> Array:  # noqa: D102
+    def violation(self, z: PyTree) -> Array:
         return jnp.zeros((), ravel_pytree(z)[0].dtype)
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         return unravel(jax.random.normal(key, flat.shape, flat.dtype))
 
-    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.zeros(jnp.shape(leaf), bool), z)
 
 
@@ -105,10 +106,10 @@ class Box(Set):
     lo: PyTree
     hi: PyTree
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         return optax.projections.projection_box(z, _like(self.lo, z), _like(self.hi, z))
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         lo, hi = ravel_pytree(_like(self.lo, like))[0], ravel_pytree(_like(self.hi, like))[0]
         uniform, normal = (draw(key, flat.shape, flat.dtype) for draw in (jax.random.uniform, jax.random.normal))
@@ -119,7 +120,7 @@ class Box(Set):
         one_sided = jnp.where(finite_lo, safe_lo + far, jnp.where(finite_hi, safe_hi - far, normal))
         return unravel(jnp.where(finite_lo & finite_hi, within, one_sided))
 
-    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return jax.tree.map(
             lambda leaf, lo, hi: (leaf <= lo + tol) | (leaf >= hi - tol),
             z,
@@ -127,7 +128,7 @@ class Box(Set):
             _like(self.hi, z),
         )
 
-    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+    def validate(self, name: str, like: PyTree) -> None:
         for end, bound in (("lo", self.lo), ("hi", self.hi)):
             _check_numbers(f"{name}.{end}", bound)
             _check_prefix(f"{name}.{end}", bound, like)
@@ -145,17 +146,19 @@ class Box(Set):
 
 @struct
 class Ball(Set):
-    """{z : |z - center|_2 <= radius} with the norm of the whole pytree. Samples are uniform; `active` is one boolean."""
+    """{z : |z - center|_2 <= radius} with the norm of the whole pytree. Samples are uniform; `active` is one
+    boolean.
+    """
 
     radius: Any = 1.0
     center: PyTree = 0.0
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         center = _like(self.center, z)
         step = optax.projections.projection_l2_ball(jax.tree.map(operator.sub, z, center), self.radius)
         return jax.tree.map(operator.add, center, step)
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         direction, length = jax.random.split(key)
         normal = jax.random.normal(direction, flat.shape, flat.dtype)
@@ -163,10 +166,10 @@ class Ball(Set):
         scale = self.radius * uniform ** (1.0 / flat.size) / jnp.linalg.norm(normal)
         return self.project(jax.tree.map(operator.add, _like(self.center, like), unravel(scale * normal)))
 
-    def active(self, z: PyTree, tol: float = 0.0) -> Array:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> Array:
         return _norm(jax.tree.map(operator.sub, z, _like(self.center, z))) >= self.radius - tol
 
-    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+    def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
             invalid(
                 f"{name}.radius (Ball)",
@@ -187,17 +190,17 @@ class Simplex(Set):
 
     scale: Any = 1.0
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         return optax.projections.projection_simplex(z, self.scale)
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         return unravel(self.scale * jax.random.dirichlet(key, jnp.ones(flat.shape, flat.dtype)))
 
-    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return jax.tree.map(lambda leaf: leaf <= tol, z)
 
-    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+    def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
             invalid(f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0.")
 
@@ -217,12 +220,12 @@ class Polyhedron(Set):
     def _rows(self, dtype: Any) -> tuple[Array, Array]:
         return jnp.asarray(self.A, dtype), jnp.asarray(self.b, dtype)
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
         A, b = self._rows(flat.dtype)
         return unravel(flat + least_distance(A, b - A @ flat))
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         A, b = self._rows(flat.dtype)
         start, walk = jax.random.split(key)
@@ -240,7 +243,7 @@ class Polyhedron(Set):
 
         return unravel(jax.lax.scan(hit_and_run, point, jax.random.split(walk, 64))[0])
 
-    def active(self, z: PyTree, tol: float = 0.0) -> Array:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> Array:
         flat = ravel_pytree(z)[0]
         A, b = self._rows(flat.dtype)
         return A @ flat >= b - tol
@@ -251,7 +254,7 @@ class Polyhedron(Set):
         A, b = self._rows(flat.dtype)
         return jnp.max(A @ flat - b, initial=0)
 
-    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+    def validate(self, name: str, like: PyTree) -> None:
         size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
         A, b = np.asarray(self.A), np.asarray(self.b)
         if A.ndim != 2 or A.shape[1] != size:
@@ -282,7 +285,9 @@ class Polyhedron(Set):
 
 @struct
 class Product(Set):
-    """One set per branch: `sets` is a pytree of sets whose structure is a prefix of z's, e.g. {"w": Reals(), "lam": Box(0, 1)}."""
+    """One set per branch: `sets` is a pytree of sets whose structure is a prefix of z's, e.g. {"w": Reals(), "lam":
+    Box(0, 1)}.
+    """
 
     sets: Any
 
@@ -297,21 +302,21 @@ class Product(Set):
     def _map(self, function: Any, *trees: PyTree) -> PyTree:
         return jax.tree.map(function, self.sets, *trees, is_leaf=_is_set)
 
-    def project(self, z: PyTree) -> PyTree:  # noqa: D102
+    def project(self, z: PyTree) -> PyTree:
         return self._map(lambda factor, part: factor.project(part), z)
 
-    def sample(self, key: Array, like: PyTree) -> PyTree:  # noqa: D102
+    def sample(self, key: Array, like: PyTree) -> PyTree:
         treedef = jax.tree.structure(self.sets, is_leaf=_is_set)
         keys = treedef.unflatten(list(jax.random.split(key, treedef.num_leaves)))
         return self._map(lambda factor, part, key: factor.sample(key, part), like, keys)
 
-    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:  # noqa: D102
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return self._map(lambda factor, part: factor.active(part, tol), z)
 
-    def violation(self, z: PyTree) -> Array:  # noqa: D102
+    def violation(self, z: PyTree) -> Array:
         return _norm(self._map(lambda factor, part: factor.violation(part), z))
 
-    def validate(self, name: str, like: PyTree) -> None:  # noqa: D102
+    def validate(self, name: str, like: PyTree) -> None:
         try:
             self._map(lambda factor, part: factor.validate(name, part), like)
         except (TypeError, AttributeError, KeyError) as error:
@@ -340,7 +345,8 @@ def least_distance(A: Array, slack: Array) -> Array:
     """The shortest d with A d <= slack, or NaN where there is none. Shapes: A [rows, n], slack [rows] -> [n].
 
     Lawson and Hanson's reduction of least-distance programming to non-negative least squares (Solving Least Squares
-    Problems, 1974, chapter 23), with G = -A, h = -slack: u = argmin_{u >= 0} |E u - e_{n+1}|, E = [G'; h'], r = E u - e;
+    Problems, 1974, chapter 23), with G = -A, h = -slack: u = argmin_{u >= 0} |E u - e_{n+1}|, E = [G'; h'], r = E u -
+    e;
     then d = -r[:n]/r[n], and r = 0 exactly when the set is empty. The active rows that come out are solved again for d
     directly, because the division loses digits when d is long. A masked active-set loop: static shapes, jit, vmap.
     """

@@ -87,7 +87,8 @@ def require_size(name: str, rule: StepRule | None) -> None:
 
 def as_step(rule: Any) -> Any:
     """A `StepRule` from a float, a schedule (a function of the step count) or an optax transformation; None stays
-    None."""
+    None.
+    """
     if rule is None or isinstance(rule, StepRule):
         return rule
     if isinstance(rule, optax.GradientTransformation):

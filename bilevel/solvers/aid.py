@@ -20,7 +20,9 @@ from bilevel.tuning import Iterates, start
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v|, the norm of the hypergradient's approximation; |R(x, y)| after the lower steps is in the record."""
+    """|f_x - R_x' v|, the norm of the hypergradient's approximation; |R(x, y)| after the lower steps is in the
+    record.
+    """
 
     direction: Array
 
@@ -33,8 +35,8 @@ class AID(Solver):
         v: iterations of `linear` on R_y' v = f_y, from the last v
         x <- Proj_X(x - c (f_x - R_x' v)).
 
-    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. With warm starts a
-    fixed number of steps suffices for the rate 1/K of the squared gradient norm.
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. With warm
+    starts a fixed number of steps suffices for the rate 1/K of the squared gradient norm.
     Cost per step: 1 upper gradient, num_lower_steps lower gradients, the products of `linear` in HVPs, 1 JVP.
 
     Args:
@@ -42,10 +44,12 @@ class AID(Solver):
         num_lower_steps: >= 1. linear: a linear solver from `bilevel.linear` with max_iterations set; default 10
             iterations of CG, or of GMRES for fixed points; `Neumann` gives AID-FP.
 
-    Reference: Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016, arXiv:1602.02355, Algorithm 1.
+    Reference: Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016, arXiv:1602.02355, Algorithm
+    1.
         Grazzi, Franceschi, Pontil, Salzo. On the iteration complexity of hypergradient computation. ICML 2020,
         arXiv:2006.16218, Algorithm 2. Warm start of v: Ji, Yang, Liang, ICML 2021, arXiv:2010.07962, Algorithm 1.
-    Differs from the papers: numbers of iterations are fixed in place of Pedregosa's decreasing tolerances; x is projected.
+    Differs from the papers: numbers of iterations are fixed in place of Pedregosa's decreasing tolerances; x is
+    projected.
     """
 
     lower_step_size: Any = None
@@ -64,11 +68,11 @@ class AID(Solver):
         kind = CG if isinstance(problem.lower, Minimize) else GMRES
         return kind(tol=0.0, max_iterations=10)
 
-    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.lower_step_size
         return start(problem.on_full_data(), key, *rules, single_loop=False)
 
-    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         problem = problem.on_full_data()
         x, batch_f, batch_g = state.x, problem.upper_data.full(), problem.lower_data.full()
         y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key, self.num_lower_steps)
@@ -86,7 +90,7 @@ class AID(Solver):
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, state.step_v, state.upper, lower)
         return it, Info(norm(direction))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         y = jax.eval_shape(lambda: problem.init(jax.random.key(0))[1])
         size = sum(leaf.size for leaf in jax.tree.leaves(y))
         hvps = self._linear(problem).max_products(size)

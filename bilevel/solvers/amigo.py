@@ -33,7 +33,8 @@ class AmIGO(Solver):
         v <- v - b (R_y(x, y; B)' v - f_y(x, y; D))          Q = num_linear_steps times, from the last v
         x <- Proj_X(x - c (f_x(x, y; D) - R_x(x, y; B)' v)).
 
-    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, unconstrained lower level.
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, unconstrained lower
+    level.
     The warm starts make T and Q constants: without noise the rate is that of gradient descent on F up to constants.
     Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
 
@@ -56,11 +57,11 @@ class AmIGO(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         return start(problem, key, *rules, single_loop=False)
 
-    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x = state.x
         key_y, key_f, key_v, key_x = jax.random.split(key, 4)
         y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps)
@@ -84,6 +85,6 @@ class AmIGO(Solver):
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower)
         return it, Info(norm(direction))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         T, Q = self.num_lower_steps, self.num_linear_steps
         return OracleCount(upper_gradients=1, lower_gradients=T, hvps=Q, jvps=1)

@@ -2,7 +2,6 @@
 
 from typing import Any, NamedTuple
 
-import jax
 from jax import Array
 
 from bilevel import oracles
@@ -29,8 +28,8 @@ class ITD(Solver):
         y_{t+1} = y_t - a R(x, y_t),  t < T = num_lower_steps
         x <- Proj_X(x - c d/dx f(x, y_T(x))),
 
-    the derivative by reverse mode through the T steps, each under `jax.checkpoint`. It converges to the hypergradient like
-    (1 - a mu)^T; the bias of a finite T stays, so that ITD stops near, not at, a stationary point of F.
+    the derivative by reverse mode through the T steps, each under `jax.checkpoint`. It converges to the hypergradient
+    like (1 - a mu)^T; the bias of a finite T stays, so that ITD stops near, not at, a stationary point of F.
 
     Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level.
     Cost per step: 1 upper gradient, T lower gradients, T HVPs, T JVPs. Memory: T copies of y.
@@ -39,9 +38,10 @@ class ITD(Solver):
         lower_step_size: a > 0 or an optax schedule of the outer step. upper_step_size: c > 0, an optax schedule or an
             optax transformation. Default: `tuning`'s. num_lower_steps: T >= 1.
 
-    Reference: Franceschi, Donini, Frasconi, Pontil. Forward and reverse gradient-based hyperparameter optimization. ICML
-        2017, arXiv:1703.01785. Grazzi et al., ICML 2020, arXiv:2006.16218, Algorithm 1. Warm start of y: Ji, Yang, Liang,
-        ICML 2021, arXiv:2010.07962, Algorithm 1 (ITD-BiO).
+    Reference: Franceschi, Donini, Frasconi, Pontil. Forward and reverse gradient-based hyperparameter optimization.
+    ICML
+        2017, arXiv:1703.01785. Grazzi et al., ICML 2020, arXiv:2006.16218, Algorithm 1. Warm start of y: Ji, Yang,
+        Liang, ICML 2021, arXiv:2010.07962, Algorithm 1 (ITD-BiO).
     Differs from the papers: x is projected on X.
     """
 
@@ -55,11 +55,11 @@ class ITD(Solver):
         step_sizes(self, "lower_step_size", "upper_step_size")
         require_size("ITD.lower_step_size", self.lower_step_size)
 
-    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.lower_step_size
         return start(problem.on_full_data(), key, *rules, single_loop=False)
 
-    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         size, step_y = state.step_y.size()
         batches = problem.upper_data.full(), problem.lower_data.full()
         (value, y), direction = oracles.unrolled_objective(
@@ -70,6 +70,6 @@ class ITD(Solver):
             norm(direction), value
         )
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         T = self.num_lower_steps
         return OracleCount(upper_gradients=1, lower_gradients=T, hvps=T, jvps=T)

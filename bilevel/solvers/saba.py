@@ -51,8 +51,8 @@ class SABA(Solver):
 
     all at the old (x, y, v), then store block values. The data are cut once into num_samples/batch_size blocks.
 
-    Assumptions: g strongly convex in y (or T a contraction), smooth components, unconstrained lower level. Constant steps
-    suffice: the rate is 1/K for the squared gradient norm, linear under the Polyak-Lojasiewicz inequality.
+    Assumptions: g strongly convex in y (or T a contraction), smooth components, unconstrained lower level. Constant
+    steps suffice: the rate is 1/K for the squared gradient norm, linear under the Polyak-Lojasiewicz inequality.
     Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP of one block; init touches every block once.
     Memory: num_blocks (2 dim y + dim x) for g and num_blocks (dim y + dim x) for f.
 
@@ -74,7 +74,7 @@ class SABA(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         it = start(problem, key, *rules, single_loop=True, caution=1 / 3)
 
@@ -87,7 +87,7 @@ class SABA(Solver):
         over_upper, over_lower = jnp.arange(problem.upper_data.num_blocks), jnp.arange(problem.lower_data.num_blocks)
         return State(it, saga_init(jax.lax.map(upper, over_upper)), saga_init(jax.lax.map(lower, over_lower)))
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         it = state.iterates
         key_upper, key_lower = jax.random.split(key)
         j = jax.random.randint(key_upper, (), 0, problem.upper_data.num_blocks)
@@ -105,10 +105,10 @@ class SABA(Solver):
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, it.upper, it.lower)
         return State(it, upper_table, lower_table), Info(norm(direction_x))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=1, hvps=1, jvps=1)
 
-    def unsupported(self, problem: BilevelProblem) -> str | None:  # noqa: D102
+    def unsupported(self, problem: BilevelProblem) -> str | None:
         for name in ("upper_data", "lower_data"):
             source = getattr(problem, name)
             if source.num_blocks * source.fraction != 1.0:

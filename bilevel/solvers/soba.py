@@ -30,9 +30,10 @@ class SOBA(Solver):
 
     all three directions taken at the old (x, y, v). At the solution R_y' v = f_y, so that grad F = f_x - R_x' v.
 
-    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. On all of the data
-    with constant small steps it converges linearly where F is strongly convex; with batches, to a neighbourhood whose size
-    the steps set, or with steps ~ k^(-1/2) at the rate K^(-1/2) for the squared gradient norm.
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. On all of the
+    data
+    with constant small steps it converges linearly where F is strongly convex; with batches, to a neighbourhood whose
+    size the steps set, or with steps ~ k^(-1/2) at the rate K^(-1/2) for the squared gradient norm.
     Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP, in one sweep over each batch.
 
     Args:
@@ -52,11 +53,11 @@ class SOBA(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         return start(problem, key, *rules, single_loop=True)
 
-    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x, y, v = state.x, state.y, state.v
         key_upper, key_lower = jax.random.split(key)
         batch_f, upper = problem.upper_data.next(state.upper, key_upper, x, y)
@@ -72,5 +73,5 @@ class SOBA(Solver):
         x, step_x = state.step_x(x, direction_x)
         return Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), Info(norm(direction_x))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=1, hvps=1, jvps=1)

@@ -33,12 +33,13 @@ class StocBiO(Solver):
         v = eta sum_{q=0}^{Q} prod_{j=1}^{q} (I - eta R_y(x, y; B_j)') f_y(x, y; D),   Q = num_linear_steps
         x <- Proj_X(x - c (f_x(x, y; D) - R_x(x, y; D)' v)).
 
-    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, eta <= 1/L, unconstrained
-    lower level. The series is cut at Q: a bias of order (1 - eta mu)^(Q+1) stays.
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, eta <= 1/L,
+    unconstrained lower level. The series is cut at Q: a bias of order (1 - eta mu)^(Q+1) stays.
     Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
 
     Args:
-        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size: eta > 0 or
+        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size: eta > 0
+        or
             an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
 
     Reference: Ji, Yang, Liang. Bilevel optimization: convergence analysis and enhanced design. ICML 2021,
@@ -57,11 +58,11 @@ class StocBiO(Solver):
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
         require_size("StocBiO.linear_step_size", self.linear_step_size)
 
-    def init(self, problem: BilevelProblem, key: Array) -> Iterates:  # noqa: D102
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         return start(problem, key, *rules, single_loop=False)
 
-    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:  # noqa: D102
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x = state.x
         key_y, key_f, key_v, key_x = jax.random.split(key, 4)
         y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps)
@@ -86,6 +87,6 @@ class StocBiO(Solver):
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower)
         return it, Info(norm(direction))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:  # noqa: D102
+    def cost(self, problem: BilevelProblem) -> OracleCount:
         T, Q = self.num_lower_steps, self.num_linear_steps
         return OracleCount(upper_gradients=1, lower_gradients=T, hvps=Q, jvps=1)
