@@ -99,9 +99,9 @@ class BilevelProblem:
         """Check everything that can be checked without solving; return self.
 
         Raises:
-            InvalidInput: naming the argument, what was got, what was expected and what to do, for functions that are
-            not
-                callable, wrong shapes or dtypes, a non-scalar objective, an empty set, lo > hi, a non-finite datum.
+            InvalidInput: naming the argument, what was got, what was expected and what to do, for functions
+                that are not callable, wrong shapes or dtypes, a non-scalar objective, an empty set, lo > hi, a
+                non-finite datum.
         """
         _check_kinds(self)
         self.upper_data.validate("upper_data")

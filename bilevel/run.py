@@ -148,8 +148,10 @@ def solve(
         a `Solution`; printing it gives the report.
 
     Raises:
-        InvalidInput: for bad arguments or a bad problem. Unsupported: with the solver's reason. CheckpointError.
-        SolveError.
+        InvalidInput: for bad arguments or a bad problem.
+        Unsupported: with the solver's reason.
+        CheckpointError: a checkpoint that cannot be used.
+        SolveError: with `throw`, unless the run ends well.
     """
     _check_arguments(max_steps, every, tol, time_limit)
     if key.shape != ():

@@ -39,9 +39,8 @@ class ITD(Solver):
             optax transformation. Default: `tuning`'s. num_lower_steps: T >= 1.
 
     Reference: Franceschi, Donini, Frasconi, Pontil. Forward and reverse gradient-based hyperparameter optimization.
-    ICML
-        2017, arXiv:1703.01785. Grazzi et al., ICML 2020, arXiv:2006.16218, Algorithm 1. Warm start of y: Ji, Yang,
-        Liang, ICML 2021, arXiv:2010.07962, Algorithm 1 (ITD-BiO).
+        ICML 2017, arXiv:1703.01785. Grazzi et al., ICML 2020, arXiv:2006.16218, Algorithm 1. Warm start of y: Ji,
+        Yang, Liang, ICML 2021, arXiv:2010.07962, Algorithm 1 (ITD-BiO).
     Differs from the papers: x is projected on X.
     """
 

@@ -38,9 +38,8 @@ class StocBiO(Solver):
     Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
 
     Args:
-        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size: eta > 0
-        or
-            an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size:
+            eta > 0 or an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
 
     Reference: Ji, Yang, Liang. Bilevel optimization: convergence analysis and enhanced design. ICML 2021,
         arXiv:2010.07962, Algorithms 2 and 3.
