@@ -1,4 +1,4 @@
-"""Test settings: float64, no silent broadcasting or promotion, a compilation cache, warnings are errors (pyproject.toml)."""
+"""Test settings: float64, no silent broadcasting or promotion, a compilation cache; warnings are errors."""
 
 import os
 from pathlib import Path

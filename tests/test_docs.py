@@ -1,0 +1,73 @@
+"""Code blocks of README.md and docs/ run; commands in them parse; what solvers and tables claim is so."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import bilevel
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text("utf8") for page in PAGES}
+WITH_PYTHON = [name for name, text in TEXT.items() if "```python\n" in text]
+
+
+def blocks(name: str, language: str) -> list[tuple[int, str]]:
+    """(line, code) of a page's fenced blocks. Those with a title are files to copy: test_skeletons.py runs them."""
+    found = re.finditer(rf"^```{language}\n(.*?)^```$", TEXT[name], re.MULTILINE | re.DOTALL)
+    return [(TEXT[name].count("\n", 0, match.start()) + 1, match.group(1)) for match in found]
+
+
+def test_pages_with_code_are_found():
+    assert {"README.md", "docs/index.md", "docs/concepts.md", "docs/verify.md"} <= set(WITH_PYTHON)
+
+
+@pytest.mark.parametrize("name", WITH_PYTHON)
+def test_python_blocks_run(name, monkeypatch, tmp_path):
+    """In order, in one namespace a page."""
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    for line, code in blocks(name, "python"):
+        exec(compile("\n" * line + code, str(ROOT / name), "exec"), namespace)
+    assert namespace["problem"].validate()
+    if name == "README.md":  # the one page without assertions of its own
+        assert namespace["solution"].status == bilevel.Status.CONVERGED
+
+
+def test_the_readmes_example_is_short():
+    ((_, code),) = blocks("README.md", "python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_commands_in_the_pages_parse():
+    """Each `bilevax …` line names a command and options that exist."""
+    from typer.main import get_command
+
+    from benchmarks.cli import app
+
+    commands = get_command(app).commands
+    lines = [line for name in TEXT for _, code in blocks(name, "sh") for line in code.splitlines()]
+    calls = [shlex.split(line)[1:] for line in lines if line.startswith("bilevax ")]
+    assert calls
+    for name, *arguments in calls:
+        arguments = [argument for argument in arguments if argument != "--help"]
+        commands[name].make_context(name, arguments)
+
+
+def test_every_solver_is_in_the_tables_and_the_api():
+    for name, cls in bilevel.solvers.ALL.items():
+        if cls.__module__.startswith("bilevel.solvers."):
+            for page in ("README.md", "docs/choose-a-solver.md"):
+                assert f"| `{name}` |" in TEXT[page], f"{page} has no row for {name}"
+            assert f"::: {cls.__module__}.{name}\n" in TEXT["docs/api.md"]
+
+
+def test_cited_identifiers_are_in_the_bibliography():
+    bibliography = (ROOT / "docs/references.bib").read_text("utf8")
+    cited = set()
+    for path in (ROOT / "bilevel").rglob("*.py"):
+        cited |= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", path.read_text("utf8")))
+    assert cited
+    assert not {number for number in cited if f"{{{number}}}" not in bibliography}

@@ -1,0 +1,81 @@
+"""The complete files in docs/add-a-*.md: copied, found by discovery, and held to a contract."""
+
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+import problems
+from bilevel import oracles, solvers
+from bilevel.diagnostics import distance
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def copy_skeleton(page: str, folder: Path) -> str:
+    """Write the page's titled block to `folder`; its title's file name. What a reader of the page does."""
+    title, code = re.search(
+        r'^```python title="([^"]+)"\n(.*?)^```$', (DOCS / page).read_text("utf8"), re.MULTILINE | re.DOTALL
+    ).groups()
+    (folder / Path(title).name).write_text(code, "utf8")
+    return title
+
+
+@pytest.fixture
+def skeleton_solver(tmp_path, monkeypatch):
+    title = copy_skeleton("add-a-solver.md", tmp_path)
+    assert title == "bilevel/solvers/skeleton.py"
+    monkeypatch.setattr(solvers, "__path__", [*solvers.__path__, str(tmp_path)])
+    yield solvers._discover()["Skeleton"]
+    del sys.modules["bilevel.solvers.skeleton"]
+
+
+@pytest.fixture
+def skeleton_instance(tmp_path, monkeypatch):
+    title = copy_skeleton("add-a-problem.md", tmp_path)
+    assert title == "problems/skeleton.py"
+    monkeypatch.setattr(problems, "__path__", [*problems.__path__, str(tmp_path)])
+    problems.families.cache_clear()
+    yield problems.make("skeleton", seed=3)
+    problems.families.cache_clear()
+    del sys.modules["problems.skeleton"]
+
+
+def test_a_problem_that_is_only_a_file(skeleton_instance):
+    problem, truth = skeleton_instance.problem.validate(), skeleton_instance.truth
+    data, c = problem.lower_data.full(), problem.upper_data.full()["c"]
+    H, M = np.asarray(data["H"]), np.asarray(data["M"])
+    np.testing.assert_allclose(np.linalg.eigvalsh(H)[[0, -1]], [1.0, 10.0])
+
+    x = np.array([0.4, -1.0, 2.0])
+    h = bilevel.hypergradient(problem, jnp.asarray(x), constants=skeleton_instance.constants)
+    exact = M.T @ (M @ x - np.asarray(c)) + 0.1 * x
+    assert h.status == bilevel.Status.CONVERGED
+    assert np.linalg.norm(h.gradient - exact) <= h.error_bound < 1e-10
+    np.testing.assert_allclose(h.value, 0.5 * np.sum((M @ x - np.asarray(c)) ** 2) + 0.05 * x @ x)
+
+    F = bilevel.implicit_objective(problem)
+    np.testing.assert_allclose(F(truth.x), truth.value)
+    assert F(truth.x + 1e-2) > truth.value
+    assert F(truth.x - 1e-2) > truth.value
+
+
+def test_a_solver_that_is_only_a_file(skeleton_solver, skeleton_instance, key):
+    problem, truth, solver = skeleton_instance.problem, skeleton_instance.truth, skeleton_solver()
+    solution = bilevel.solve(problem, solver, key=key, max_steps=20_000, every=1000, tol=1e-9)
+    assert solution.status == bilevel.Status.CONVERGED
+    assert distance(solution.x, truth.x) < 1e-7
+    assert distance(solution.y, truth.y) < 1e-7
+
+    state = solution.state
+    jitted = jax.jit(solver.step)(problem, state, key)
+    with jax.disable_jit(), oracles.counting() as counted:
+        eager = solver.step(problem, state, key)
+    assert counted().as_dict() == solver.cost(problem).as_dict()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), jitted, eager)
+    assert all(jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(state))
