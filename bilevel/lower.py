@@ -254,6 +254,7 @@ def spectrum(
     Q, T = lax.fori_loop(0, m, body, (Q, jnp.zeros((m + 1, m), flat.dtype)))
     used = jnp.linalg.norm(Q[:m], axis=1) > 0.5  # an exhausted Krylov space leaves zero rows: keep their zeros out
     first_value = T[0, 0]
-    T = jnp.where(used[:, None] & used[None, :], (T[:m] + T[:m].T) / 2, 0) + jnp.diag(jnp.where(used, 0, first_value))
+    T = jnp.triu(T[:m]) + jnp.triu(T[:m], 1).T  # column k was filled before row k + 1 of Q existed
+    T = jnp.where(used[:, None] & used[None, :], T, 0) + jnp.diag(jnp.where(used, 0, first_value))
     values = jnp.linalg.eigvalsh(T)
     return values[-1], values[0]
