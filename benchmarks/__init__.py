@@ -1,0 +1,1 @@
+"""The command line, suites, referee and reports."""

@@ -1,0 +1,244 @@
+"""What can be run, and how it is written: `name[key=value,…]` for problems and solvers, TOML for suites.
+
+One text form serves the command line, the suites, the result files and the tables. Values are Python literals
+(`5`, `0.1`, `true`), words (`model=mlp`) and, for step sizes, calls of optax (`upper_step_size=adam(0.05)`).
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import bilevel
+import problems
+
+SUITES = Path(__file__).parent / "suites"
+
+
+class UsageError(ValueError):
+    """A name, a setting or a folder that cannot be used; the message says what can."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a problem, a solver, a seed (of the instance and of the solver's key), and `solve`'s limits."""
+
+    problem: str
+    solver: str
+    seed: int
+    max_steps: int = 1000
+    every: int | None = None
+    tol: float | None = None
+    time_limit: float | None = None
+
+
+def nearest(kind: str, name: str, names: Iterable[str]) -> UsageError:
+    """The error for an unknown `name`, with the nearest of `names` and all of them."""
+    names = sorted(names)
+    lower = {other.lower(): other for other in names}
+    close = difflib.get_close_matches(name.lower(), lower, n=1, cutoff=0.5)
+    hint = f" Did you mean {lower[close[0]]}?" if close else ""
+    return UsageError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """(name, parameters) of `name` or `name[key=value,…]`."""
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\[(.*)\])?\s*", text, re.DOTALL)
+    if match is None:
+        raise UsageError(f"cannot read {text!r}: expected name or name[key=value,…], as in SOBA[upper_step_size=0.1].")
+    name, inside = match.group(1), (match.group(2) or "").strip()
+    params: dict[str, Any] = {}
+    for item in re.split(r",(?![^(]*\))", inside) if inside else []:  # commas inside brackets belong to the value
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key.isidentifier() and equals and value):
+            raise UsageError(f"cannot read {item.strip()!r} in {text!r}: expected key=value.")
+        if key in params:
+            raise UsageError(f"{text!r} sets {key} twice.")
+        params[key] = _value(value)
+    return name, params
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def label(text: str) -> str:
+    """The text form of `text` that compares: no spaces, keys sorted."""
+    name, params = parse(text)
+    inside = ",".join(f"{key}={str(value).replace(' ', '')}" for key, value in sorted(params.items()))
+    return f"{name}[{inside}]" if inside else name
+
+
+def summaries() -> dict[str, dict[str, dict[str, Any]]]:
+    """{"solvers" | "problems": {name: {"summary": one line, "parameters": {name: default}}}}, all by discovery."""
+    solvers = {
+        name: {"summary": _first_line(cls), "parameters": _solver_fields(cls)} for name, cls in _solvers().items()
+    }
+    families = {
+        name: {"summary": _first_line(make), "parameters": _accepted(make)} for name, make in _families().items()
+    }
+    return {"solvers": solvers, "problems": families}
+
+
+def _solvers() -> dict[str, Any]:
+    return bilevel.solvers.ALL
+
+
+def _families() -> dict[str, Callable[..., Any]]:
+    return {name: getattr(family, "make", family) for name, family in problems.families().items()}
+
+
+def _first_line(thing: Any) -> str:
+    """The first line of the docstring of the file that defines `thing`, without the name it opens with."""
+    text = inspect.getdoc(sys.modules[thing.__module__]) or inspect.getdoc(thing) or ""
+    return text.partition("\n")[0].strip()
+
+
+def _solver_fields(cls: Any) -> dict[str, Any]:
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(cls)
+    }
+
+
+def _accepted(make: Callable) -> dict[str, Any]:
+    """Parameters with defaults of a family's make, but for the seed, which --seeds sets."""
+    parameters = inspect.signature(make).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "seed"]
+    return {p.name: None if p.default is p.empty else p.default for p in named}
+
+
+def _check_names(what: str, params: dict[str, Any], accepted: dict[str, Any]) -> None:
+    unknown = [key for key in params if key not in accepted]
+    if unknown:
+        listing = ", ".join(f"{key}={default}" for key, default in accepted.items()) or "no parameters"
+        close = difflib.get_close_matches(unknown[0], accepted, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{what} has no parameter {unknown[0]!r}.{hint} {what} accepts: {listing}.")
+
+
+def build_solver(text: str) -> bilevel.Solver:
+    """The solver that `text` names.
+
+    Raises:
+        UsageError: an unknown name or parameter, or a value that the solver refuses.
+    """
+    name, params = parse(text)
+    if name not in _solvers():
+        raise nearest("solver", name, _solvers())
+    cls = _solvers()[name]
+    defaults = _solver_fields(cls)
+    _check_names(name, params, defaults)
+    values = {key: _setting(f"{name}: {key}", value, defaults[key]) for key, value in params.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{text}: {error}") from error
+
+
+def _setting(what: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the solver's default: whole numbers stay, other numbers are floats, words are optax
+    calls.
+    """
+    if isinstance(default, int) and not isinstance(default, bool):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"{what}: got {value!r}; expected a whole number, as the default {default}.")
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    call = re.fullmatch(r"(\w+)\((.*)\)", value) if isinstance(value, str) else None
+    if call is None:
+        return value
+    import optax
+
+    function = getattr(optax, call.group(1), None)
+    try:
+        if function is None:
+            raise ValueError(f"optax has no {call.group(1)}")
+        return function(*ast.literal_eval(f"({call.group(2)},)" if call.group(2) else "()"))
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise UsageError(
+            f"{what}: got {value!r}; expected a number or a call of optax, as adam(0.05): {error}"
+        ) from error
+
+
+def check_problem(text: str) -> None:
+    """Raise `UsageError` for an unknown family or parameter."""
+    name, params = parse(text)
+    if name not in _families():
+        raise nearest("problem", name, _families())
+    _check_names(name, params, _accepted(_families()[name]))
+
+
+def build_instance(text: str, seed: int) -> Any:
+    """The `problems.instance.Instance` that `text` names, drawn with `seed`."""
+    check_problem(text)
+    name, params = parse(text)
+    return problems.make(name, seed=seed, **params)
+
+
+LIMITS = ("max_steps", "every", "tol", "time_limit")
+
+
+def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **limits: Any) -> list[Cell]:
+    """Every problem x seed x solver; an empty list means all that are known."""
+    chosen = [label(text) for text in problem_texts or _families()]
+    solvers = [label(text) for text in solver_texts or _solvers()]
+    cells = [Cell(p, s, seed, **limits) for p in chosen for seed in range(seeds) for s in solvers]
+    return list(dict.fromkeys(cells))
+
+
+def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str, list[Cell]]:
+    """(name, cells) of a suite: one of benchmarks/suites by its name, or the path of a TOML file.
+
+    `seeds` and `limits` that are not None replace what the suite says. The format is explained in
+    suites/quickstart.toml.
+
+    Raises:
+        UsageError: no such suite, or a file that cannot be read, with the entry and what is wrong in it.
+    """
+    known = {path.stem: path for path in SUITES.glob("*.toml")}
+    path = known.get(name, Path(name))
+    if name not in known and path.suffix != ".toml":
+        raise nearest("suite", name, known)
+    try:
+        content = tomllib.loads(path.read_text("utf8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"suite {path}: {error}") from error
+    _check_keys(f"suite {path}", content, ("problem",))
+    cells: list[Cell] = []
+    given = {key: value for key, value in limits.items() if value is not None}
+    for entry in content.get("problem", []):
+        _check_keys(f"suite {path}, [[problem]]", entry, ("run", "seeds", "solvers", *LIMITS))
+        if not entry.get("run") or not entry.get("solvers"):
+            raise UsageError(f'suite {path}: every [[problem]] needs run = "name[…]" and solvers = ["name[…]", …].')
+        common = {key: entry[key] for key in LIMITS if key in entry}
+        by_solver = []
+        for item in entry["solvers"]:
+            item = {"run": item} if isinstance(item, str) else item
+            _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", *LIMITS))
+            own = {key: value for key, value in item.items() if key != "run"}
+            by_solver.append((item["run"], common | own | given))
+        count = entry.get("seeds", 1) if seeds is None else seeds
+        for seed in range(count):
+            cells += [Cell(label(entry["run"]), label(run), seed, **settings) for run, settings in by_solver]
+    if not cells:
+        raise UsageError(f"suite {path}: no [[problem]] in it, nothing to run.")
+    return path.stem, list(dict.fromkeys(cells))
+
+
+def _check_keys(where: str, table: dict[str, Any], accepted: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in accepted:
+            raise UsageError(f"{where}: unknown key {key!r}. Accepted: {', '.join(accepted)}.")

@@ -1,0 +1,300 @@
+"""Tables, CSV and plots of a run, made from the files in its folder and from nothing else."""
+
+import csv
+import io
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.registry import Cell, UsageError
+from benchmarks.runner import FAILED, cell_path, instance_path, read_json, slug, write_json
+from bilevel.checkpoint import write_atomically
+from bilevel.record import Record
+
+WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's files: settings, the result of each cell (None: unfinished), what is known of each (problem, seed)."""
+
+    settings: dict[str, Any]
+    results: list[tuple[Cell, dict[str, Any] | None]]
+    instances: dict[tuple[str, int], dict[str, Any]]
+
+
+def load(folder: Path) -> Run:
+    """Read a run's folder.
+
+    Raises:
+        UsageError: the folder is no run.
+    """
+    settings = read_json(folder / "settings.json") if folder.is_dir() else None
+    if settings is None:
+        raise UsageError(f"{folder}: no settings.json in it; expected the folder of a run, as `bilevax run` names it.")
+    cells = [Cell(**cell) for cell in settings["cells"]]
+    results = [(cell, read_json(cell_path(folder, k, cell))) for k, cell in enumerate(cells)]
+    keys = dict.fromkeys((cell.problem, cell.seed) for cell in cells)
+    known = {key: read_json(instance_path(folder, *key)) for key in keys}
+    return Run(settings, results, {key: value for key, value in known.items() if value is not None})
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    """The run in numbers: a row per problem and solver (means over the seeds), counts of statuses, reasons, what is
+    unfinished.
+    """
+    problems = [_problem(run, name) for name in dict.fromkeys(cell.problem for cell, _ in run.results)]
+    done = [result for _, result in run.results if result is not None]
+    return {
+        "name": run.settings["name"],
+        "problems": problems,
+        "statuses": dict(Counter(result["status"] for result in done)),
+        "referee": dict(Counter(result["referee"]["verdict"] for result in done if result["referee"])),
+        "failed": sum(result["status"] in FAILED for result in done),
+        "cells": len(run.results),
+        "unfinished": [f"{c.problem} {c.solver} seed {c.seed}" for c, result in run.results if result is None],
+    }
+
+
+def _problem(run: Run, name: str) -> dict[str, Any]:
+    instances = {seed: known for (problem, seed), known in run.instances.items() if problem == name}
+    optima = [known["optimum"] for known in instances.values() if known["optimum"] is not None]
+    rows = []
+    for solver in dict.fromkeys(cell.solver for cell, _ in run.results if cell.problem == name):
+        found = [(c, r) for c, r in run.results if (c.problem, c.solver) == (name, solver) and r is not None]
+        if found:
+            rows.append(_solver_row(solver, found, instances))
+    baselines = {key: None for known in instances.values() for key in known["baselines"]}
+    return {
+        "problem": name,
+        "sizes": next(iter(instances.values()))["sizes"] if instances else None,
+        "seeds": len({cell.seed for cell, _ in run.results if cell.problem == name}),
+        "optimum": float(np.mean(optima)) if optima else None,
+        "rows": rows,
+        "baselines": [
+            {"baseline": key, "metrics": _spread([known["baselines"].get(key, {}) for known in instances.values()])}
+            for key in baselines
+        ],
+    }
+
+
+def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int, dict]) -> dict[str, Any]:
+    """Means of the last measurements over the seeds that have one."""
+    measured = [(cell, result, result["record"][-1]) for cell, result in found if result["record"]]
+    gaps = [
+        last["value"] - instances[cell.seed]["optimum"]
+        for cell, _, last in measured
+        if last["value"] is not None and instances[cell.seed]["optimum"] is not None
+    ]
+    columns = {
+        name: [last[name] for *_, last in measured]
+        for name in ("value", "hypergradient", "lower_residual", "violation")
+    }
+    stats = {
+        name: [r["stats"][name] for _, r, _ in measured] for name in ("oracles", "steps", "solve_time", "setup_time")
+    }
+    return {
+        "solver": solver,
+        "seeds": len(found),
+        **{name: _mean(values) for name, values in columns.items()},
+        "gap": _mean(gaps),
+        **{name: _mean(values) for name, values in stats.items()},
+        "statuses": dict(Counter(result["status"] for _, result in found)),
+        "referee": dict(Counter(result["referee"]["verdict"] for _, result in found if result["referee"])),
+        "reasons": list(dict.fromkeys(f"{r['status']}: {r['reason']}" for _, r in found if r["reason"])),
+        "metrics": _spread([result["metrics"] for _, result in found if result["metrics"]]),
+    }
+
+
+def _mean(values: list[float | None]) -> float | None:
+    """The mean; None where there is nothing to average or a seed has no finite number."""
+    if not values or any(value is None for value in values):
+        return None
+    return float(np.mean(np.array(values, float)))
+
+
+def _spread(metrics: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
+    """{metric: mean, sample standard deviation and count} over the seeds."""
+    spread = {}
+    for name in dict.fromkeys(name for row in metrics for name in row):
+        values = np.array([row[name] for row in metrics if row.get(name) is not None], float)
+        std = float(values.std(ddof=1)) if values.size > 1 else None
+        spread[name] = {"mean": float(values.mean()) if values.size else None, "std": std, "count": int(values.size)}
+    return spread
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None or not math.isfinite(value) else format(value, spec)
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """`CONVERGED`, or `9 CONVERGED, 1 MAX_STEPS`."""
+    if len(counts) <= 1:
+        return next(iter(counts), "-")
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
+
+
+def _plus_minus(cell: dict[str, float | None] | None) -> str:
+    if cell is None:
+        return "-"
+    return _number(cell["mean"], ".4f") + (f" ± {cell['std']:.4f}" if cell["std"] is not None else "")
+
+
+def _table(headings: list[str], left: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
+    for k, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=k > 0 and heading not in left)
+    return table
+
+
+def _optimisation_table(problem: dict[str, Any]) -> Table:
+    known = problem["optimum"] is not None
+    headings = [
+        "solver",
+        "F",
+        *(["F - F*"] if known else []),
+        "|grad F|",
+        "lower res",
+        "passes",
+        "steps",
+        "time s",
+        "set-up s",
+    ]
+    table = _table([*headings, "status", "referee"], ("solver", "status", "referee"))
+    for row in problem["rows"]:
+        gap = [_number(row["gap"], ".1e")] if known else []
+        table.add_row(
+            row["solver"], _number(row["value"], ".7g"), *gap, _number(row["hypergradient"], ".1e"),
+            _number(row["lower_residual"], ".1e"), _number(row["oracles"], ".4g"), _number(row["steps"], ".5g"),
+            _number(row["solve_time"], ".2f"), _number(row["setup_time"], ".2f"), _counts(row["statuses"]),
+            _counts(row["referee"]) if row["referee"] else "-",
+        )  # fmt: skip
+    return table
+
+
+def _metrics_table(problem: dict[str, Any]) -> Table | None:
+    """Solvers and baselines by what people look at; None where the problem has no metrics."""
+    rows = [(row["solver"], row["metrics"]) for row in problem["rows"] if row["metrics"]]
+    rows += [(f"baseline: {row['baseline']}", row["metrics"]) for row in problem["baselines"]]
+    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
+    if not names:
+        return None
+    table = _table(["solver", *[name.replace("_", " ") for name in names]], ("solver",))
+    for text, metrics in rows:
+        table.add_row(text, *[_plus_minus(metrics.get(name)) for name in names])
+    return table
+
+
+def tables(summary: dict[str, Any]) -> Group:
+    """The printed report: for every problem a heading, its tables and the reasons; then a line of totals."""
+    parts: list[Any] = []
+    for problem in summary["problems"]:
+        sizes = problem["sizes"]
+        facts = [f"x {sizes['x']}, y {sizes['y']} unknowns"] if sizes else []
+        facts.append(f"{problem['seeds']} seed{'s' if problem['seeds'] > 1 else ''}")
+        if problem["optimum"] is not None:
+            facts.append(f"F* = {problem['optimum']:.7g}" + (" (mean)" if problem["seeds"] > 1 else ""))
+        parts.append(Text(problem["problem"], style="bold") + Text(f"   {', '.join(facts)}", style="dim"))
+        parts.append(_optimisation_table(problem))
+        metrics = _metrics_table(problem)
+        if metrics is not None:
+            parts.append(metrics)
+        for row in problem["rows"]:
+            parts += [Text(f"  {row['solver']}: {_shorten(reason)}", style="yellow") for reason in row["reasons"]]
+        parts.append(Text(""))
+    statuses = ", ".join(f"{count} {name}" for name, count in summary["statuses"].items()) or "nothing finished"
+    verdicts = ", ".join(f"{count} {name}" for name, count in summary["referee"].items()) or "nothing to judge"
+    parts.append(Text(f"{summary['cells']} cells: {statuses}. Referee: {verdicts}."))
+    if summary["unfinished"]:
+        listed = "; ".join(summary["unfinished"][:5]) + ("; …" if len(summary["unfinished"]) > 5 else "")
+        parts.append(Text(f"{len(summary['unfinished'])} cells unfinished: {listed}", style="yellow"))
+    return Group(*parts)
+
+
+def _shorten(text: str, limit: int = 300) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def as_text(summary: dict[str, Any]) -> str:
+    """The printed report without colours, 120 columns wide."""
+    stream = io.StringIO()
+    Console(file=stream, width=WIDTH, force_terminal=False, color_system=None).print(tables(summary))
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
+
+
+def as_csv(summary: dict[str, Any]) -> str:
+    """The same rows with all digits."""
+    numbers = (
+        "value",
+        "gap",
+        "hypergradient",
+        "lower_residual",
+        "violation",
+        "oracles",
+        "steps",
+        "solve_time",
+        "setup_time",
+    )
+    kinds = [(p, "solver", row) for p in summary["problems"] for row in p["rows"]]
+    kinds += [(p, "baseline", row) for p in summary["problems"] for row in p["baselines"]]
+    names = list(dict.fromkeys(name for *_, row in kinds for name in row["metrics"]))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    spread = [f"{name}_{part}" for name in names for part in ("mean", "std")]
+    writer.writerow(["problem", "kind", "name", "seeds", *numbers, "status", "referee", *spread])
+    for problem, kind, row in kinds:
+        metrics = [row["metrics"].get(name, {}).get(part) for name in names for part in ("mean", "std")]
+        writer.writerow(
+            [problem["problem"], kind, row[kind], row.get("seeds", problem["seeds"]), *[row.get(n) for n in numbers],
+             _counts(row.get("statuses", {})), _counts(row.get("referee", {})), *metrics]
+        )  # fmt: skip
+    return stream.getvalue()
+
+
+def write(folder: Path, run: Run, plot: bool = True) -> dict[str, Any]:
+    """Write summary.txt, .csv, .json and a PNG per problem into `folder`; return the summary."""
+    summary = summarise(run)
+    write_json(folder / "summary.json", summary)
+    write_atomically(folder / "summary.txt", as_text(summary).encode())
+    write_atomically(folder / "summary.csv", as_csv(summary).encode())
+    if plot:
+        for problem in summary["problems"]:
+            _plot(folder, run, problem)
+    return summary
+
+
+def _plot(folder: Path, run: Run, problem: dict[str, Any]) -> None:
+    """F (minus each seed's own F*, where known), hypergradient norm and lower residual against oracle calls and
+    time.
+    """
+    from bilevel.report import plot_records
+
+    known = problem["optimum"] is not None
+    records: dict[str, list[Record]] = {}
+    for cell, result in run.results:
+        if cell.problem != problem["problem"] or result is None or not result["record"]:
+            continue
+        shift = run.instances[cell.problem, cell.seed]["optimum"] if known else 0.0
+        rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in result["record"]]
+        rows = [row | {"value": row["value"] - shift} for row in rows]
+        records.setdefault(cell.solver, []).append(Record(rows))
+    if records:
+        path = folder / f"{slug(problem['problem'])}.png"
+        temporary = plot_records(
+            records, path.with_name(f".{path.name}.png"), problem["problem"], 0.0 if known else None
+        )
+        temporary.replace(path)
+
+
+def exit_code(summary: dict[str, Any]) -> int:
+    """0, or 1 where a cell failed: an error, or a value that is not finite."""
+    return 1 if summary["failed"] else 0
