@@ -4,7 +4,7 @@
     others,
 
 W [65, 10]: 64 pixels and a constant. x is [1, 10] (a penalty per class), [65, 1] (per feature) or [1, 1], broadcast
-over W, with -8 <= x <= 2.
+over W, with -8 <= x <= 1.
 
 Settings that work: see benchmarks/suites/quickstart.toml.
 """
@@ -24,7 +24,7 @@ from bilevel.struct import invalid
 from problems.datasets import accuracy, digits, floats, one_hot, source, split
 from problems.instance import Instance
 
-LOWEST, HIGHEST = -8.0, 2.0
+LOWEST, HIGHEST = -8.0, 1.0
 SHAPES = {"class": (1, 10), "feature": (65, 1), "one": (1, 1)}
 Rows = tuple[Array, Array]
 
@@ -48,8 +48,8 @@ def lower(x: Array, W: Array, batch: Rows) -> Array:
 
 @functools.cache
 def _init(shape: tuple[int, int]) -> Callable[[Array], tuple[Array, Array]]:
-    """(x0 = -4, W0 = 0) of any key. One function per shape, so that a second seed compiles nothing."""
-    return lambda key: (jnp.full(shape, -4.0, float), jnp.zeros((65, 10), float))
+    """(x0 = 0, W0 = 0) of any key. One function per shape, so that a second seed compiles nothing."""
+    return lambda key: (jnp.zeros(shape, float), jnp.zeros((65, 10), float))
 
 
 def _metrics(parts: dict[str, Rows], x: Array, W: Array) -> dict[str, float]:

@@ -119,6 +119,7 @@ def make(
     dim_y: int = 10,
     condition_x: float = 10.0,
     condition_y: float = 10.0,
+    coupling: float = 0.5,
     num_samples: int = 1,
     batch_size: int | None = None,
     noise: float = 0.5,
@@ -131,6 +132,7 @@ def make(
         dim_y: size of y, >= 1.
         condition_x: condition number of M = grad^2 F, >= 1.
         condition_y: condition number of H, >= 1.
+        coupling: |A| = |Q|, > 0: how strongly the levels depend on each other; single-loop methods feel it.
         num_samples: >= 1; 1 is the deterministic problem.
         batch_size: samples a batch, in [1, num_samples]; default all of them in every batch.
         noise: in [0, 1), relative size of the samples' deviation.
@@ -144,12 +146,15 @@ def make(
     for name, value in (("condition_x", condition_x), ("condition_y", condition_y)):
         if not 1 <= value < np.inf:
             invalid(f"{name} (quadratic)", value, "a finite number >= 1", "It is a largest over a smallest eigenvalue.")
+    if not 0 < coupling < np.inf:
+        invalid("coupling (quadratic)", coupling, "a finite number > 0", "It is the norm of dy/dx.")
     if not 0 <= noise < 1:
         invalid("noise (quadratic)", noise, "a number in [0, 1)", "From 1 on, samples of g need not be convex.")
 
     rng = np.random.default_rng(seed)
     H, P, M = _matrix(rng, dim_y, condition_y), _matrix(rng, dim_y, 10.0), _matrix(rng, dim_x, condition_x)
-    G, Q = (rng.normal(size=(dim_x, dim_y)) / (np.sqrt(dim_x) + np.sqrt(dim_y)) for _ in range(2))  # norms about 1
+    G, Q = rng.normal(size=(2, dim_x, dim_y))
+    G, Q = G * (coupling / np.linalg.norm(np.linalg.solve(H, G.T), 2)), Q * (coupling / np.linalg.norm(Q, 2))
     x, c, p = rng.normal(size=dim_x), rng.normal(size=dim_y), rng.normal(size=dim_y)
     A, h = -np.linalg.solve(H, G.T), -H @ c
     S = M - A.T @ P @ A - Q @ A - A.T @ Q.T
