@@ -89,7 +89,7 @@ class Minibatch(Source):
 
     arrays: PyTree
     batch_size: int = static()
-    replace: bool = static(False)
+    replace: bool = static(default=False)
 
     @property
     def num_samples(self) -> int:

@@ -60,7 +60,7 @@ class Unrolled:
     """Differentiate `num_steps` steps y <- y - step_size R(x, y) instead of using the implicit function theorem."""
 
     step_size: Any
-    num_steps: int = static(100)
+    num_steps: int = static(default=100)
 
 
 @struct

@@ -54,8 +54,8 @@ class Newton:
     """
 
     tol: Any = None
-    max_steps: int = static(200)
-    dense: bool | None = static(None)
+    max_steps: int = static(default=200)
+    dense: bool | None = static(default=None)
 
 
 def require_unconstrained(problem: BilevelProblem, what: str) -> None:

@@ -83,7 +83,7 @@ class BilevelProblem:
     coupling: LinearCoupling | SmoothCoupling | None = None
     upper_data: Source = Full()
     lower_data: Source = Full()
-    init: Callable[[Array], tuple[PyTree, PyTree]] = static(_no_init)
+    init: Callable[[Array], tuple[PyTree, PyTree]] = static(default=_no_init)
 
     @property
     def constrained_lower(self) -> bool:
@@ -248,11 +248,7 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
         for name, part in parts.items():
             label = f"coupling.{name}{suffix} (LinearCoupling)"
             if part is None or len(rows) != 1 or np.shape(part) != want[name]:
-                invalid(
-                    label,
-                    f"shape {np.shape(part)}",
-                    f"shape {want[name]} for A y + B x <= b",
-                    "Columns count raveled entries.",
-                )
+                got = "nothing" if part is None else f"shape {np.shape(part)}"
+                invalid(label, got, f"shape {want[name]} for A y + B x <= b", "Columns count raveled entries.")
             if not np.isfinite(np.asarray(part)).all():
                 invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")

@@ -51,12 +51,12 @@ class Status(enum.IntEnum):
 class OracleCount:
     """Oracle calls by kind. An HVP is g_yy v, a JVP the cross product g_xy v; for fixed points read I - T_y and T_x."""
 
-    upper_values: int = static(0)
-    upper_gradients: int = static(0)
-    lower_values: int = static(0)
-    lower_gradients: int = static(0)
-    hvps: int = static(0)
-    jvps: int = static(0)
+    upper_values: int = static(default=0)
+    upper_gradients: int = static(default=0)
+    lower_values: int = static(default=0)
+    lower_gradients: int = static(default=0)
+    hvps: int = static(default=0)
+    jvps: int = static(default=0)
 
     def as_dict(self) -> dict[str, int]:
         """Calls by name."""

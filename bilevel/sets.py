@@ -15,7 +15,7 @@ import optax.projections
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel.struct import invalid, struct
+from bilevel.struct import InvalidInput, invalid, struct
 
 PyTree = Any
 
@@ -35,13 +35,8 @@ def _check_prefix(name: str, bound: PyTree, like: PyTree) -> None:
         full = jax.tree.broadcast(bound, like)
         jax.tree.map(lambda b, leaf: np.broadcast_to(np.asarray(b), np.shape(leaf)), full, like)
     except ValueError:
-        shapes = jax.tree.map(np.shape, bound), jax.tree.map(np.shape, like)
-        invalid(
-            name,
-            f"shapes {shapes[0]}",
-            f"a scalar or something that broadcasts to {shapes[1]}",
-            "Reshape the bound.",
-        )
+        got, want = (f"shapes {jax.tree.map(np.shape, tree)}" for tree in (bound, like))
+        invalid(name, got, f"a scalar or something that broadcasts to {want}", "Reshape the bound.")
 
 
 def _check_numbers(name: str, value: PyTree) -> None:
@@ -171,12 +166,8 @@ class Ball(Set):
 
     def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
-            invalid(
-                f"{name}.radius (Ball)",
-                self.radius,
-                "one finite number >= 0",
-                "A negative radius is an empty set.",
-            )
+            do = "A negative radius is an empty set."
+            invalid(f"{name}.radius (Ball)", self.radius, "one finite number >= 0", do)
         _check_numbers(f"{name}.center", self.center)
         _check_prefix(f"{name}.center", self.center, like)
 
@@ -268,12 +259,8 @@ class Polyhedron(Set):
             invalid(f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A.")
         for part, value in (("A", A), ("b", b)):
             if not np.isfinite(value).all():
-                invalid(
-                    f"{name}.{part} (Polyhedron)",
-                    "a non-finite entry",
-                    "finite numbers",
-                    "Leave out rows without a bound.",
-                )
+                do = "Leave out rows without a bound."
+                invalid(f"{name}.{part} (Polyhedron)", "a non-finite entry", "finite numbers", do)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
             invalid(
                 f"{name} (Polyhedron)",
@@ -319,22 +306,10 @@ class Product(Set):
     def validate(self, name: str, like: PyTree) -> None:
         try:
             self._map(lambda factor, part: factor.validate(name, part), like)
-        except (TypeError, AttributeError, KeyError) as error:
-            invalid(
-                f"{name} (Product)",
-                error,
-                "a pytree of sets, a prefix of the point's structure",
-                "Match the structures.",
-            )
-        except ValueError as error:
-            if type(error) is ValueError:  # a mismatch of structures, reported by JAX
-                invalid(
-                    f"{name} (Product)",
-                    error,
-                    "a pytree of sets, a prefix of the point's structure",
-                    "Match the structures.",
-                )
-            raise
+        except (TypeError, AttributeError, KeyError, ValueError) as error:
+            if isinstance(error, InvalidInput):
+                raise
+            invalid(f"{name} (Product)", error, "a pytree of sets, a prefix of the point's structure", "Match the two.")
 
 
 def _is_set(value: object) -> bool:
@@ -396,7 +371,7 @@ def least_distance(A: Array, slack: Array) -> Array:
             return u, support, on_support(support)
 
         rejected = support.at[entering].set(False)
-        u_new, support_new, trial = jax.lax.while_loop(
+        _, support_new, trial = jax.lax.while_loop(
             negative, shrink, (u, jnp.where(dependent, rejected, support), jnp.where(dependent, u, trial))
         )
         blocked = jnp.where(dependent, blocked.at[entering].set(True), jnp.zeros_like(blocked))

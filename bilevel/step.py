@@ -21,8 +21,8 @@ class StepRule:
     """Turns a direction d into an update: -value d, -schedule(count) d, or what an optax transformation makes of d."""
 
     value: Any = None
-    schedule: Callable | None = static(None)
-    transformation: optax.GradientTransformation | None = static(None)
+    schedule: Callable | None = static(default=None)
+    transformation: optax.GradientTransformation | None = static(default=None)
 
     def init(self, params: PyTree) -> PyTree:
         """The rule's state: () for a float, the step count for a schedule, optax's own state for a transformation."""

@@ -54,7 +54,7 @@ class AID(Solver):
 
     lower_step_size: Any = None
     upper_step_size: Any = None
-    num_lower_steps: int = static(10)
+    num_lower_steps: int = static(default=10)
     linear: LinearSolver | None = None
     full_batch = True
 

@@ -50,8 +50,8 @@ class AmIGO(Solver):
     lower_step_size: Any = None
     linear_step_size: Any = None
     upper_step_size: Any = None
-    num_lower_steps: int = static(10)
-    num_linear_steps: int = static(10)
+    num_lower_steps: int = static(default=10)
+    num_linear_steps: int = static(default=10)
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -46,7 +46,7 @@ class ITD(Solver):
 
     lower_step_size: Any = None
     upper_step_size: Any = None
-    num_lower_steps: int = static(20)
+    num_lower_steps: int = static(default=20)
     full_batch = True
 
     def __post_init__(self) -> None:
