@@ -177,7 +177,7 @@ def hypergradient(
     solved = jnp.where(
         status == Status.CONVERGED, Status.CONVERGED if constants is not None else Status.ESTIMATED, status
     )
-    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
+    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & jnp.isfinite(lower_residual + linear_residual)
     return Hypergradient(
         value=value,
         gradient=unravel_x(gradient),
