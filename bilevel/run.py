@@ -101,9 +101,10 @@ def _advance(
 
 
 @partial(jax.jit, static_argnames=("many", "measure"))
-def _measure(problem: BilevelProblem, solver: Solver, state: PyTree, many: bool, measure: Callable) -> PyTree:
-    one = lambda state: measure(problem, *solver.output(problem, state))  # noqa: E731
-    return jax.vmap(one)(state) if many else one(state)
+def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure: Callable) -> PyTree:
+    """Of (x, y) alone, so that all solvers share one compilation."""
+    one = partial(measure, problem)
+    return jax.vmap(one)(x, y) if many else one(x, y)
 
 
 @partial(jax.jit, static_argnames="many")
@@ -208,12 +209,17 @@ def _check_arguments(max_steps: int, every: int | None, tol: float | None, time_
 
 
 def _lanes(solver: Solver, many: bool, measure: Callable) -> Lanes:
+    def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
+        output = partial(solver.output, problem)
+        x, y = (jax.vmap(output) if many else output)(state)
+        return _measure(problem, x, y, many, measure)
+
     return Lanes(
         init=lambda problem, key: _init(problem, solver, key, many),
         advance=lambda problem, state, key, start, n: _advance(
             problem, solver, state, key, jnp.asarray(start), jnp.asarray(n), many
         ),
-        measure=lambda problem, state: _measure(problem, solver, state, many, measure),
+        measure=measured,
         output=lambda problem, state: solver.output(problem, state),
         finite=lambda state: np.atleast_1d(np.asarray(_finite(state, many))),
     )
