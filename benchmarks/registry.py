@@ -97,7 +97,7 @@ def _solvers() -> dict[str, Any]:
 
 
 def _families() -> dict[str, Callable[..., Any]]:
-    return {name: getattr(family, "make", family) for name, family in problems.families().items()}
+    return {name: family.make for name, family in problems.families().items()}
 
 
 def _first_line(thing: Any) -> str:

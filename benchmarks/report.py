@@ -4,6 +4,7 @@ import csv
 import io
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def _spread(metrics: list[dict[str, float]]) -> dict[str, dict[str, float | None
 
 
 def _number(value: float | None, spec: str) -> str:
-    return "-" if value is None or not math.isfinite(value) else format(value, spec)
+    return "-" if value is None else format(value, spec)
 
 
 def _counts(counts: dict[str, int]) -> str:
@@ -143,53 +144,63 @@ def _counts(counts: dict[str, int]) -> str:
 
 
 def _plus_minus(cell: dict[str, float | None] | None) -> str:
-    if cell is None:
+    if cell is None or cell["mean"] is None:
         return "-"
-    return _number(cell["mean"], ".4f") + (f" ± {cell['std']:.4f}" if cell["std"] is not None else "")
+    spec = ".4f" if abs(cell["mean"]) < 1e4 else ".3g"
+    return format(cell["mean"], spec) + (f" ± {cell['std']:{spec}}" if cell["std"] is not None else "")
 
 
-def _table(headings: list[str], left: tuple[str, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
-    for k, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if heading in left else "right", no_wrap=k > 0 and heading not in left)
+def short_names(labels: list[str]) -> dict[str, str]:
+    """Names to print: without the parameters where no other of `labels` has the same name."""
+    names = Counter(text.partition("[")[0] for text in labels)
+    return {text: text.partition("[")[0] if names[text.partition("[")[0]] == 1 else text for text in labels}
+
+
+def _table(headings: list[str], left: Sequence[str], first_width: int) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for heading in headings:
+        width = min(first_width, 36) if heading == headings[0] else None
+        table.add_column(
+            heading,
+            justify="left" if heading in left else "right",
+            no_wrap=heading not in left,
+            overflow="fold" if heading in left else "ellipsis",
+            min_width=width,
+        )
     return table
 
 
-def _optimisation_table(problem: dict[str, Any]) -> Table:
-    known = problem["optimum"] is not None
-    headings = [
-        "solver",
-        "F",
-        *(["F - F*"] if known else []),
-        "|grad F|",
-        "lower res",
-        "passes",
-        "steps",
-        "time s",
-        "set-up s",
-    ]
-    table = _table([*headings, "status", "referee"], ("solver", "status", "referee"))
+def _optimisation_table(problem: dict[str, Any], names: dict[str, str]) -> Table:
+    gap = ["F - F*"] if problem["optimum"] is not None else []
+    headings = ["solver", "F", *gap, "|grad F|", "lower res", "passes", "steps", "time s", "status", "referee"]
+    table = _table(headings, ("solver", "status", "referee"), max(map(len, names.values()), default=6))
     for row in problem["rows"]:
-        gap = [_number(row["gap"], ".1e")] if known else []
         table.add_row(
-            row["solver"], _number(row["value"], ".7g"), *gap, _number(row["hypergradient"], ".1e"),
-            _number(row["lower_residual"], ".1e"), _number(row["oracles"], ".4g"), _number(row["steps"], ".5g"),
-            _number(row["solve_time"], ".2f"), _number(row["setup_time"], ".2f"), _counts(row["statuses"]),
-            _counts(row["referee"]) if row["referee"] else "-",
-        )  # fmt: skip
+            names[row["solver"]],
+            _number(row["value"], ".7g"),
+            *[_number(row["gap"], ".1e") for _ in gap],
+            _number(row["hypergradient"], ".1e"),
+            _number(row["lower_residual"], ".1e"),
+            _number(row["oracles"], ".4g"),
+            _number(row["steps"], ".5g"),
+            _number(row["solve_time"], ".2f"),
+            _counts(row["statuses"]),
+            _counts(row["referee"]),
+        )
     return table
 
 
-def _metrics_table(problem: dict[str, Any]) -> Table | None:
+def _metrics_table(problem: dict[str, Any], names: dict[str, str]) -> Table | None:
     """Solvers and baselines by what people look at; None where the problem has no metrics."""
-    rows = [(row["solver"], row["metrics"]) for row in problem["rows"] if row["metrics"]]
-    rows += [(f"baseline: {row['baseline']}", row["metrics"]) for row in problem["baselines"]]
-    names = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
-    if not names:
+    rows = [(names[row["solver"]], row["metrics"]) for row in problem["rows"] if row["metrics"]]
+    rows += [(f"({row['baseline']})", row["metrics"]) for row in problem["baselines"]]
+    columns = list(dict.fromkeys(name for _, metrics in rows for name in metrics))
+    if not columns:
         return None
-    table = _table(["solver", *[name.replace("_", " ") for name in names]], ("solver",))
+    headings = ["solver or (baseline)", *[name.replace("_", " ") for name in columns]]
+    table = _table(headings, headings[:1], max(len(text) for text, _ in rows))
     for text, metrics in rows:
-        table.add_row(text, *[_plus_minus(metrics.get(name)) for name in names])
+        table.add_row(text, *[_plus_minus(metrics.get(name)) for name in columns])
     return table
 
 
@@ -203,12 +214,14 @@ def tables(summary: dict[str, Any]) -> Group:
         if problem["optimum"] is not None:
             facts.append(f"F* = {problem['optimum']:.7g}" + (" (mean)" if problem["seeds"] > 1 else ""))
         parts.append(Text(problem["problem"], style="bold") + Text(f"   {', '.join(facts)}", style="dim"))
-        parts.append(_optimisation_table(problem))
-        metrics = _metrics_table(problem)
+        names = short_names([row["solver"] for row in problem["rows"]])
+        parts.append(_optimisation_table(problem, names))
+        metrics = _metrics_table(problem, names)
         if metrics is not None:
             parts.append(metrics)
+        parts += [Text(f"  {name} = {text}", style="dim") for text, name in names.items() if name != text]
         for row in problem["rows"]:
-            parts += [Text(f"  {row['solver']}: {_shorten(reason)}", style="yellow") for reason in row["reasons"]]
+            parts += [Text(f"  {names[row['solver']]}: {_shorten(text)}", style="yellow") for text in row["reasons"]]
         parts.append(Text(""))
     statuses = ", ".join(f"{count} {name}" for name, count in summary["statuses"].items()) or "nothing finished"
     verdicts = ", ".join(f"{count} {name}" for name, count in summary["referee"].items()) or "nothing to judge"
@@ -279,20 +292,25 @@ def _plot(folder: Path, run: Run, problem: dict[str, Any]) -> None:
     from bilevel.report import plot_records
 
     known = problem["optimum"] is not None
+    names = short_names([row["solver"] for row in problem["rows"]])
     records: dict[str, list[Record]] = {}
     for cell, result in run.results:
         if cell.problem != problem["problem"] or result is None or not result["record"]:
             continue
         shift = run.instances[cell.problem, cell.seed]["optimum"] if known else 0.0
-        rows = [{key: math.nan if value is None else value for key, value in row.items()} for row in result["record"]]
+        rows = [{key: _drawn(value) for key, value in row.items()} for row in result["record"]]
         rows = [row | {"value": row["value"] - shift} for row in rows]
-        records.setdefault(cell.solver, []).append(Record(rows))
+        records.setdefault(names[cell.solver], []).append(Record(rows))
     if records:
         path = folder / f"{slug(problem['problem'])}.png"
-        temporary = plot_records(
-            records, path.with_name(f".{path.name}.png"), problem["problem"], 0.0 if known else None
-        )
+        temporary = path.with_name(f".{path.name}.png")
+        plot_records(records, temporary, problem["problem"], 0.0 if known else None)
         temporary.replace(path)
+
+
+def _drawn(value: float | None) -> float:
+    """NaN, a gap in the line, for what cannot be drawn: not finite, or diverged beyond an axis."""
+    return math.nan if value is None or abs(value) > 1e50 else value
 
 
 def exit_code(summary: dict[str, Any]) -> int:

@@ -187,10 +187,14 @@ def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[
     points = path.with_suffix(".npz")
     save_point(points, solution.x, solution.y)
     x, y = load_point(points, solution.x, solution.y)
-    metrics = {} if instance.metrics is None else instance.metrics(x, y)
-    if solution.status == bilevel.Status.NONFINITE:
-        return result | {"reason": solution.status.advice, "metrics": metrics}
-    return result | {"metrics": metrics, "referee": referee.judge(instance, x, y, solution.record.rows)}
+    last = solution.record.rows[-1]
+    with np.errstate(all="ignore"):  # a diverged run overflows in the metrics too: its numbers say so
+        metrics = {} if instance.metrics is None else instance.metrics(x, y)
+        if solution.status == bilevel.Status.NONFINITE or not math.isfinite(last["value"]):
+            status = bilevel.Status.NONFINITE
+            return result | {"status": status.name, "reason": status.advice, "metrics": metrics}
+        verdict = referee.judge(instance, x, y, solution.record.rows)
+    return result | {"metrics": metrics, "referee": verdict}
 
 
 def save_point(path: Path, x: PyTree, y: PyTree) -> None:
