@@ -2,6 +2,7 @@
 
 import ast
 import importlib.metadata
+import os
 import re
 import subprocess
 import tomllib
@@ -34,7 +35,7 @@ def test_readme_has_exactly_two_commands_of_one_line():
     run, test = blocks
     assert run.endswith("bilevax run")
     assert "[test]" in test
-    assert test.endswith("pytest")
+    assert re.search(r"&& \S*pytest( -n 2)?$", test)  # last, so that its closing line is the command's
     assert all("-c constraints.txt" in block for block in blocks)
 
 
@@ -45,6 +46,29 @@ def test_ci_reads_the_commands_out_of_the_readme():
     assert [command_under(heading) for heading in headings] == [test, run]
     assert command_under("No such heading") == ""
     assert "pip install" not in script
+
+
+@pytest.mark.parametrize(("test", "outcome"), [("echo tested >> $LOG", "tested ran"), ("false", "")])
+def test_ci_runs_both_commands_in_fresh_clones(tmp_path, test, outcome):
+    """A stand-in project whose commands write to a log; a failing test command fails the whole run at once."""
+    project, log = tmp_path / "project", tmp_path / "log"
+    (project / ".ci").mkdir(parents=True)
+    (project / ".ci/run").write_text((ROOT / ".ci/run").read_text("utf8"), "utf8")
+    run = "test ! -e left-over && echo ran >> $LOG"
+    fence = "```"
+    (project / "README.md").write_text(
+        f"# Stand-in\n\n## Run it\n\n{fence}sh\n{run}\n{fence}\n\n## Test it\n\n{fence}sh\n{test}\n{fence}\n", "utf8"
+    )
+    for arguments in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=t", "-c", "user.email=t@t", "commit", "-qm", "all"],
+    ):
+        subprocess.run(["git", *arguments], cwd=project, check=True)
+    (project / "left-over").touch()
+    finished = subprocess.run(["bash", ".ci/run"], cwd=project, env={**os.environ, "LOG": str(log)}, check=False)
+    assert (finished.returncode == 0) == bool(outcome)
+    assert (log.read_text("utf8").split() if log.exists() else []) == outcome.split()
 
 
 def test_installed_version_is_the_projects():
