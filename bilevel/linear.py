@@ -2,7 +2,7 @@
 
 Each solver is a pytree with `prepare(matvec, n, dtype) -> solve`, and `solve(b, v0) -> LinearSolution(v, residual,
 iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]. The loop ends at
-|residual| <= tol |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends it at once.
+|residual| <= max(tol, eps/10) |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends it at once.
 """
 
 from collections.abc import Callable
@@ -46,8 +46,11 @@ class LinearSolver:
         raise NotImplementedError
 
 
-def _tol(tol: Any, dtype: Any) -> Any:
-    return 10 * jnp.finfo(dtype).eps if tol is None else tol
+def _target(tol: Any, b: Array, r: Array) -> Array:
+    """The residual norm to stop at: tol |b|, but never below rounding, where going on only feeds on noise."""
+    eps, tiny = jnp.finfo(b.dtype).eps, jnp.finfo(b.dtype).tiny
+    floor = 0.1 * eps * jnp.maximum(jnp.linalg.norm(b), jnp.linalg.norm(r)) + tiny**0.5
+    return jnp.maximum((10 * eps if tol is None else tol) * jnp.linalg.norm(b), floor)
 
 
 @struct
@@ -61,7 +64,7 @@ class CG(LinearSolver):
     """
 
     tol: Any = None
-    max_iterations: int | None = static(None)
+    max_iterations: int | None = static(default=None)
 
     def _limit(self, n: int) -> int:
         return 10 * n if self.max_iterations is None else self.max_iterations
@@ -71,7 +74,8 @@ class CG(LinearSolver):
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self._limit(b.size)
-        target = (_tol(self.tol, b.dtype) * jnp.linalg.norm(b)) ** 2
+        r = b - matvec(v0)
+        target = _target(self.tol, b, r) ** 2
 
         def go_on(carry: tuple) -> Array:
             _, _, _, squared, k, good = carry
@@ -87,7 +91,6 @@ class CG(LinearSolver):
             squared_next = r_next @ r_next
             return v + step * p, r_next, r_next + (squared_next / squared) * p, squared_next, k + 1, good
 
-        r = b - matvec(v0)
         v, _, _, _, k, _ = lax.while_loop(go_on, body, (v0, r, r, r @ r, jnp.array(0), jnp.array(True)))
         return v, k
 
@@ -97,7 +100,7 @@ class MINRES(LinearSolver):
     """Minimal residuals for symmetric, possibly indefinite M (Paige and Saunders, 1975). The residual never grows."""
 
     tol: Any = None
-    max_iterations: int | None = static(None)
+    max_iterations: int | None = static(default=None)
 
     def _limit(self, n: int) -> int:
         return 10 * n if self.max_iterations is None else self.max_iterations
@@ -109,7 +112,7 @@ class MINRES(LinearSolver):
         limit = self._limit(b.size)
         r = b - matvec(v0)
         beta = jnp.linalg.norm(r)
-        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+        target = _target(self.tol, b, r)
         zero, nought = jnp.zeros_like(b), jnp.zeros((), b.dtype)
 
         # Lanczos vectors q_old, q; two Givens rotations (c, s) act on the new column of the tridiagonal matrix; the
@@ -150,8 +153,8 @@ class GMRES(LinearSolver):
     """
 
     tol: Any = None
-    restart: int = static(50)
-    max_iterations: int | None = static(None)
+    restart: int = static(default=50)
+    max_iterations: int | None = static(default=None)
 
     def _cycles(self, n: int) -> tuple[int, int]:
         """(products per cycle, cycles)."""
@@ -168,7 +171,8 @@ class GMRES(LinearSolver):
     def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         m, cycles = self._cycles(b.size)
         limit = m * cycles
-        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+        r0 = b - matvec(v0)
+        target = _target(self.tol, b, r0)
 
         def cycle(v: Array, r: Array) -> Array:
             beta = jnp.linalg.norm(r)
@@ -202,7 +206,7 @@ class GMRES(LinearSolver):
             progress = jnp.linalg.norm(r_trial) < jnp.linalg.norm(r)
             return jnp.where(progress, trial, v), jnp.where(progress, r_trial, r), k + m, progress
 
-        v, _, k, _ = lax.while_loop(go_on, body, (v0, b - matvec(v0), jnp.array(0), jnp.array(True)))
+        v, _, k, _ = lax.while_loop(go_on, body, (v0, r0, jnp.array(0), jnp.array(True)))
         return v, k
 
 
@@ -215,14 +219,15 @@ class Neumann(LinearSolver):
 
     step_size: Any = 1.0
     tol: Any = None
-    max_iterations: int = static(1000)
+    max_iterations: int = static(default=1000)
 
     def max_products(self, n: int) -> int:
         return 1 + self.max_iterations
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self.max_iterations
-        target = _tol(self.tol, b.dtype) * jnp.linalg.norm(b)
+        r0 = b - matvec(v0)
+        target = _target(self.tol, b, r0)
 
         def go_on(carry: tuple) -> Array:
             _, r, k = carry
@@ -233,7 +238,7 @@ class Neumann(LinearSolver):
             v = v + jnp.asarray(self.step_size, b.dtype) * r
             return v, b - matvec(v), k + 1
 
-        v, _, k = lax.while_loop(go_on, body, (v0, b - matvec(v0), jnp.array(0)))
+        v, _, k = lax.while_loop(go_on, body, (v0, r0, jnp.array(0)))
         return v, k
 
 
@@ -241,7 +246,7 @@ class Neumann(LinearSolver):
 class Dense(LinearSolver):
     """Form M by n products (one vmap) and factor it once: Cholesky where `positive_definite`, else LU."""
 
-    positive_definite: bool = static(False)
+    positive_definite: bool = static(default=False)
 
     def max_products(self, n: int) -> int:
         return n

@@ -1,0 +1,168 @@
+"""The contract: every discovered solver, on small problems. A new solver file is picked up without an edit here."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+import problems
+from bilevel import oracles, run
+
+SOLVERS = bilevel.solvers.ALL
+
+
+def step_fields(kind):
+    return [field.name for field in dataclasses.fields(kind) if field.name.endswith("step_size")]
+
+
+def make(kind, size=0.05):
+    return kind(**dict.fromkeys(step_fields(kind), size))
+
+
+def quadratic(seed=0):
+    return problems.make("quadratic", seed=seed, dim_x=3, dim_y=4, num_samples=8, batch_size=2).problem
+
+
+def tanh_map(x, y, batch):
+    return 0.5 * jnp.tanh(batch @ y) + jnp.sum(x) * jnp.ones_like(y)
+
+
+def distance(x, y, batch):
+    return jnp.sum((y - 1) ** 2) + jnp.sum(x**2)
+
+
+def fixed_point():
+    matrix = jax.random.orthogonal(jax.random.key(3), 4)
+    start = (jnp.full(2, 0.1), jnp.zeros(4))
+    return bilevel.BilevelProblem(
+        distance, bilevel.FixedPoint(tanh_map), lower_data=bilevel.Full(matrix), init=lambda key: start
+    )
+
+
+PROBLEMS = {"quadratic": quadratic(), "fixed_point": fixed_point()}
+solver_and_problem = pytest.mark.parametrize(
+    ("kind", "problem"),
+    [pytest.param(kind, problem, id=f"{s}-{p}") for s, kind in SOLVERS.items() for p, problem in PROBLEMS.items()],
+)
+each_solver = pytest.mark.parametrize("kind", SOLVERS.values(), ids=SOLVERS)
+
+
+def assert_same(a, b, rtol=0.0):
+    """Equal leaf by leaf; to the bit where rtol is 0."""
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
+            one, other = jax.random.key_data(one), jax.random.key_data(other)
+        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol)
+
+
+def test_discovery_finds_the_solvers_of_the_foundation():
+    assert {"AID", "ITD", "SOBA", "SABA", "StocBiO", "AmIGO"} <= set(SOLVERS)
+    assert all(getattr(bilevel, name) is kind for name, kind in SOLVERS.items())
+
+
+@each_solver
+def test_only_numeric_leaves(kind):
+    assert all(isinstance(leaf, float) for leaf in jax.tree.leaves(make(kind)))
+    assert len(jax.tree.leaves(make(kind))) == len(step_fields(kind))
+
+
+@each_solver
+def test_documented(kind):
+    text = kind.__doc__
+    for part in ("Assumptions:", "Cost per step:", "Args:", "Reference:", "Differs from the paper"):
+        assert part in text, f"{kind.__name__} lacks {part}"
+
+
+@solver_and_problem
+def test_jit_equals_eager_and_counted_cost_equals_declared(kind, problem, key):
+    solver = make(kind)
+    state = jax.jit(solver.init)(problem, key)
+    compiled = jax.jit(solver.step)(problem, state, key)
+    with jax.disable_jit(), oracles.counting() as count:
+        eager = solver.step(problem, state, key)
+    assert_same(compiled, eager, rtol=1e-12)
+    assert count().as_dict() == solver.cost(problem).as_dict()
+
+
+@solver_and_problem
+def test_output_is_shaped_like_init_and_finite(kind, problem, key):
+    solver = make(kind)
+    state, _ = run.advance(problem, solver, solver.init(problem, key), key, 0, 3)
+    for out, start in zip(solver.output(problem, state), problem.init(key), strict=True):
+        assert jax.tree.structure(out) == jax.tree.structure(start)
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(start), strict=True):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert np.isfinite(a).all()
+
+
+@each_solver
+def test_chunks_and_resume_are_exact_to_the_bit(kind, key, tmp_path):
+    problem, solver = PROBLEMS["quadratic"], make(kind)
+    whole = bilevel.solve(problem, solver, key=key, max_steps=23, every=23, tol=0.0)
+    chunked = bilevel.solve(problem, solver, key=key, max_steps=23, every=4, tol=0.0)
+    assert_same(whole.state, chunked.state)
+    path = tmp_path / "run.checkpoint"
+    bilevel.solve(problem, solver, key=key, max_steps=9, every=3, tol=0.0, checkpoint=path)
+    resumed = bilevel.solve(problem, solver, key=key, max_steps=23, every=4, tol=0.0, checkpoint=path)
+    assert_same(whole.state, resumed.state)
+    assert list(resumed.record["step"]) == [0, 3, 6, 9, 12, 16, 20, 23]
+    assert resumed.record["value"][-1] == whole.record["value"][-1]
+
+
+@each_solver
+def test_vmap_over_keys_equals_a_loop(kind):
+    problem, solver = PROBLEMS["quadratic"], make(kind)
+    keys = jax.random.split(jax.random.key(7), 3)
+    together = bilevel.solve_many(problem, solver, keys=keys, max_steps=12, every=6, tol=0.0)
+    for key, solution in zip(keys, together, strict=True):
+        alone = bilevel.solve(problem, solver, key=key, max_steps=12, every=6, tol=0.0)
+        assert_same(alone.state, solution.state, rtol=1e-10)
+        np.testing.assert_allclose(alone.record["value"], solution.record["value"], rtol=1e-10)
+
+
+@each_solver
+def test_vmap_over_step_sizes_equals_a_loop(kind, key):
+    problem, sizes = PROBLEMS["quadratic"], jnp.array([0.01, 0.05])
+
+    def final(size):
+        solver = make(kind, size)
+        return run.advance(problem, solver, solver.init(problem, key), key, 0, 5)[0].x
+
+    together = jax.jit(jax.vmap(final))(sizes)
+    for size, x in zip(sizes, together, strict=True):
+        np.testing.assert_allclose(jax.jit(final)(size), x, rtol=1e-10)
+
+
+@each_solver
+def test_a_second_instance_and_other_step_sizes_compile_nothing(kind, key):
+    bilevel.solve(quadratic(seed=1), make(kind, 0.05), key=key, max_steps=5, every=2)
+    before = [function._cache_size() for function in (run._init, run._advance, run._measure, run._finite)]
+    bilevel.solve(quadratic(seed=2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
+    assert [function._cache_size() for function in (run._init, run._advance, run._measure, run._finite)] == before
+
+
+@each_solver
+def test_bad_input_is_named(kind, key):
+    for field in step_fields(kind):
+        for bad in (-1.0, 0.0, float("nan"), float("inf")):
+            with pytest.raises(bilevel.InvalidInput, match=f"{kind.__name__}.{field}: got"):
+                kind(**{field: bad})
+    constrained = dataclasses.replace(PROBLEMS["quadratic"], y_set=bilevel.Box(-1.0, 1.0))
+    with pytest.raises(
+        bilevel.Unsupported, match=f"{kind.__name__} needs an unconstrained lower level; got y_set = Box"
+    ):
+        bilevel.solve(constrained, make(kind), key=key)
+    coupling = bilevel.LinearCoupling(jnp.ones((1, 4)), jnp.ones((1, 3)), jnp.ones(1))
+    with pytest.raises(bilevel.Unsupported, match="LinearCoupling"):
+        bilevel.solve(dataclasses.replace(PROBLEMS["quadratic"], coupling=coupling), make(kind), key=key)
+
+
+@each_solver
+def test_upper_set_is_respected(kind, key):
+    problem = dataclasses.replace(PROBLEMS["quadratic"], x_set=bilevel.Box(-0.1, 0.1))
+    solver = make(kind, 0.3)
+    state, _ = run.advance(problem, solver, solver.init(problem, key), key, 0, 4)
+    assert np.abs(state.x).max() <= 0.1
