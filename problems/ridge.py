@@ -5,8 +5,8 @@
 
 -8 <= x_i <= 2. Features and target are standardised with the training rows' means and deviations.
 
-Settings that work: AID() 200 steps; SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=optax.adam(0.01)) 2000;
-AID or ITD(lower_step_size=0.1, upper_step_size=optax.adam(0.05)) 300.
+Settings that work: AID(), 200 steps; AID or ITD(lower_step_size=0.1, upper_step_size=optax.adam(0.05)), 300;
+SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=optax.adam(0.01)), 2000.
 """
 
 from functools import partial
