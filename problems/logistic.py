@@ -6,8 +6,8 @@
 W [65, 10]: 64 pixels and a constant. x is [1, 10] (a penalty per class), [65, 1] (per feature) or [1, 1], broadcast
 over W, with -8 <= x <= 1.
 
-Settings that work: SOBA(), 2000 steps, or with lower_step_size=0.4, linear_step_size=0.4, upper_step_size=optax.adam(0.01);
-AID(lower_step_size=0.4, upper_step_size=optax.adam(0.2)), 150.
+Settings that work: SOBA(), 2000 steps, or with lower_step_size=0.4, linear_step_size=0.4,
+upper_step_size=optax.adam(0.01); AID(lower_step_size=0.4, upper_step_size=optax.adam(0.2)), 150.
 """
 
 import functools
