@@ -1,7 +1,7 @@
 """Default step sizes from the problem's curvature at the starting point.
 
     a = 1/L, with L the largest eigenvalue of g_yy (Lanczos);   c = 0.5/L_F, with L_F = |grad^2 F| (power iteration on
-    differences of hypergradients), times `caution` for single-loop methods: min(1, 10 mu/L).
+    differences of hypergradients), times `caution` for single-loop methods: min(1/4, 5 mu/L), at least 1/100.
 
 They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are local estimates: give
 numbers, schedules or optax transformations to control a run.
@@ -26,30 +26,30 @@ PROBES = 6
 def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """An estimate of |grad^2 F(x)|_2, shape [], usually from below."""
     flat, unravel = ravel_pytree(x)
-    at_x = hypergradient(problem, x, y, estimate=False)
-    here = ravel_pytree(at_x.gradient)[0]
     distance = jnp.finfo(flat.dtype).eps ** 0.25 * (1 + jnp.linalg.norm(flat))
+    noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype) / flat.size**0.5
+    tiny = jnp.finfo(flat.dtype).tiny
 
-    def probe(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        direction, _ = carry
-        moved = hypergradient(problem, unravel(flat + distance * direction), at_x.y, v=at_x.v, estimate=False)
-        change = (ravel_pytree(moved.gradient)[0] - here) / distance
+    def probe(k: Array, carry: Any) -> Any:
+        """The first pass (direction 0) is the gradient at x: in the loop, the lower solve is compiled once."""
+        here, direction, size, y, v = carry
+        moved = hypergradient(problem, unravel(flat + distance * direction), y, v=v, estimate=False)
+        gradient = ravel_pytree(moved.gradient)[0]
+        here = jnp.where(k == 0, gradient, here)
+        change = jnp.where(k == 0, here + jnp.linalg.norm(here) * noise, (gradient - here) / distance)
         size = jnp.linalg.norm(change)
-        return (jnp.where(size > 0, change / jnp.where(size > 0, size, 1), direction), size), None
+        fallback = jnp.where(k == 0, jnp.ones_like(flat) / flat.size**0.5, direction)
+        return here, jnp.where(size > 0, change / jnp.maximum(size, tiny), fallback), size, moved.y, moved.v
 
-    first = (
-        here
-        + 0.1 * jnp.linalg.norm(here) * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype) / flat.size**0.5
-    )
-    length = jnp.linalg.norm(first)
-    first = jnp.where(length > 0, first / jnp.where(length > 0, length, 1), jnp.ones_like(first) / flat.size**0.5)
-    return lax.scan(probe, (first, jnp.zeros((), flat.dtype)), length=PROBES)[0][1]
+    zero = jnp.zeros_like(flat)
+    start = zero, zero, jnp.zeros((), flat.dtype), y, jax.tree.map(jnp.zeros_like, y)
+    return lax.fori_loop(0, PROBES + 1, probe, start)[2]
 
 
 def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, single_loop: bool) -> tuple[Array, Array]:
     """(lower step a, upper step c); where an estimate fails, 1e-2."""
     L, mu = spectrum(problem, x, y, problem.lower_data.full())
-    caution = jnp.clip(10 * mu / L, 1e-2, 1) if single_loop else jnp.ones_like(L)
+    caution = jnp.clip(5 * mu / L, 1e-2, 0.25) if single_loop else jnp.ones_like(L)
     sizes = (1 / L, 0.5 * caution / upper_curvature(problem, x, y))
     lower, upper = (jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2) for size in sizes)
     return lower, upper
