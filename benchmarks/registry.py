@@ -1,7 +1,8 @@
 """What can be run, and how it is written: `name[key=value,…]` for problems and solvers, TOML for suites.
 
 One text form serves the command line, the suites, the result files and the tables. Values are Python literals
-(`5`, `0.1`, `true`), words (`model=mlp`) and, for step sizes, calls of optax (`upper_step_size=adam(0.05)`).
+(`5`, `0.1`, `true`), words (`model=mlp`) and, for solvers, calls of optax or bilevel with positional arguments
+(`upper_step_size=adam(0.05)`, `linear=Dense()`).
 """
 
 import ast
@@ -162,14 +163,14 @@ def _setting(what: str, value: Any, default: Any) -> Any:
         return value
     import optax
 
-    function = getattr(optax, call.group(1), None)
+    function = getattr(optax, call.group(1), getattr(bilevel, call.group(1), None))
     try:
         if function is None:
-            raise ValueError(f"optax has no {call.group(1)}")
+            raise ValueError(f"neither optax nor bilevel has {call.group(1)}")
         return function(*ast.literal_eval(f"({call.group(2)},)" if call.group(2) else "()"))
     except (TypeError, ValueError, SyntaxError) as error:
         raise UsageError(
-            f"{what}: got {value!r}; expected a number or a call of optax, as adam(0.05): {error}"
+            f"{what}: got {value!r}; expected a number or a call as adam(0.05): {error}"
         ) from error
 
 
