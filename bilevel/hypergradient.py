@@ -180,7 +180,7 @@ def hypergradient(
     finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & jnp.isfinite(lower_residual + linear_residual)
     return Hypergradient(
         value=value,
-        gradient=unravel_x(gradient),
+        gradient=unravel_x(jnp.where(finite, gradient, jnp.nan)),  # a failure is never a number
         y=y,
         lower_residual=lower_residual,
         linear_residual=linear_residual,

@@ -17,6 +17,29 @@ from bilevel.problem import BilevelProblem, Minimize
 PyTree = Any
 
 
+@jax.jit
+def _residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Any:
+    return ravel_pytree(oracles.residual(problem, x, y, problem.lower_data.full()))[0]
+
+
+@jax.jit
+def _lower_value(problem: BilevelProblem, x: PyTree, y: PyTree) -> Any:
+    return oracles.lower_value(problem, x, y, problem.lower_data.full())
+
+
+@jax.jit
+def _jacobians(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, Any]:
+    """(R_x [dim y, dim x], R_y [dim y, dim y])."""
+    (flat_x, unravel_x), (flat_y, unravel_y) = ravel_pytree(x), ravel_pytree(y)
+    residual = lambda a, b: _residual(problem, unravel_x(a), unravel_y(b))  # noqa: E731
+    return jax.jacfwd(residual, argnums=(0, 1))(flat_x, flat_y)
+
+
+@jax.jit
+def _upper(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, tuple[PyTree, PyTree]]:
+    return oracles.upper_value_and_gradients(problem, x, y, problem.upper_data.full())
+
+
 def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
     """y(x) from the start y, by SciPy's BFGS (Minimize) and then Newton steps in NumPy.
 
@@ -26,25 +49,23 @@ def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
     from scipy import optimize
 
     flat, unravel = ravel_pytree(y)
-    batch = problem.lower_data.full()
-    residual = jax.jit(lambda z: ravel_pytree(oracles.residual(problem, x, unravel(z), batch))[0])
-    matrix = jax.jit(jax.jacfwd(residual))
-    start = np.asarray(flat, float)
+
+    def residual(z: np.ndarray) -> np.ndarray:
+        return np.asarray(_residual(problem, x, unravel(np.asarray(z, flat.dtype))), float)
+
+    def value(z: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(_lower_value(problem, x, unravel(np.asarray(z, flat.dtype)))), residual(z)
+
+    root = np.asarray(flat, float)
+    first = float(np.linalg.norm(residual(root)))
     if isinstance(problem.lower, Minimize):
-        value = jax.jit(lambda z: oracles.lower_value(problem, x, unravel(z), batch))
-        best = optimize.minimize(
-            lambda z: float(value(z)), start, jac=lambda z: np.asarray(residual(z), float), method="BFGS"
-        )
-        start = best.x
-    first = float(np.linalg.norm(residual(np.asarray(flat))))
-    root = start
+        root = optimize.minimize(value, root, jac=True, method="BFGS").x
     for _ in range(20):  # Newton in NumPy: quadratic from here
-        R = np.asarray(residual(root), float)
-        step = np.linalg.solve(np.asarray(matrix(root), float), R)
-        shorter = root - step
-        if not np.linalg.norm(residual(shorter)) < np.linalg.norm(R):
+        R = residual(root)
+        trial = root - np.linalg.solve(_jacobians(problem, x, unravel(np.asarray(root, flat.dtype)))[1], R)
+        if not np.linalg.norm(residual(trial)) < np.linalg.norm(R):
             break
-        root = shorter
+        root = trial
     size = float(np.linalg.norm(residual(root)))
     if not size <= 1e-9 * (1 + first):
         raise RuntimeError(
@@ -57,14 +78,8 @@ def hypergradient(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[float,
     """(F(x), grad F(x)) from dense matrices: grad F = f_x - R_x' (R_y')^-1 f_y at `solve_lower`'s y."""
     y = solve_lower(problem, x, y)
     flat_x, unravel_x = ravel_pytree(x)
-    flat_y, unravel_y = ravel_pytree(y)
-    upper, lower = problem.upper_data.full(), problem.lower_data.full()
-
-    def residual(a: Any, b: Any) -> Any:
-        return ravel_pytree(oracles.residual(problem, unravel_x(a), unravel_y(b), lower))[0]
-
-    by_x, by_y = (np.asarray(m, float) for m in jax.jit(jax.jacfwd(residual, argnums=(0, 1)))(flat_x, flat_y))
-    value, (fx, fy) = oracles.upper_value_and_gradients(problem, x, y, upper)
+    by_x, by_y = (np.asarray(matrix, float) for matrix in _jacobians(problem, x, y))
+    value, (fx, fy) = _upper(problem, x, y)
     fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
     gradient = fx - by_x.T @ np.linalg.solve(by_y.T, fy)
     return float(value), unravel_x(np.asarray(gradient, flat_x.dtype))
@@ -72,8 +87,7 @@ def hypergradient(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[float,
 
 def objective(problem: BilevelProblem, y: PyTree) -> Callable[[PyTree], float]:
     """X -> F(x) by `solve_lower` from y."""
-    upper = problem.upper_data.full()
-    return lambda x: float(problem.upper(x, solve_lower(problem, x, y), upper))
+    return lambda x: float(_upper(problem, x, solve_lower(problem, x, y))[0])
 
 
 def finite_differences(function: Callable[[PyTree], float], x: PyTree, step: float = 1e-3) -> PyTree:
