@@ -140,7 +140,7 @@ def make(
     corruption: float = 0.5,
     batch_size: int | None = None,
     train: int = 800,
-    val: int = 150,
+    val: int = 200,
     ridge: float = 1e-3,
 ) -> Instance:
     """Hyper-cleaning on scikit-learn's digits (1797 images).
@@ -180,9 +180,9 @@ def make(
         return _train(plain, jnp.full(train, TRUSTED, float), model == "linear")
 
     def best_ridge() -> PyTree:
-        """Everything, with the ridge that gives the best validation loss: a careful user's answer without cleaning."""
+        """Everything, with the ridge of the best validation accuracy: a careful user's answer without cleaning."""
         fits = [train_on((*samples[:3], jnp.full(train, value, float))) for value in np.geomspace(1e-4, 1e-1, 7)]
-        return min(fits, key=lambda w: float(UPPER[model](jnp.zeros(0), w, clean["val"])))
+        return max(fits, key=lambda w: _accuracies(model, clean, w)["val_accuracy"])
 
     trained = {
         "train on everything": lambda: train_on(samples),
