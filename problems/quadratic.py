@@ -13,8 +13,8 @@ With num_samples > 1 every matrix and vector is a mean over samples of perturbed
 positive
 definite (relative perturbation `noise` < 1), and the means are the ones above: stochastic solvers have the same truth.
 
-Settings that work: every solver's defaults. With batches: SABA() converges; SOBA, StocBiO and AmIGO need decreasing
-steps.
+Settings that work: every solver's defaults; ITD and StocBiO stop at their bias. With batches SABA() converges, while
+SOBA, StocBiO and AmIGO need decreasing steps.
 """
 
 import functools
