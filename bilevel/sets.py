@@ -214,7 +214,8 @@ class Polyhedron(Set):
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
         A, b = self._rows(flat.dtype)
-        return unravel(flat + least_distance(A, b - A @ flat))
+        noise = 4 * jnp.finfo(flat.dtype).eps * (jnp.abs(b) + jnp.abs(A) @ jnp.abs(flat))  # of the subtraction below
+        return unravel(flat + least_distance(A, b - A @ flat, noise))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -316,81 +317,76 @@ def _is_set(value: object) -> bool:
     return isinstance(value, Set)
 
 
-def least_distance(A: Array, slack: Array) -> Array:
+_SEARCHING, _SOLVED, _EMPTY = range(3)
+
+
+def least_distance(A: Array, slack: Array, noise: Array | None = None) -> Array:
     """The shortest d with A d <= slack, or NaN where there is none. Shapes: A [rows, n], slack [rows] -> [n].
 
-    Lawson and Hanson's reduction of least-distance programming to non-negative least squares (Solving Least Squares
-    Problems, 1974, chapter 23), with G = -A, h = -slack: u = argmin_{u >= 0} |E u - e_{n+1}|, E = [G'; h'], r = E u -
-    e;
-    then d = -r[:n]/r[n], and r = 0 exactly when the set is empty. The active rows that come out are solved again for d
-    directly, because the division loses digits when d is long. A masked active-set loop: static shapes, jit, vmap.
+    The dual active-set method of Goldfarb and Idnani (A numerically stable dual method for solving strictly convex
+    quadratic programs, Mathematical Programming 27, 1983) with the identity as Hessian: from d = 0 take in the most
+    violated row p, moving along its component z orthogonal to the active rows; active rows whose multiplier reaches zero
+    on the way leave; where z = 0 and none can leave, the rows contradict each other. Each row taken in lengthens d, so
+    that no active set comes twice. d and the multipliers u are computed afresh, by QR, for every new active set.
+
+    A row counts as violated beyond rounding and `noise` [rows], the error that slack already carries, both propagated
+    through the active rows. A set whose nearest point is farther than eps^(-2/3) times the largest violation counts as empty. Static shapes: jit, vmap.
     """
     rows, n = A.shape
-    if rows == 0:
+    if rows == 0 or n == 0:
         return jnp.zeros(n, A.dtype)
-    eps = jnp.finfo(A.dtype).eps
-    length = jnp.maximum(jnp.linalg.norm(A, axis=1), jnp.finfo(A.dtype).tiny)  # rows of norm one: one tolerance for all
-    zero_row = length <= jnp.finfo(A.dtype).tiny
-    G, h = -A / length[:, None], -slack / jnp.where(zero_row, 1, length)
-    scale = jnp.maximum(jnp.max(jnp.abs(h)), jnp.finfo(A.dtype).tiny)  # d scales with h: solve for d/scale
+    eps = float(jnp.finfo(A.dtype).eps)
+    length = jnp.linalg.norm(A, axis=1)
+    safe = jnp.where(length > 0, length, 1)  # rows of norm one: one tolerance for all
+    G, h = A / safe[:, None], slack / safe
+    scale = jnp.max(-h)  # |d| >= scale: solve for d/scale
+    scale = jnp.where(scale > 0, scale, 1)
     h = h / scale
-    E = jnp.concatenate([G.T, h[None, :]])  # [n + 1, rows]
-    e = jnp.zeros(n + 1, A.dtype).at[n].set(1)
-    tol = 10 * eps * (n + rows)
+    allowance = 10 * eps * n * jnp.abs(h) + (0 if noise is None else noise / safe / scale)
 
-    def on_support(support: Array) -> Array:
-        """Least squares with the columns of `support` only: the others are zeroed, and their diagonal is one."""
-        Q, R = jnp.linalg.qr(
-            jnp.concatenate([jnp.where(support, E, 0), jnp.diag(jnp.where(support, 0, 1).astype(A.dtype))])
-        )
-        rhs = Q.T @ jnp.concatenate([e, jnp.zeros(rows, A.dtype)])
-        return jnp.where(support, jax.scipy.linalg.solve_triangular(R, rhs), 0)
-
+    # Slots: W [n] holds the active rows, -1 where free; u [n] their multipliers; p is the row coming in, -1 before one
+    # is chosen, and u_p its multiplier.
     def go_on(carry: tuple) -> Array:
-        u, support, count, blocked = carry
-        descent = jnp.where(support | blocked, -jnp.inf, E.T @ (e - E @ u))
-        return (jnp.max(descent) > tol) & (count < 3 * rows + 10)
+        return (carry[-1] == _SEARCHING) & (carry[-2] < 10 * (rows + n))
 
     def body(carry: tuple) -> tuple:
-        u, support, count, blocked = carry
-        entering = jnp.argmax(jnp.where(support | blocked, -jnp.inf, E.T @ (e - E @ u)))
-        support = support.at[entering].set(True)
-        trial = on_support(support)
-        dependent = ~jnp.isfinite(trial).all() | (trial[entering] <= 0)  # a column that rounding let in: keep it out
+        d, W, u, p, u_p, count, _ = carry
+        used, fresh = W >= 0, p < 0
+        N = jnp.where(used[:, None], G[W], 0)
+        Q, R = jnp.linalg.qr(jnp.concatenate([N.T, jnp.diag(jnp.where(used, 0, 1).astype(A.dtype))]))
+        Q = Q[:n]  # columns of used slots span the active rows, the others are zero
+        w = jax.scipy.linalg.solve_triangular(R, jnp.where(used, h[W], 0), trans=1)
+        d = jnp.where(fresh, Q @ w, d)
+        u = jnp.where(fresh, jnp.where(used, jnp.maximum(-jax.scipy.linalg.solve_triangular(R, w), 0), 0), u)
+        size = jnp.linalg.norm(d)
+        active = jnp.any(W[:, None] == jnp.arange(rows)[None, :], axis=0)
+        # Row i = sum of r_ij times active row j, plus what is orthogonal: the active rows' errors reach it through r_ij.
+        reach = jnp.abs(jax.scipy.linalg.solve_triangular(R, (G @ Q).T))
+        error = allowance + 10 * eps * n * size
+        excess = jnp.where(active, -jnp.inf, G @ d - h - error - jnp.where(used, error[W], 0) @ reach)
+        p = jnp.where(fresh, jnp.argmax(excess), p)
+        u_p = jnp.where(fresh, 0, u_p)
+        solved = fresh & (excess[p] <= 0)
 
-        def negative(inner: tuple) -> Array:
-            _, support, trial = inner
-            return jnp.any(support & (trial <= 0))
+        coordinates = Q.T @ G[p]
+        z = G[p] - Q @ coordinates
+        z = z - Q @ (Q.T @ z)
+        independent = (jnp.linalg.norm(z) > 100 * eps * n) & ~jnp.all(used)
+        r = jnp.where(used, jax.scipy.linalg.solve_triangular(R, coordinates), 0)
+        full = jnp.where(independent, (G[p] @ d - h[p]) / jnp.where(independent, z @ z, 1), jnp.inf)
+        ratios = jnp.where(r > 0, u / jnp.where(r > 0, r, 1), jnp.inf)
+        leaving = jnp.argmin(ratios)
+        t, joins = jnp.minimum(full, ratios[leaving]), full <= ratios[leaving]
+        empty = ~jnp.isfinite(t) | (size > eps ** (-2 / 3))
+        t = jnp.where(solved | empty, 0, t)
+        d = d - jnp.where(independent, t, 0) * z
+        u, u_p = jnp.maximum(u - t * r, 0), u_p + t
+        slot = jnp.where(joins, jnp.argmin(W), leaving)  # a free slot holds -1
+        W, u = W.at[slot].set(jnp.where(joins, p, -1)), u.at[slot].set(jnp.where(joins, u_p, 0))
+        status = jnp.where(solved, _SOLVED, jnp.where(empty, _EMPTY, _SEARCHING))
+        return d, W, u, jnp.where(joins, -1, p), u_p, count + 1, status
 
-        def shrink(inner: tuple) -> tuple:
-            u, support, trial = inner
-            ratio = jnp.where(support & (trial <= 0), u / jnp.where(u - trial == 0, 1, u - trial), jnp.inf)
-            u = u + jnp.min(ratio) * (trial - u)
-            support = support & (u > eps) & (jnp.arange(rows) != jnp.argmin(ratio))
-            u = jnp.where(support, u, 0)
-            return u, support, on_support(support)
-
-        rejected = support.at[entering].set(False)
-        _, support_new, trial = jax.lax.while_loop(
-            negative, shrink, (u, jnp.where(dependent, rejected, support), jnp.where(dependent, u, trial))
-        )
-        blocked = jnp.where(dependent, blocked.at[entering].set(True), jnp.zeros_like(blocked))
-        return (
-            jnp.where(dependent, u, jnp.where(support_new, trial, 0)),
-            jnp.where(dependent, rejected, support_new),
-            count + 1,
-            blocked,
-        )
-
-    nothing = jnp.zeros(rows, bool)
-    u, support, _, _ = jax.lax.while_loop(go_on, body, (jnp.zeros(rows, A.dtype), nothing, jnp.array(0), nothing))
-    residual = e - E @ u  # r = -residual; r[n] < 0 when feasible
-    empty = (residual[n] <= tol) | jnp.any(zero_row & (h > 0))
-    rough = -residual[:n] / jnp.where(empty, 1, residual[n])
-    # d is the projection of 0 on the active rows' affine hull: d = G_a' (G_a G_a')^-1 h_a; a QR keeps it stable.
-    Ga, ha = jnp.where(support[:, None], G, 0), jnp.where(support, h, 0)
-    Q, R = jnp.linalg.qr(jnp.concatenate([Ga.T, jnp.diag(jnp.where(support, 0, 1).astype(A.dtype))]))
-    exact = (Q @ jax.scipy.linalg.solve_triangular(R, ha, trans=1))[:n]
-    better = jnp.isfinite(exact).all() & (jnp.max(h - G @ exact) <= jnp.maximum(jnp.max(h - G @ rough), tol))
-    d = scale * jnp.where(better, exact, rough)
-    return jnp.where(jnp.all(slack >= 0), jnp.zeros_like(d), jnp.where(empty, jnp.nan, d))
+    nothing, nobody = jnp.zeros(n, A.dtype), jnp.array(-1)
+    start = (nothing, jnp.full(n, -1), nothing, nobody, jnp.zeros((), A.dtype), jnp.array(0), jnp.array(_SEARCHING))
+    d, *_, status = jax.lax.while_loop(go_on, body, start)
+    return jnp.where(status == _SOLVED, scale * d, jnp.nan)
