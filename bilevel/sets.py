@@ -150,8 +150,11 @@ class Ball(Set):
 
     def project(self, z: PyTree) -> PyTree:
         center = _like(self.center, z)
-        step = optax.projections.projection_l2_ball(jax.tree.map(operator.sub, z, center), self.radius)
-        return jax.tree.map(operator.add, center, step)
+        flat, unravel = ravel_pytree(jax.tree.map(operator.sub, z, center))
+        radius, squared = jnp.asarray(self.radius, flat.dtype), flat @ flat
+        outside = squared > radius**2
+        shrink = jnp.where(outside, radius / jnp.sqrt(jnp.where(outside, squared, 1)), 1)  # finite for radius 0, too
+        return jax.tree.map(operator.add, center, unravel(shrink * flat))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -182,7 +185,11 @@ class Simplex(Set):
     scale: Any = 1.0
 
     def project(self, z: PyTree) -> PyTree:
-        return optax.projections.projection_simplex(z, self.scale)
+        flat, unravel = ravel_pytree(z)
+        flat = flat - jnp.max(flat)  # changes nothing but rounding: far points keep their digits
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer positions and floats
+            moved = optax.projections.projection_simplex(flat, jnp.asarray(self.scale, flat.dtype))
+        return unravel(jnp.asarray(moved, flat.dtype))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -325,12 +332,13 @@ def least_distance(A: Array, slack: Array, noise: Array | None = None) -> Array:
 
     The dual active-set method of Goldfarb and Idnani (A numerically stable dual method for solving strictly convex
     quadratic programs, Mathematical Programming 27, 1983) with the identity as Hessian: from d = 0 take in the most
-    violated row p, moving along its component z orthogonal to the active rows; active rows whose multiplier reaches zero
-    on the way leave; where z = 0 and none can leave, the rows contradict each other. Each row taken in lengthens d, so
-    that no active set comes twice. d and the multipliers u are computed afresh, by QR, for every new active set.
+    violated row p, moving along its component z orthogonal to the active rows; active rows whose multiplier reaches
+    zero on the way leave; where z = 0 and none can leave, the rows contradict each other. Each row taken in lengthens
+    d, so that no active set comes twice. d and the multipliers u are computed afresh, by QR, for every new active set.
 
     A row counts as violated beyond rounding and `noise` [rows], the error that slack already carries, both propagated
-    through the active rows. A set whose nearest point is farther than eps^(-2/3) times the largest violation counts as empty. Static shapes: jit, vmap.
+    through the active rows. A set whose nearest point is farther than eps^(-2/3) times the largest violation counts as
+    empty. Static shapes: jit, vmap.
     """
     rows, n = A.shape
     if rows == 0 or n == 0:
@@ -360,7 +368,7 @@ def least_distance(A: Array, slack: Array, noise: Array | None = None) -> Array:
         u = jnp.where(fresh, jnp.where(used, jnp.maximum(-jax.scipy.linalg.solve_triangular(R, w), 0), 0), u)
         size = jnp.linalg.norm(d)
         active = jnp.any(W[:, None] == jnp.arange(rows)[None, :], axis=0)
-        # Row i = sum of r_ij times active row j, plus what is orthogonal: the active rows' errors reach it through r_ij.
+        # Row i = sum of r_ij times active row j, plus an orthogonal part: errors of active rows reach it through r_ij.
         reach = jnp.abs(jax.scipy.linalg.solve_triangular(R, (G @ Q).T))
         error = allowance + 10 * eps * n * size
         excess = jnp.where(active, -jnp.inf, G @ d - h - error - jnp.where(used, error[W], 0) @ reach)
