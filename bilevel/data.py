@@ -159,7 +159,10 @@ class Minibatch(Source):
                 "one number of samples",
                 "Put samples on axis 0.",
             )
-        if not 1 <= self.batch_size <= self.num_samples:
+        if self.num_samples == 0:
+            invalid(f"{name}.arrays (Minibatch)", "0 samples", "at least one sample", "Load the data first.")
+        whole = isinstance(self.batch_size, int | np.integer) and not isinstance(self.batch_size, bool)
+        if not whole or not 1 <= self.batch_size <= self.num_samples:
             invalid(
                 f"{name}.batch_size (Minibatch)", self.batch_size, f"a whole number in [1, {self.num_samples}]",
                 "Use Full for all of the data at once.",
