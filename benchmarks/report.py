@@ -110,6 +110,9 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
         **{name: _mean(values) for name, values in stats.items()},
         "statuses": dict(Counter(result["status"] for _, result in found)),
         "referee": dict(Counter(result["referee"]["verdict"] for _, result in found if result["referee"])),
+        "skipped_by_referee": list(
+            dict.fromkeys(r["referee"]["reason"] for _, r in found if (r["referee"] or {}).get("reason"))
+        ),
         "reasons": list(dict.fromkeys(f"{r['status']}: {r['reason']}" for _, r in found if r["reason"])),
         "metrics": _spread([result["metrics"] for _, result in found if result["metrics"]]),
     }
@@ -220,6 +223,8 @@ def tables(summary: dict[str, Any]) -> Group:
         if metrics is not None:
             parts.append(metrics)
         parts += [Text(f"  {name} = {text}", style="dim") for text, name in names.items() if name != text]
+        skipped = dict.fromkeys(reason for row in problem["rows"] for reason in row["skipped_by_referee"])
+        parts += [Text(f"  referee skipped: {_shorten(reason)}", style="dim") for reason in skipped]
         for row in problem["rows"]:
             parts += [Text(f"  {names[row['solver']]}: {_shorten(text)}", style="yellow") for text in row["reasons"]]
         parts.append(Text(""))

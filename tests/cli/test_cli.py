@@ -251,6 +251,17 @@ def test_the_referee_catches_wrong_numbers():
     assert "401 lower unknowns" in verdict["reason"]
 
 
+def test_the_table_says_why_the_referee_skipped(tmp_path):
+    result = call(
+        "run", "-p", PROBLEM, "-s", SOBA, "--precision", 32, "--max-steps", 5, "--out", tmp_path / "o", "--no-plot"
+    )
+    assert result.exit_code == 0, result.stderr
+    assert "referee skipped: the reference needs float64" in result.stdout
+    (points,) = tmp_path.glob("o/cells/*.npz")
+    with np.load(points) as saved:
+        assert saved["x"].dtype == np.float32
+
+
 def test_points_of_any_structure_come_back(tmp_path):
     x = {"a": jax.numpy.arange(3.0), "b": [jax.numpy.ones((2, 2), "float32")]}
     y = (jax.numpy.zeros(()), {"w/1": jax.numpy.full(2, 0.1)})
