@@ -107,7 +107,12 @@ class BilevelProblem:
         self.upper_data.validate("upper_data")
         self.lower_data.validate("lower_data")
         key = jax.random.key(0)
-        start = self.init(key)
+        try:
+            start = self.init(key)
+        except InvalidInput:
+            raise
+        except Exception as error:
+            invalid("init", f"{type(error).__name__}: {error}", "a function key -> (x0, y0)", "Call it with a key.")
         if not isinstance(start, tuple) or len(start) != 2:
             invalid("init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees.")
         x, y = start
@@ -138,14 +143,14 @@ class BilevelProblem:
         return self
 
 
+def _check_callable(name: str, value: object, signature: str) -> None:
+    if not callable(value):
+        invalid(name, type(value).__name__, f"a function {signature}", "Pass the function itself.")
+
+
 def _check_kinds(problem: BilevelProblem) -> None:
-    if not callable(problem.upper):
-        invalid(
-            "upper",
-            type(problem.upper).__name__,
-            "a function f(x, y, batch) -> []",
-            "Pass the function itself.",
-        )
+    _check_callable("upper", problem.upper, "f(x, y, batch) -> []")
+    _check_callable("init", problem.init, "key -> (x0, y0)")
     if not isinstance(problem.lower, Minimize | FixedPoint):
         invalid(
             "lower",
@@ -153,6 +158,10 @@ def _check_kinds(problem: BilevelProblem) -> None:
             "Minimize(g) or FixedPoint(T)",
             "Wrap the function: lower=Minimize(g).",
         )
+    if isinstance(problem.lower, Minimize):
+        _check_callable("lower (Minimize)", problem.lower.g, "g(x, y, batch) -> []")
+    else:
+        _check_callable("lower (FixedPoint)", problem.lower.T, "T(x, y, batch) shaped like y")
     for name, kind in (("x_set", Set), ("y_set", Set), ("upper_data", Source), ("lower_data", Source)):
         value = getattr(problem, name)
         if not isinstance(value, kind):
@@ -229,26 +238,24 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
     if coupling is None:
         return
     if isinstance(coupling, SmoothCoupling):
+        _check_callable("coupling (SmoothCoupling)", coupling.h, "h(x, y) -> [rows]")
         out = _shape_of("coupling (SmoothCoupling)", coupling.h, x, y)
         if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) != 1:
-            invalid(
-                "coupling (SmoothCoupling)",
-                out,
-                "h(x, y) of shape [rows]",
-                "Stack the constraints in one vector.",
-            )
+            got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
+            invalid("coupling (SmoothCoupling)", got, "h(x, y) of shape [rows]", "Stack the constraints in one vector.")
         return
     size = {name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(point)) for name, point in (("x", x), ("y", y))}
     for suffix in ("", "_eq"):
         parts = {name: getattr(coupling, name + suffix) for name in ("A", "B", "b")}
         if all(part is None for part in parts.values()) and suffix:
             continue
-        rows = np.shape(parts["b"])[:1]
-        want = {"A": (*rows, size["y"]), "B": (*rows, size["x"]), "b": rows}
-        for name, part in parts.items():
-            label = f"coupling.{name}{suffix} (LinearCoupling)"
-            if part is None or len(rows) != 1 or np.shape(part) != want[name]:
-                got = "nothing" if part is None else f"shape {np.shape(part)}"
-                invalid(label, got, f"shape {want[name]} for A y + B x <= b", "Columns count raveled entries.")
+        rows = np.shape(parts["b"])
+        want = {"b": rows if len(rows) == 1 else "(rows,)", "A": (*rows, size["y"]), "B": (*rows, size["x"])}
+        for name, shape in want.items():
+            part, label = parts[name], f"coupling.{name}{suffix} (LinearCoupling)"
+            got = "None" if part is None else f"shape {np.shape(part)}"
+            if part is None or np.shape(part) != shape:
+                do = "Give A, B and b together; columns count raveled entries."
+                invalid(label, got, f"shape {shape} for A y + B x <= b", do)
             if not np.isfinite(np.asarray(part)).all():
                 invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
