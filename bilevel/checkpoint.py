@@ -1,14 +1,18 @@
 """Atomic checkpoints: a safetensors file of raw bytes with a manifest. No pickled code; loading executes nothing.
 
 The manifest (JSON in the file's header) holds the format version, the fingerprint of the run it belongs to, every
-leaf's
-path, shape and dtype, and the SHA-256 of all bytes: a flipped bit, another problem or a missing leaf is a named error.
+leaf's path, shape and dtype, and the SHA-256 of all names and bytes: a flipped bit, another problem or a missing leaf
+is a named error.
 """
 
+import dataclasses
+import functools
 import hashlib
 import json
 import os
 import tempfile
+import types
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -54,44 +58,86 @@ def _describe(tree: PyTree) -> list[list[Any]]:
     return [[path, str(getattr(leaf, "dtype", raw.dtype)), list(np.shape(leaf))] for path, leaf, raw in leaves]
 
 
-def fingerprint(*parts: PyTree) -> str:
-    """A SHA-256 over structures, static settings and all numbers: the same for the same problem, solver and key."""
+def fingerprint(*parts: Any) -> str:
+    """A SHA-256 over structures, settings, functions and all numbers: the same for the same problem, solver and key.
+
+    A function counts by its name, its code, its defaults and what it closes over, so that two lambdas, or two optax
+    transformations with other learning rates, differ. What it reads from global variables is not seen.
+    """
     digest = hashlib.sha256()
-    for part in parts:
-        digest.update(_structure_text(part).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(part):
-            raw = _to_numpy(leaf)
-            digest.update(f"{jax.tree_util.keystr(path)}{raw.dtype}{raw.shape}".encode())
-            digest.update(np.ascontiguousarray(raw).tobytes())
+    _feed(digest.update, parts, ())
     return digest.hexdigest()
 
 
-def _structure_text(value: Any) -> str:
-    """The static part of a pytree, functions by name: addresses in a repr would change from process to process."""
-    if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
-    if hasattr(value, "__dataclass_fields__"):
-        inside = ",".join(f"{name}={_structure_text(getattr(value, name))}" for name in value.__dataclass_fields__)
-        return f"{type(value).__qualname__}({inside})"
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{name}:{_structure_text(item)}" for name, item in sorted(value.items())) + "}"
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__}[" + ",".join(map(_structure_text, value)) + "]"
-    if isinstance(value, bool | int | str | None):
-        return repr(value)
-    return type(value).__name__
+def _feed(put: Callable[[bytes], Any], value: Any, above: tuple[int, ...]) -> None:
+    """Describe `value` to `put`, never by an address: those change from process to process. `above`: ids of parents."""
+    if id(value) in above:  # a recursive function closes over itself
+        return put(b"cycle;")
+    parts: Iterable[Any] = ()
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        raw = np.ascontiguousarray(_to_numpy(value))
+        label = f"{value.dtype}{value.shape}"
+        put(hashlib.sha256(repr(raw.tolist()).encode() if raw.dtype == object else raw.tobytes()).digest())
+    elif isinstance(value, bool | int | float | complex | str | bytes | None | np.dtype):
+        label = f"{type(value).__name__} {value!r}"
+    elif isinstance(value, types.CodeType):
+        label, parts = value.co_code.hex(), (value.co_consts, value.co_names)
+    elif isinstance(value, functools.partial):
+        label, parts = "partial", (value.func, value.args, value.keywords)
+    elif isinstance(value, types.MethodType):
+        label, parts = "method", (value.__func__, value.__self__)
+    elif isinstance(value, types.FunctionType):
+        cells = [_content(cell) for cell in value.__closure__ or ()]
+        label, parts = _name(value), (value.__code__, value.__defaults__, value.__kwdefaults__, cells)
+    elif isinstance(value, type | types.ModuleType):
+        label = _name(value)
+    elif hasattr(value, "__wrapped__"):
+        label, parts = "wrapped", (value.__wrapped__,)
+    elif dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        label, parts = f"{_name(type(value))} {names}", [getattr(value, name, None) for name in names]
+    elif isinstance(value, dict):
+        label, parts = "dict", [item for key in sorted(value, key=str) for item in (str(key), value[key])]
+    elif isinstance(value, set | frozenset):
+        label, parts = "set", sorted(map(fingerprint, value))
+    elif isinstance(value, tuple | list):
+        label, parts = f"{_name(type(value))} {len(value)}", value
+    else:  # another pytree node by its children; anything else by its name, or its type's
+        label = _name(value) if callable(value) and hasattr(value, "__qualname__") else _name(type(value))
+        parts = [leaf for leaf in jax.tree.leaves(value) if leaf is not value]
+    put(f"({label};".encode())
+    for part in parts:
+        _feed(put, part, (*above, id(value)))
+    put(b")")
+
+
+def _name(value: Any) -> str:
+    return f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', getattr(value, '__name__', ''))}"
+
+
+def _content(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # still empty
+        return None
+
+
+def _digest(payload: dict[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name, array in payload.items():
+        digest.update(f"{name} {array.dtype} {array.shape};".encode() + array.tobytes())
+    return digest.hexdigest()
 
 
 def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes: dict[str, Any]) -> None:
     """Write `tree` (arrays and typed keys), the fingerprint `owner` and JSON-able `notes` to `path`, atomically."""
     arrays = [_to_numpy(leaf) for leaf in jax.tree.leaves(tree)]
     payload = {f"{k:06d}": np.frombuffer(array.tobytes(), np.uint8) for k, array in enumerate(arrays)}
-    digest = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()
     manifest = {
         "version": VERSION,
         "owner": owner,
         "leaves": _describe(tree),
-        "sha256": digest,
+        "sha256": _digest(payload),
         "notes": notes,
     }
     text = json.dumps(manifest)
@@ -109,11 +155,11 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
     try:
         with safe_open(path, "numpy") as file:
             head = file.metadata() or {}
-            buffers = [file.get_tensor(name).tobytes() for name in sorted(file.keys())]
+            payload = {name: file.get_tensor(name) for name in sorted(file.keys())}
         text = head["manifest"]
         manifest = json.loads(text)
         intact = hashlib.sha256(text.encode()).hexdigest() == head["manifest_sha256"]
-        intact = intact and hashlib.sha256(b"".join(buffers)).hexdigest() == manifest["sha256"]
+        intact = intact and _digest(payload) == manifest["sha256"]
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise CheckpointError(f"checkpoint {path}: cannot be read ({error}). Delete it to start afresh.") from error
     if not intact:
@@ -131,7 +177,9 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
         )
     if manifest["leaves"] != _describe(like):
         raise CheckpointError(f"checkpoint {path}: its arrays differ in path, shape or dtype from this run's state.")
-    leaves = [_restore(buffer, leaf) for buffer, leaf in zip(buffers, jax.tree.leaves(like), strict=True)]
+    leaves = [
+        _restore(part.tobytes(), leaf) for part, leaf in zip(payload.values(), jax.tree.leaves(like), strict=True)
+    ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest["notes"]
 
 
