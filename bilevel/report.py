@@ -85,7 +85,7 @@ def plot_records(
 ) -> Path:
     """A PNG of F, hypergradient norm and lower residual (rows) against oracle calls and time (columns).
 
-    One colour a label, one faint line a record, the median bold. With `optimum` the first row shows F - F*.
+    One colour a label; the first record bold, the others faint. With `optimum` the first row shows F - F*.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

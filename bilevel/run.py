@@ -155,13 +155,7 @@ def solve(
         SolveError: with `throw`, unless the run ends well.
     """
     _check_arguments(max_steps, every, tol, time_limit)
-    if key.shape != ():
-        invalid(
-            "key",
-            f"shape {key.shape}",
-            "one typed key, jax.random.key(seed)",
-            "Use solve_many for several keys.",
-        )
+    _check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     solutions = _drive(
         problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
         callback=callback, checkpoint=checkpoint, progress=progress, measure=measure,
@@ -189,8 +183,7 @@ def solve_many(
     keys together.
     """
     _check_arguments(max_steps, every, tol, time_limit)
-    if len(keys.shape) != 1 or keys.shape[0] == 0:
-        invalid("keys", f"shape {keys.shape}", "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
+    _check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     return _drive(
         problem, solver, keys, many=True, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
         callback=None, checkpoint=None, progress=progress, measure=measure,
@@ -206,6 +199,13 @@ def _check_arguments(max_steps: int, every: int | None, tol: float | None, time_
         invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
     if time_limit is not None and not time_limit >= 0:
         invalid("time_limit", time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
+
+
+def _check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:
+    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
+        invalid(name, type(key).__name__, expected, "Make a typed key: jax.random.key(seed).")
+    if key.ndim != axes or key.size == 0:
+        invalid(name, f"shape {key.shape}", expected, do)
 
 
 def _lanes(solver: Solver, many: bool, measure: Callable) -> Lanes:
@@ -303,6 +303,8 @@ def _drive(
             proved = float(np.nan_to_num(m.error_bound, nan=np.inf))
             if max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol and tol > 0:
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED
+            elif not np.isfinite(m.value):  # a finite iterate so far out that F is not
+                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
         if stop:
@@ -313,7 +315,7 @@ def _drive(
     bar = report.Progress(progress, max_steps, type(solver).__name__)
     pace = 0.0  # seconds a step, the last piece's
     try:
-        done = look() if step == 0 else False
+        done = look()  # after a resume too: the run may have been done
         while not done and step < max_steps:
             target = min(max_steps, (step // every + 1) * every)
             while step < target and not done:

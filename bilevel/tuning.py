@@ -1,10 +1,11 @@
 """Default step sizes from the problem's curvature at the starting point.
 
-    a = 1/L, with L the largest eigenvalue of g_yy (Lanczos);   c = 0.5/L_F, with L_F = |grad^2 F| (power iteration on
-    differences of hypergradients), times `caution` for single-loop methods: min(1/4, 5 mu/L), at least 1/100.
+    a = 1/L, with L the largest eigenvalue of g_yy (Lanczos) at x0 and at SAMPLES points of a bounded X, or around x0;
+    c = 0.5/L_F, with L_F = |grad^2 F| at x0 (power iteration on differences of hypergradients),
+        times `caution` for single-loop methods: min(1/4, 5 mu/L), at least 1/100, with mu and L at x0.
 
-They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are local estimates: give
-numbers, schedules or optax transformations to control a run.
+They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are estimates, not bounds:
+give numbers, schedules or optax transformations to control a run.
 """
 
 from typing import Any, NamedTuple
@@ -17,10 +18,12 @@ from jax.flatten_util import ravel_pytree
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import spectrum
 from bilevel.problem import BilevelProblem
+from bilevel.sets import Reals
 from bilevel.step import Stepper, StepRule, stepper
 
 PyTree = Any
 PROBES = 6
+SAMPLES = 4
 
 
 def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
@@ -48,11 +51,21 @@ def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
 
 def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, single_loop: bool) -> tuple[Array, Array]:
     """(lower step a, upper step c); where an estimate fails, 1e-2."""
-    L, mu = spectrum(problem, x, y, problem.lower_data.full())
+    batch = problem.lower_data.full()
+    L, mu = spectrum(problem, x, y, batch)
+    elsewhere = jax.vmap(lambda key: spectrum(problem, _near(problem, x, key), y, batch)[0])
+    highest = jnp.maximum(L, jnp.max(elsewhere(jax.random.split(jax.random.key(2), SAMPLES))))
     caution = jnp.clip(5 * mu / L, 1e-2, 0.25) if single_loop else jnp.ones_like(L)
-    sizes = (1 / L, 0.5 * caution / upper_curvature(problem, x, y))
+    sizes = (1 / highest, 0.5 * caution / upper_curvature(problem, x, y))
     lower, upper = (jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2) for size in sizes)
     return lower, upper
+
+
+def _near(problem: BilevelProblem, x: PyTree, key: Array) -> PyTree:
+    """A point where the run may come by: of X where it is bounded, else x0 plus standard normal noise, projected."""
+    if problem.x_set.bounded:
+        return problem.x_set.sample(key, x)
+    return problem.x_set.project(jax.tree.map(jnp.add, x, Reals().sample(key, x)))
 
 
 class Iterates(NamedTuple):

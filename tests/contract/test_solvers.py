@@ -23,7 +23,7 @@ def make(kind, size=0.05):
 
 
 def quadratic(seed=0):
-    return problems.make("quadratic", seed=seed, dim_x=3, dim_y=4, num_samples=8, batch_size=2).problem
+    return problems.make("quadratic", seed=seed, dim_x=3, dim_y=12, num_samples=8, batch_size=2).problem
 
 
 def tanh_map(x, y, batch):
@@ -35,8 +35,8 @@ def distance(x, y, batch):
 
 
 def fixed_point():
-    matrix = jax.random.orthogonal(jax.random.key(3), 4)
-    start = (jnp.full(2, 0.1), jnp.zeros(4))
+    matrix = jax.random.orthogonal(jax.random.key(3), 12)
+    start = (jnp.full(2, 0.1), jnp.zeros(12))
     return bilevel.BilevelProblem(
         distance, bilevel.FixedPoint(tanh_map), lower_data=bilevel.Full(matrix), init=lambda key: start
     )
@@ -155,7 +155,7 @@ def test_bad_input_is_named(kind, key):
         bilevel.Unsupported, match=f"{kind.__name__} needs an unconstrained lower level; got y_set = Box"
     ):
         bilevel.solve(constrained, make(kind), key=key)
-    coupling = bilevel.LinearCoupling(jnp.ones((1, 4)), jnp.ones((1, 3)), jnp.ones(1))
+    coupling = bilevel.LinearCoupling(jnp.ones((1, 12)), jnp.ones((1, 3)), jnp.ones(1))
     with pytest.raises(bilevel.Unsupported, match="LinearCoupling"):
         bilevel.solve(dataclasses.replace(PROBLEMS["quadratic"], coupling=coupling), make(kind), key=key)
 
