@@ -37,9 +37,9 @@ class LowerSolution(NamedTuple):
 class Newton:
     """Newton's method for the lower level, with backtracking (Minimize) or Picard steps (FixedPoint) as safeguard.
 
-    Minimize: d = -H^-1 R; where Cholesky fails, H is replaced by the diagonal of its absolute row sums (dense), and CG
-    stops at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g decreases
-    (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
+    Minimize: d = -H^-1 R; where Cholesky fails, a multiple of the absolute row sums is added to H's diagonal (dense),
+    and CG stops at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g
+    decreases (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
     FixedPoint: d = -(I - T_y)^-1 R by LU or 20 GMRES products, taken where it halves |R|, else y <- T(x, y), which is
     the safe step of a contraction.
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
@@ -114,6 +114,7 @@ def solve(
         flat, g, R, norm_R = (
             jnp.where(ok, new, old) for new, old in ((trial, c.y), (g, c.g), (R, c.R), (norm_R, c.norm_R))
         )
+        norm_R = jnp.where(first & ~finite, jnp.nan, norm_R)  # no residual is known
         first_norm = jnp.where(first, norm_R, c.first_norm)
 
         renew = ok | refactor
@@ -132,7 +133,7 @@ def solve(
             ok, (length <= tol * scale) | (at_rounding & (length >= c.length / 2)), at_rounding & ~refactor
         )
         status = jnp.where(t < eps, Status.STALLED, Status.MAX_STEPS)
-        status = jnp.where(done | (norm_R == 0), Status.CONVERGED, status)
+        status = jnp.where((done & jnp.isfinite(scale)) | (norm_R == 0), Status.CONVERGED, status)
         status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
         return _Search(
             flat, g, R, factor, d, t, length, norm_R, first_norm, R @ d,
@@ -178,13 +179,25 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
     n, dtype = like.size, like.dtype
 
     def cholesky(flat: Array) -> tuple[Array, Array]:
+        """(Cholesky factor of H + s diag(rows), rows = absolute row sums of H) with the first s of 0, 1/256, 1/64, …, 1
+        that suffices; s = 1 does, up to rounding and zero rows (Gershgorin).
+        """
         H = dense_matrix(operator(flat), n, dtype)
-        return jnp.linalg.cholesky(H), jnp.sum(jnp.abs(H), axis=1)
+        rows = jnp.sum(jnp.abs(H), axis=1)
+
+        def failed(carry: tuple[Array, Array]) -> Array:
+            return ~jnp.isfinite(carry[1][-1, -1]) & (carry[0] <= 1)
+
+        def attempt(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            s = carry[0]
+            return jnp.maximum(4 * s, 1 / 256), jnp.linalg.cholesky(H + jnp.diag(s * rows))
+
+        return lax.while_loop(failed, attempt, (jnp.zeros((), dtype), jnp.full_like(H, jnp.nan)))[1], rows
 
     def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> Array:
-        L, rows = factor  # an indefinite H: diag(rows) - H is positive semidefinite (Gershgorin), a safe scaling
+        L, rows = factor  # without a factor, diag(rows) is a safe scaling
         good = jnp.isfinite(L[-1, -1])
-        return -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.maximum(rows, jnp.finfo(dtype).tiny))
+        return -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.where(rows > 0, rows, 1))
 
     if dense and minimize:
         return cholesky, by_cholesky
