@@ -169,9 +169,7 @@ def _setting(what: str, value: Any, default: Any) -> Any:
             raise ValueError(f"neither optax nor bilevel has {call.group(1)}")
         return function(*ast.literal_eval(f"({call.group(2)},)" if call.group(2) else "()"))
     except (TypeError, ValueError, SyntaxError) as error:
-        raise UsageError(
-            f"{what}: got {value!r}; expected a number or a call as adam(0.05): {error}"
-        ) from error
+        raise UsageError(f"{what}: got {value!r}; expected a number or a call as adam(0.05): {error}") from error
 
 
 def check_problem(text: str) -> None:

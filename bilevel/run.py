@@ -8,6 +8,7 @@ serves every chunk.
 
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,9 @@ from bilevel.struct import invalid
 
 PyTree = Any
 PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
+
+
+_validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
 
 
 class SolveError(RuntimeError):
@@ -72,7 +76,6 @@ class Lanes(NamedTuple):
     advance: Callable
     measure: Callable
     output: Callable
-    finite: Callable
 
 
 def _all_finite(state: PyTree) -> Array:
@@ -92,11 +95,16 @@ def _advance(
     solver: Solver,
     state: PyTree,
     key: Array,
-    start: Array,
-    num_steps: Array,
+    start: int,
+    num_steps: int,
     many: bool,
-) -> tuple[PyTree, PyTree]:
-    one = lambda state, key: advance(problem, solver, state, key, start, num_steps)  # noqa: E731
+) -> tuple[PyTree, PyTree, Array]:
+    """(state, info, whether the state is finite)."""
+
+    def one(state: PyTree, key: Array) -> tuple[PyTree, PyTree, Array]:
+        state, info = advance(problem, solver, state, key, start, num_steps)
+        return state, info, _all_finite(state)
+
     return jax.vmap(one)(state, key) if many else one(state, key)
 
 
@@ -105,11 +113,6 @@ def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure:
     """Of (x, y) alone, so that all solvers share one compilation."""
     one = partial(measure, problem)
     return jax.vmap(one)(x, y) if many else one(x, y)
-
-
-@partial(jax.jit, static_argnames="many")
-def _finite(state: PyTree, many: bool) -> Array:
-    return jax.vmap(_all_finite)(state) if many else _all_finite(state)
 
 
 def solve(
@@ -216,12 +219,9 @@ def _lanes(solver: Solver, many: bool, measure: Callable) -> Lanes:
 
     return Lanes(
         init=lambda problem, key: _init(problem, solver, key, many),
-        advance=lambda problem, state, key, start, n: _advance(
-            problem, solver, state, key, jnp.asarray(start), jnp.asarray(n), many
-        ),
+        advance=lambda problem, state, key, start, n: _advance(problem, solver, state, key, start, n, many),
         measure=measured,
         output=lambda problem, state: solver.output(problem, state),
-        finite=lambda state: np.atleast_1d(np.asarray(_finite(state, many))),
     )
 
 
@@ -250,7 +250,8 @@ def _drive(
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
     measure: Callable,
 ) -> list[Solution]:  # fmt: skip
-    problem.validate()
+    if problem not in _validated:  # by identity: a study solves one problem many times
+        _validated.add(problem.validate())
     reason = solver.unsupported(problem)
     if reason is not None:
         raise Unsupported(reason)
@@ -261,8 +262,8 @@ def _drive(
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
-        state, info = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
-        jax.block_until_ready((lanes.measure(problem, state), lanes.finite(state)))
+        state, info, _ = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
+        jax.block_until_ready(lanes.measure(problem, state))
     if tol is None:
         tol = float(
             np.sqrt(min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0])))
@@ -323,9 +324,9 @@ def _drive(
                 piece = min(piece, target - step)
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    new_state, new_info = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
+                    new_state, new_info, finite = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
-                bad = [k for k, fine in enumerate(lanes.finite(new_state)) if not fine and k not in finished]
+                bad = [k for k in np.flatnonzero(~np.atleast_1d(finite)).tolist() if k not in finished]
                 if bad:
                     for k in bad:
                         last, last_info, at = _last_finite(lanes, problem, state, key, step, piece, many, k)
@@ -371,11 +372,11 @@ def _last_finite(
 ) -> tuple[PyTree, PyTree, int]:
     """(state, info, step) just before lane k turned non-finite: bisection, since every path is repeatable."""
     good, bad = 0, piece
-    best, info = lanes.advance(problem, state, key, start, 0)
+    best, info, _ = lanes.advance(problem, state, key, start, 0)
     while bad - good > 1:
         middle = (good + bad) // 2
-        trial, trial_info = lanes.advance(problem, state, key, start, middle)
-        if lanes.finite(trial)[k]:
+        trial, trial_info, finite = lanes.advance(problem, state, key, start, middle)
+        if np.atleast_1d(finite)[k]:
             good, best, info = middle, trial, trial_info
         else:
             bad = middle

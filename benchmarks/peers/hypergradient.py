@@ -136,7 +136,9 @@ def main() -> None:
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     data = make_data(options.rows, options.features)
-    jax.block_until_ready(jax.jit(lambda a: a @ a.T)(data["train"]["Z"]))  # the runtime itself is not anybody's first call
+    jax.block_until_ready(
+        jax.jit(lambda a: a @ a.T)(data["train"]["Z"])
+    )  # the runtime itself is not anybody's first call
 
     console = Console(width=120)
     calls: dict[str, Callable] = {}
