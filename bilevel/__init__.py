@@ -4,6 +4,9 @@ Start with `BilevelProblem`, `solve`, `hypergradient` and `implicit_objective`; 
 """
 
 # ruff: noqa: F401, F403
+import difflib
+from typing import Any
+
 from bilevel import (
     checkpoint,
     data,
@@ -31,3 +34,10 @@ from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
 from bilevel.solver import Solver
 from bilevel.solvers import *  # every solver found in bilevel/solvers, by discovery
 from bilevel.struct import InvalidInput
+
+
+def __getattr__(name: str) -> Any:
+    """Only reached for names that do not exist; it also tells type checkers that discovery adds names."""
+    near = difflib.get_close_matches(name, globals(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module 'bilevel' has no attribute {name!r}.{hint}")

@@ -2,7 +2,8 @@
 
 Each solver is a pytree with `prepare(matvec, n, dtype) -> solve`, and `solve(b, v0) -> LinearSolution(v, residual,
 iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]. The loop ends at
-|residual| <= max(tol, eps/10) |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends it at once.
+|residual| <= max(tol, eps/10) |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends
+it at once.
 """
 
 from collections.abc import Callable

@@ -279,7 +279,7 @@ def _drive(
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
         rows = [Record(_decode(rows)) for rows in notes["rows"]]
 
-    finished: dict[int, tuple[PyTree, PyTree, Status]] = {}  # lane -> (state, info, status), set aside
+    finished: dict[int, tuple[PyTree, PyTree, Status, int]] = {}  # lane -> (state, info, status, step), set aside
 
     def save() -> None:
         if checkpoint is not None:
@@ -303,13 +303,13 @@ def _drive(
                 rows[k].append(**row)
             proved = float(np.nan_to_num(m.error_bound, nan=np.inf))
             if max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol and tol > 0:
-                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED
+                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED, step
             elif not np.isfinite(m.value):  # a finite iterate so far out that F is not
-                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE
+                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE, step
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
         if stop:
-            finished.setdefault(0, (state, info, Status.STOPPED))
+            finished.setdefault(0, (state, info, Status.STOPPED, step))
         return len(finished) == count
 
     ending = Status.MAX_STEPS
@@ -330,8 +330,7 @@ def _drive(
                 if bad:
                     for k in bad:
                         last, last_info, at = _last_finite(lanes, problem, state, key, step, piece, many, k)
-                        finished[k] = last, last_info, Status.NONFINITE
-                        rows[k].stopped_at = at  # pyright: ignore[reportAttributeAccessIssue]
+                        finished[k] = last, last_info, Status.NONFINITE, at
                     done = len(finished) == count
                 if not done:
                     state, info, step = new_state, new_info, step + piece
@@ -348,12 +347,12 @@ def _drive(
 
     solutions = []
     for k in range(count):
-        at_state, at_info, status = finished.get(k, (_lane(state, many, k), _lane(info, many, k), ending))
-        stopped = getattr(rows[k], "stopped_at", rows[k].rows[-1]["step"] if k in finished and rows[k].rows else step)
+        so_far = _lane(state, many, k), _lane(info, many, k), ending, step
+        at_state, at_info, status, at = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
         stats = {
-            "solver": type(solver).__name__, "steps": int(stopped), "tol": tol, "setup_time": clock.setup,
-            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": int(stopped) * passes,
+            "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
+            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,
             "cost": call.as_dict(),
         }  # fmt: skip
         solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))

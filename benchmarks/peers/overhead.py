@@ -1,7 +1,8 @@
 """The price of `solve` over a hand-written loop: `python -m benchmarks.peers.overhead [--dims 20 50 100] [--data]`.
 
-10,000 SOBA steps, every=1000, against the same update written by hand in one `lax.scan` and jitted once: on deterministic
-quadratics, and with --data on hyper-cleaning of the digits (650 lower unknowns, all of the data in each step). Float64,
+10,000 SOBA steps, every=1000, against the same update written by hand in one `lax.scan` and jitted once: on
+deterministic quadratics, and with --data
+on hyper-cleaning of the digits (650 lower unknowns, all of the data in each step). Float64,
 one process; medians of interleaved, repeated calls after compiling; ratios to the scan. `solve` is the whole call; the
 column before it leaves out what the referee's eleven measurements took, which are not the solver's.
 """

@@ -143,7 +143,8 @@ def test_saba_against_tables_kept_by_hand():
         np.testing.assert_allclose(state.iterates.v, v, rtol=1e-10)
 
 
-EXACT = {  # solvers with a bias get enough lower and linear steps for it to vanish: (1 - mu/L)^200 < 1e-9 at condition 10
+# Solvers with a bias get enough lower and linear steps for it to vanish: (1 - mu/L)^200 < 1e-9 at condition 10.
+EXACT = {
     "AID": {}, "SOBA": {}, "SABA": {}, "AmIGO": {},
     "ITD": {"num_lower_steps": 250}, "StocBiO": {"num_lower_steps": 20, "num_linear_steps": 250},
 }  # fmt: skip
