@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -71,10 +72,16 @@ def stepper(rule: StepRule | None, default: Any, params: PyTree) -> Stepper:
 
 
 def step_sizes(solver: Any, *names: str) -> None:
-    """For a solver's `__post_init__`: turn its fields `names` into step rules and check them."""
+    """For a solver's `__post_init__`: turn its fields `names` into step rules and check them.
+
+    What already is a rule stays as it is: JAX rebuilds solvers from tracers and placeholders.
+    """
     for name in names:
-        object.__setattr__(solver, name, as_step(getattr(solver, name)))
-        check_step(f"{type(solver).__name__}.{name}", getattr(solver, name))
+        given = getattr(solver, name)
+        if not isinstance(given, StepRule):
+            rule = as_step(given)
+            check_step(f"{type(solver).__name__}.{name}", rule)
+            object.__setattr__(solver, name, rule)
 
 
 def require_size(name: str, rule: StepRule | None) -> None:
@@ -103,13 +110,7 @@ def check_step(name: str, rule: Any) -> None:
     value = getattr(rule, "value", None)
     if value is None or isinstance(value, jax.core.Tracer):
         return
-    if not (
-        jnp.issubdtype(jnp.asarray(value).dtype, jnp.number)
-        and bool((jnp.asarray(value) > 0).all() & jnp.isfinite(value).all())
-    ):
-        invalid(
-            name,
-            value,
-            "a positive finite number, an optax schedule or an optax transformation",
-            "Leave it out for the default.",
-        )
+    number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, bool)
+    if not number or not np.all((np.asarray(value) > 0) & np.isfinite(np.asarray(value))):
+        expected = "a positive finite number, an optax schedule or an optax transformation"
+        invalid(name, repr(value), expected, "Leave it out for the default.")

@@ -1,0 +1,119 @@
+"""The report: aligned rows, chosen rows, statuses; the progress bar stays away from files; plots are pictures."""
+
+import math
+
+import matplotlib.image
+import pytest
+
+from bilevel import OracleCount, Record, Solution, Status, report
+
+
+def row(step, **changes):
+    base = {"step": step, "value": 1 / (step + 1), "hypergradient": 1e-3, "lower_residual": 1e-9, "violation": 0.0,
+            "oracles": 2.5 * step, "time": 0.01 * step, "error_bound": 1e-12, "status": 0}  # fmt: skip
+    return base | changes
+
+
+def solution(rows, status=Status.CONVERGED):
+    stats = {"steps": 40, "solver": "SOBA", "tol": 1e-6, "solve_time": 1.25, "setup_time": 2.5, "measure_time": 0.125}
+    return Solution(None, None, status, Record(rows), stats, None, None)
+
+
+def test_columns_are_aligned():
+    text = [report.header().splitlines()[0]]
+    extremes = ({}, {"value": -1.234567890123e-300}, {"value": math.nan, "hypergradient": math.inf},
+                {"violation": 1e-5, "oracles": 1e12, "time": 99999.0, "lower_residual": math.nan})  # fmt: skip
+    text += [report.row_text(row(123456, **changes)) for changes in extremes]
+    bars = [[k for k, letter in enumerate(line) if letter == "|"] for line in text]
+    assert len(bars[0]) == 6
+    assert all(places == bars[0] for places in bars)
+    assert len({len(line) for line in text}) == 1
+
+
+def test_numbers_in_a_row():
+    cells = [cell.strip() for cell in report.row_text(row(7, value=0.123456789, violation=2e-3)).split("|")]
+    assert cells == ["7", "0.1234568", "1.000e-03", "1.000e-09", "2.00e-03", "17.5", "0.070"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 12, 13, 1000])
+def test_at_most_twelve_rows_with_the_first_and_the_last(count):
+    lines = str(solution([row(k) for k in range(count)])).splitlines()
+    steps = [int(line.split("|")[0]) for line in lines[3:-2]]
+    assert len(steps) == min(count, 12)
+    assert steps == sorted(set(steps))
+    if count:
+        assert (steps[0], steps[-1]) == (0, count - 1)
+
+
+@pytest.mark.parametrize("status", Status)
+def test_footer_says_how_it_ended(status):
+    text = str(solution([row(0)], status))
+    assert f"{status.name} after 40 steps: {status.advice}" in text
+    assert "solve 1.250 s, set-up 2.500 s, measuring 0.125 s" in text
+    assert text.startswith("SOBA (tol 1.0e-06)\n")
+    assert status.advice.endswith(".")
+
+
+def test_statuses_keep_their_numbers():
+    names = ["CONVERGED", "MAX_STEPS", "TIME_LIMIT", "NONFINITE", "INFEASIBLE_LOWER", "WEAKLY_ACTIVE", "STALLED",
+             "INTERRUPTED", "ESTIMATED", "STOPPED"]  # fmt: skip
+    assert [Status(k).name for k in range(len(names))] == names
+
+
+def test_one_line():
+    assert repr(solution([row(0), row(1)])) == "Solution(status=CONVERGED, steps=40, F=0.5)"
+    assert repr(solution([])) == "Solution(status=CONVERGED, steps=40, F=nan)"
+
+
+def test_record_columns():
+    record = Record([row(0)])
+    record.append(**row(3), extra=1.0)
+    assert len(record) == 2
+    assert record["value"].tolist() == [1.0, 0.25]
+    assert math.isnan(record["extra"][0])
+    assert record["extra"][1] == 1
+
+
+def test_oracle_counts():
+    count = OracleCount(upper_gradients=1, lower_gradients=2, hvps=3, jvps=4)
+    assert count.total == 10
+    assert count.passes(0.1, 0.01) == pytest.approx(0.1 + 0.09)
+    assert count.as_dict()["hvps"] == 3
+
+
+def test_no_progress_bar_where_there_is_no_terminal(capfd):
+    bar = report.Progress(None, 10, "SOBA")
+    assert not bar.wanted
+    bar.begin -= 10  # as if ten seconds had passed
+    bar.update(5, Record([row(5)]))
+    bar.close()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_progress_bar_appears_after_two_seconds_only(capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes the captured stream for a terminal
+    bar = report.Progress(True, 10, "SOBA")
+    bar.begin += 1000
+    bar.update(1, Record([row(1)]))
+    assert bar.bar is None
+    bar.begin -= 2000
+    bar.update(5, Record([]))  # nothing measured yet: NaN, no error
+    bar.update(6, Record([row(5)]))
+    assert bar.bar is not None
+    bar.close()
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "SOBA" in err
+
+
+def test_plot_is_a_picture(tmp_path):
+    records = {
+        "SOBA": [Record([row(k) for k in range(5)]), Record([row(0), row(1, value=math.nan)])],
+        "AID": [Record([row(0)])],
+    }
+    for optimum, name in ((None, "a.png"), (0.1, "folder/b.png")):
+        path = report.plot_records(records, tmp_path / name, "title", optimum)
+        picture = matplotlib.image.imread(path)
+        assert picture.shape[0] > 500
+        assert picture.std() > 0.05  # not a blank page
+    report.plot_records({}, tmp_path / "none.png")
