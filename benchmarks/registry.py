@@ -104,7 +104,9 @@ def _families() -> dict[str, Callable[..., Any]]:
 def _first_line(thing: Any) -> str:
     """The first line of the docstring of the file that defines `thing`, without the name it opens with."""
     text = inspect.getdoc(sys.modules[thing.__module__]) or inspect.getdoc(thing) or ""
-    return text.partition("\n")[0].strip()
+    line = text.partition("\n")[0].strip()
+    name, colon, rest = line.partition(": ")
+    return rest[:1].upper() + rest[1:] if colon and name.lower() == getattr(thing, "__name__", "").lower() else line
 
 
 def _solver_fields(cls: Any) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None
             result |= _run(cell, held[1], solvers[cell.solver], path)
         except KeyboardInterrupt:
             return False
-        except bilevel.run.Unsupported as error:
+        except bilevel.Unsupported as error:
             result |= {"status": UNSUPPORTED, "reason": str(error)}
         except Exception as error:  # a cell that fails is a row with its reason
             result |= {"reason": f"{type(error).__name__}: {error}"}

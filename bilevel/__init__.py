@@ -28,10 +28,10 @@ from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradi
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import Newton
 from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, SmoothCoupling
-from bilevel.record import OracleCount, Record, Solution, Status
-from bilevel.run import SolveError, Unsupported, advance, solve, solve_many
+from bilevel.record import OracleCount, Record, Solution, SolveError, Status
+from bilevel.run import advance, solve, solve_many
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
-from bilevel.solver import Solver
+from bilevel.solver import Solver, Unsupported
 from bilevel.solvers import *  # every solver found in bilevel/solvers, by discovery
 from bilevel.struct import InvalidInput
 

@@ -104,6 +104,17 @@ class Record:
         """One column as an array of floats, shape [rows]."""
         return np.array([row.get(column, math.nan) for row in self.rows], float)
 
+    def encode(self) -> list[dict[str, str]]:
+        """The rows with each number as hexadecimal text: exact, and JSON has no word for NaN."""
+        return [{name: float(value).hex() for name, value in row.items()} for row in self.rows]
+
+    @classmethod
+    def decode(cls, rows: list[dict[str, str]]) -> "Record":
+        """The record that `encode` wrote."""
+        whole = ("step", "status")
+        numbers = [{name: float.fromhex(text) for name, text in row.items()} for row in rows]
+        return cls([{name: int(value) if name in whole else value for name, value in row.items()} for row in numbers])
+
 
 class Solution:
     """What `solve` returns; printing it gives the report.
@@ -147,3 +158,12 @@ class Solution:
         return (
             f"Solution(status={self.status.name}, steps={self.stats.get('steps')}, F={last.get('value', math.nan):.6g})"
         )
+
+
+class SolveError(RuntimeError):
+    """Raised by `solve(..., throw=True)` when a run does not end well; `.solution` holds what there is."""
+
+    def __init__(self, solution: Solution) -> None:
+        """Carry the solution."""
+        super().__init__(f"{solution.status.name}: {solution.status.advice}")
+        self.solution = solution

@@ -4,9 +4,10 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bilevel.record import Record, Solution
+if TYPE_CHECKING:  # record prints through this module: at run time the arrow points one way
+    from bilevel.record import Record, Solution
 
 HEADINGS = ("step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)")
 WIDTHS = (9, 14, 10, 10, 9, 11, 9)
@@ -27,7 +28,7 @@ def row_text(row: dict[str, float]) -> str:
     return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
 
 
-def solution_text(solution: Solution, max_rows: int = 12) -> str:
+def solution_text(solution: "Solution", max_rows: int = 12) -> str:
     """Header, at most `max_rows` evenly chosen rows (the first and last among them), and a footer with status and
     times.
     """
@@ -52,7 +53,7 @@ class Progress:
         self.wanted = sys.stderr.isatty() if wanted is None else wanted
         self.total, self.label, self.begin, self.bar, self.task = total, label, time.monotonic(), None, None
 
-    def update(self, step: int, record: Record) -> None:
+    def update(self, step: int, record: "Record") -> None:
         """Show `step` and the last measured row."""
         if not self.wanted or time.monotonic() - self.begin < 2:
             return
@@ -81,7 +82,7 @@ class Progress:
 
 
 def plot_records(
-    records: dict[str, list[Record]], path: str | Path, title: str = "", optimum: float | None = None
+    records: dict[str, list["Record"]], path: str | Path, title: str = "", optimum: float | None = None
 ) -> Path:
     """A PNG of F, hypergradient norm and lower residual (rows) against oracle calls and time (columns).
 

@@ -24,8 +24,8 @@ from bilevel import report
 from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.problem import BilevelProblem
-from bilevel.record import Record, Solution, Status
-from bilevel.solver import Solver
+from bilevel.record import Record, Solution, SolveError, Status
+from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -33,19 +33,6 @@ PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progr
 
 
 _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
-
-
-class SolveError(RuntimeError):
-    """Raised by `solve(..., throw=True)` when a run does not end well; `.solution` holds what there is."""
-
-    def __init__(self, solution: Solution) -> None:
-        """Carry the solution."""
-        super().__init__(f"{solution.status.name}: {solution.status.advice}")
-        self.solution = solution
-
-
-class Unsupported(ValueError):
-    """The solver's theory excludes this problem; the message is the solver's reason."""
 
 
 def advance(
@@ -277,13 +264,13 @@ def _drive(
     if checkpoint is not None and Path(checkpoint).exists():
         (state, info), notes = load_checkpoint(checkpoint, (state, info), owner=owner)
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
-        rows = [Record(_decode(rows)) for rows in notes["rows"]]
+        rows = [Record.decode(rows) for rows in notes["rows"]]
 
     finished: dict[int, tuple[PyTree, PyTree, Status, int]] = {}  # lane -> (state, info, status, step), set aside
 
     def save() -> None:
         if checkpoint is not None:
-            notes = {"step": step, "time": clock.solve, "rows": [_encode(record.rows) for record in rows]}
+            notes = {"step": step, "time": clock.solve, "rows": [record.encode() for record in rows]}
             save_checkpoint(checkpoint, (state, info), owner=owner, notes=notes)
 
     def look() -> bool:
@@ -380,12 +367,3 @@ def _last_finite(
         else:
             bad = middle
     return _lane(best, many, k), _lane(info, many, k), start + good
-
-
-def _encode(rows: list[dict[str, float]]) -> list[dict[str, str]]:
-    return [{name: float(value).hex() for name, value in row.items()} for row in rows]
-
-
-def _decode(rows: list[dict[str, str]]) -> list[dict[str, float]]:
-    whole = ("step", "status")
-    return [{n: int(float.fromhex(v)) if n in whole else float.fromhex(v) for n, v in row.items()} for row in rows]

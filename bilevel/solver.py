@@ -53,3 +53,7 @@ def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | N
             f"{type(solver).__name__} needs an unconstrained lower level; got y_set = {type(problem.y_set).__name__}."
         )
     return None
+
+
+class Unsupported(ValueError):
+    """The solver's theory excludes this problem; the message is the solver's reason."""

@@ -194,7 +194,7 @@ def test_resume_of_a_finished_run_adds_nothing(instance, key, tmp_path):
 
 def test_throw(instance, key):
     bad = SOBA(lower_step_size=1e3, linear_step_size=0.1, upper_step_size=0.1)
-    with pytest.raises(run.SolveError, match="NONFINITE: A value became infinite") as caught:
+    with pytest.raises(bilevel.SolveError, match="NONFINITE: A value became infinite") as caught:
         bilevel.solve(instance.problem, bad, key=key, max_steps=500, throw=True)
     assert caught.value.solution.status == Status.NONFINITE
     bilevel.solve(instance.problem, SOBA(**STEPS), key=key, max_steps=5, throw=True)
