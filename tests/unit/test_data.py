@@ -59,10 +59,12 @@ def test_resumes_exactly(replace, key):
     source = Minibatch({"a": jnp.arange(10.0), "b": jnp.arange(20).reshape(10, 2)}, 3, replace)
     keys = jax.random.split(key, 9)
 
+    draw = jax.jit(lambda state, one: source.next(state, one, None, None))
+
     def go(state, keys):
         batches = []
         for one in keys:
-            batch, state = source.next(state, one, None, None)
+            batch, state = draw(state, one)
             batches.append(batch)
         return batches, state
 
@@ -78,7 +80,8 @@ def test_resumes_exactly(replace, key):
 def test_jit_and_vmap_equal_loop(key):
     source = Minibatch(jnp.arange(11), 4)
     keys = jax.random.split(key, 3)
-    loop = np.stack([run(source, one, 5) for one in keys])
+    whole = jax.jit(run, static_argnums=2)
+    loop = np.stack([whole(source, one, 5) for one in keys])
     np.testing.assert_array_equal(jax.jit(jax.vmap(lambda one: run(source, one, 5)))(keys), loop)
     assert len({tuple(row) for row in loop.reshape(3, -1)}) == 3
 

@@ -142,7 +142,7 @@ def test_not_convex_ends_at_a_stationary_point_no_higher_than_the_start(settings
     assert found.residual <= 1e-9
     assert g(x, found.y, None) <= g(x, jnp.asarray(y), None)
     if name != "waves":  # minima with a definite Hessian, not just stationary
-        hessian = jax.hessian(lambda y: g(x, y, None))(found.y)
+        hessian = jax.jit(jax.hessian(lambda y: g(x, y, None)))(found.y)
         assert np.linalg.eigvalsh(hessian)[0] > 0 or name == "double well, saddle"
 
 
@@ -307,11 +307,11 @@ def test_constrained_levels_are_refused():
 
 def test_spectrum_equals_dense_eigenvalues():
     y = jnp.asarray(rng.normal(size=5))
-    values = np.linalg.eigvalsh(jax.hessian(lambda y: logistic(0.0, y, None))(y))
+    values = np.linalg.eigvalsh(jax.jit(jax.hessian(lambda y: logistic(0.0, y, None)))(y))
     L, mu = _spectrum(logistic, jnp.array(0.0), y)
     np.testing.assert_allclose([L, mu], values[[-1, 0]], rtol=1e-10)
     y = jnp.asarray(rng.normal(size=(6, 3)))
-    jacobian = jax.jacobian(lambda q: q - bellman(0.9, q.reshape(6, 3), None).ravel())(y.ravel())
+    jacobian = jax.jit(jax.jacobian(lambda q: q - bellman(0.9, q.reshape(6, 3), None).ravel()))(y.ravel())
     values = np.linalg.eigvalsh((jacobian + jacobian.T) / 2)
     L, mu = _spectrum(BELLMAN_MAP, jnp.array(0.9), y)
     np.testing.assert_allclose([L, mu], values[[-1, 0]], rtol=1e-9)
