@@ -92,6 +92,33 @@ def lower_gradient_x(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTre
     return jax.grad(problem.lower.g)(x, y, batch)
 
 
+def lower_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """(grad_x g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_gradients=1)
+    return jax.grad(problem.lower.g, argnums=(0, 1))(x, y, batch)
+
+
+def value_gap_gradients(
+    problem: BilevelProblem, x: PyTree, y: PyTree, z: PyTree, batch: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Gradients in x and y of g(x, y) - g(x, z), z held constant: two gradients; only for `Minimize`.
+
+    With z a minimiser of g(x, .) the gap is g(x, y) - min g(x, .), and these are its gradients (Danskin).
+    """
+    gx, gy = lower_gradients(problem, x, y, batch)
+    return jax.tree.map(operator.sub, gx, lower_gradient_x(problem, x, z, batch)), gy
+
+
+def residual_square_gradients(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
+) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+    """(R, gradients in x and y of |R|^2/2, that is R_x' R and R_y' R), counted as the three products that it is."""
+    _count(lower_gradients=1, hvps=1, jvps=1)
+    value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
+    return value, pull(value)
+
+
 def directions(
     problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from jax import Array
 
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
 
 PyTree = Any
@@ -53,6 +53,14 @@ def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | N
             f"{type(solver).__name__} needs an unconstrained lower level; got y_set = {type(problem.y_set).__name__}."
         )
     return None
+
+
+def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods that compare values of g on an unconstrained lower level."""
+    if not isinstance(problem.lower, Minimize):
+        got = type(problem.lower).__name__
+        return f"{type(solver).__name__} needs a lower level Minimize(g), whose values it compares; got {got}."
+    return refuse_constrained_lower(solver, problem)
 
 
 class Unsupported(ValueError):

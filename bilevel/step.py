@@ -92,6 +92,13 @@ def require_size(name: str, rule: StepRule | None) -> None:
         )
 
 
+def require_number(name: str, rule: StepRule) -> None:
+    """Raise `InvalidInput` where a setting that was checked by `step_sizes` is a schedule or a transformation."""
+    if rule.transformation is not None or rule.schedule is not None:
+        kind = "an optax schedule" if rule.schedule is not None else "an optax transformation"
+        invalid(name, kind, "a number > 0", "It stays constant during a run.")
+
+
 def as_step(rule: Any) -> Any:
     """A `StepRule` from a float, a schedule (a function of the step count) or an optax transformation; None stays
     None.
