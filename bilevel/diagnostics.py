@@ -21,7 +21,7 @@ class Measurement(NamedTuple):
     """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
 
     error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y. violation: distance of x to X plus
-    that of y to Y. status: of the hypergradient.
+    that of y to Y. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
     """
 
     value: Array
@@ -30,12 +30,23 @@ class Measurement(NamedTuple):
     lower_residual: Array
     violation: Array
     status: Array
+    lower_distance: Array | float = 0.0
 
 
-def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree, step_size: float = 1.0) -> PyTree:
-    """(x - Proj_X(x - step_size gradient))/step_size, shaped like x: zero exactly at stationary points of F over X."""
-    moved = problem.x_set.project(jax.tree.map(lambda a, g: a - step_size * g, x, gradient))
-    return jax.tree.map(lambda a, b: (a - b) / step_size, x, moved)
+def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree) -> PyTree:
+    """(x - Proj_X(x - s gradient))/s, shaped like x: zero exactly at stationary points of F over X.
+
+    Its norm grows as s falls, towards that of the projected gradient. s = min(1, eps^0.4 (1 + |x|)/|gradient|): a step
+    short against x, so that a small X does not hide a large gradient, and long against rounding. Where the projection
+    leaves an entry alone, the entry is the gradient's own: x - s g loses it in rounding when |x| is large.
+    """
+    eps = jnp.finfo(ravel_pytree(x)[0].dtype).eps
+    length = norm(gradient)
+    s = jnp.minimum(1, eps**0.4 * (1 + norm(x)) / jnp.where(length > 0, length, 1))
+    target = jax.tree.map(lambda a, g: a - s * g, x, gradient)
+    moved = problem.x_set.project(target)
+    mapped = lambda a, g, t, m: jnp.where(t == m, g, (a - m) / s)  # noqa: E731
+    return jax.tree.map(mapped, x, gradient, target, moved)
 
 
 def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None = Newton()) -> Measurement:  # noqa: B008
@@ -52,6 +63,7 @@ def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None 
         lower_residual=norm(residual),
         violation=problem.x_set.violation(x) + problem.y_set.violation(y),
         status=h.status,
+        lower_distance=distance(y, h.y) / (1 + norm(h.y)),
     )
 
 

@@ -10,6 +10,9 @@ At computed (y, v) with residuals |R(x, y)| and r_v = f_y - R_y' v, and constant
     eps_v = (|r_v| + L_fy delta + L_gyy |v| delta)/mu  >=  |v - v*|
     error <= L_fx delta + L_gxy |v| delta + C_gxy eps_v.
 
+This is a proof in exact arithmetic. For rounding, each computed residual is raised to first order by what the constants
+show of the sizes involved; data that cancel before they reach f or g (residuals of least squares, say) are not seen.
+
 Without constants the error is estimated to first order: the Newton correction d = -R_y^-1 R and the change it makes in
 the adjoint equations give the leading term of h - grad F; the estimate is twice its norm. It is an estimate: status
 says so.
@@ -68,10 +71,11 @@ class Hypergradient:
     """A hypergradient and how far to trust it.
 
     value: f(x, y), shape []. gradient: shaped like x. y: the lower-level point used. lower_residual: |R(x, y)|.
-    linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm: rigorous
-    up to a first-order allowance for rounding where `constants` were given, else estimated. active_margin: distance to
-    a change of the active set, infinite without constraints. status: a `Status` as an integer array: CONVERGED (bound
-    proved from the constants), ESTIMATED, or why the lower level failed. v: the adjoint, a warm start.
+    linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm:
+    rigorous in exact arithmetic, with an allowance for rounding, where `constants` were given, else estimated; infinite
+    where it is not known. active_margin: distance to a change of the active set, infinite without constraints.
+    status: a `Status` as an integer array: CONVERGED (bound proved from the constants), ESTIMATED, UNCHECKED (no bound
+    asked for), UNSOLVED_LINEAR, or why the lower level failed. v: the adjoint, a warm start.
     """
 
     value: Array
@@ -166,17 +170,27 @@ def hypergradient(
         else:
             forward = oracles.hvp_operator(problem, x, y, lower_batch)
             forward_solve = method.prepare(lambda v: ravel_pytree(forward(unravel(v)))[0], n, dtype)
-        d = -forward_solve(R, jnp.zeros_like(R)).v
+        d, unsolved_d, _ = forward_solve(-R, jnp.zeros_like(R))
         by_x, by_y = oracles.adjoint_change(problem, x, y, unravel(flat_v), unravel(d), upper_batch, lower_batch)
         by_x, by_y = ravel_pytree(by_x)[0], ravel_pytree(by_y)[0]
-        unsolved = fy - ravel_pytree(product(unravel(flat_v)))[0]
-        change = by_x - cross(solve(unsolved + by_y, jnp.zeros_like(fy)).v)
-        error = 2 * jnp.linalg.norm(change) + rounding * (jnp.linalg.norm(fx) + jnp.linalg.norm(fx - gradient))
+        rhs = fy - ravel_pytree(product(unravel(flat_v)))[0] + by_y
+        dv, unsolved_dv, _ = solve(rhs, jnp.zeros_like(fy))
+        by_v, size = cross(dv), jnp.linalg.norm(rhs)
+        amplified = jnp.linalg.norm(by_v) / jnp.where(size > 0, size, 1)  # of rounding in the adjoint's right-hand side
+        scale = jnp.linalg.norm(fx) + jnp.linalg.norm(fx - gradient) + amplified * jnp.linalg.norm(fy)
+        error = 2 * jnp.linalg.norm(by_x - by_v) + rounding * scale
+        # An estimate by a solver that has not solved is none.
+        solved_linear = (unsolved_d <= 0.1 * lower_residual) & (unsolved_dv <= 0.1 * size)
+        error = jnp.where(solved_linear, error, jnp.inf)
     else:
         error = jnp.full((), jnp.nan, dtype)
-    solved = jnp.where(
-        status == Status.CONVERGED, Status.CONVERGED if constants is not None else Status.ESTIMATED, status
-    )
+    if constants is not None:
+        good = jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
+    elif estimate:
+        good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
+    else:
+        good = Status.UNCHECKED
+    solved = jnp.where(status == Status.CONVERGED, good, status)
     finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & jnp.isfinite(lower_residual + linear_residual)
     return Hypergradient(
         value=value,
@@ -184,7 +198,7 @@ def hypergradient(
         y=y,
         lower_residual=lower_residual,
         linear_residual=linear_residual,
-        error_bound=jnp.where(finite, error, jnp.inf),
+        error_bound=jnp.where(finite & ~(jnp.isnan(error) & (constants is not None)), error, jnp.inf),
         active_margin=jnp.full((), jnp.inf, dtype),
         status=jnp.where(finite, solved, Status.NONFINITE),
         v=unravel(flat_v),
@@ -226,7 +240,7 @@ def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, s
         linear_residual=nan,
         error_bound=jnp.where(finite, nan, jnp.inf),
         active_margin=jnp.full((), jnp.inf, value.dtype),
-        status=jnp.where(finite, jnp.where(status == Status.CONVERGED, Status.ESTIMATED, status), Status.NONFINITE),
+        status=jnp.where(finite, jnp.where(status == Status.CONVERGED, Status.UNCHECKED, status), Status.NONFINITE),
         v=jax.tree.map(jnp.zeros_like, last),
     )
 

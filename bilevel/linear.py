@@ -74,9 +74,18 @@ class CG(LinearSolver):
         return 1 + self._limit(n)
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+        return self.run(matvec, b, v0)[:2]
+
+    def run(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array, Array]:
+        """(v, iterations, whether every direction had positive curvature)."""
         limit = self._limit(b.size)
         r = b - matvec(v0)
-        target = _target(self.tol, b, r) ** 2
+        size = jnp.linalg.norm(r)
+        unit = jnp.where(
+            (size > 0) & jnp.isfinite(size), size, 1
+        )  # in units of |r|: squares neither over- nor underflow
+        target = (_target(self.tol, b, r) / unit) ** 2
+        r = r / unit
 
         def go_on(carry: tuple) -> Array:
             _, _, _, squared, k, good = carry
@@ -90,15 +99,19 @@ class CG(LinearSolver):
             step = jnp.where(good, squared / jnp.where(good, curvature, 1), 0)
             r_next = r - step * Mp
             squared_next = r_next @ r_next
-            return v + step * p, r_next, r_next + (squared_next / squared) * p, squared_next, k + 1, good
+            return v + (unit * step) * p, r_next, r_next + (squared_next / squared) * p, squared_next, k + 1, good
 
-        v, _, _, _, k, _ = lax.while_loop(go_on, body, (v0, r, r, r @ r, jnp.array(0), jnp.array(True)))
-        return v, k
+        v, _, _, _, k, positive = lax.while_loop(go_on, body, (v0, r, r, r @ r, jnp.array(0), jnp.array(True)))
+        return v, k, positive
 
 
 @struct
 class MINRES(LinearSolver):
-    """Minimal residuals for symmetric, possibly indefinite M (Paige and Saunders, 1975). The residual never grows."""
+    """Minimal residuals for symmetric, possibly indefinite M (Paige and Saunders, 1975).
+
+    The residual never grows in exact arithmetic. In floating point its attainable accuracy is about eps cond(M)^2; what
+    ends worse than it began is dropped for v0. Use GMRES or Dense for condition numbers above 1e6.
+    """
 
     tol: Any = None
     max_iterations: int | None = static(default=None)
@@ -107,7 +120,7 @@ class MINRES(LinearSolver):
         return 10 * n if self.max_iterations is None else self.max_iterations
 
     def max_products(self, n: int) -> int:
-        return 1 + self._limit(n)
+        return 2 + self._limit(n)
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
         limit = self._limit(b.size)
@@ -142,7 +155,8 @@ class MINRES(LinearSolver):
         q = r / jnp.where(beta > 0, beta, 1)
         start = (v0, zero, q, nought, one, nought, one, nought, zero, zero, beta, jnp.array(0))
         carry = lax.while_loop(go_on, body, start)
-        return carry[0], carry[-1]
+        worse = jnp.linalg.norm(b - matvec(carry[0])) > beta
+        return jnp.where(worse, v0, carry[0]), carry[-1]
 
 
 @struct

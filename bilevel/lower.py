@@ -40,15 +40,19 @@ class Newton:
     Minimize: d = -H^-1 R; where Cholesky fails, a multiple of the absolute row sums is added to H's diagonal (dense),
     and CG stops at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g
     decreases (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
-    FixedPoint: d = -(I - T_y)^-1 R by LU or 20 GMRES products, taken where it halves |R|, else y <- T(x, y), which is
+    FixedPoint: d = -(I - T_y)^-1 R by LU or GMRES, taken where it halves |R|, else y <- T(x, y), which is
     the safe step of a contraction.
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
 
-    The next direction's length estimates the error of y, whatever the scale of g. The loop ends when it is at most
-    tol (1 + |y|), or when it has stopped shrinking below sqrt(eps) (1 + |y|): rounding allows no more.
+    The next direction's length estimates the error of y, whatever the scales of g and of y. With s = |y| plus the
+    longest step so far, CONVERGED means that it is at most tol s; or that it was at most sqrt(eps) s, and neither
+    it nor |R| halves any more: rounding allows no more. Where |R| and g stop falling before, the status is STALLED.
+    Minimize: CONVERGED needs a Hessian that is positive semidefinite up to rounding (dense; matrix-free only along
+    CG's directions), else SADDLE. s is one number: entries of y much smaller than the largest are less exact by that
+    ratio.
 
     Args:
-        tol: relative accuracy of y; default 10 eps of y's dtype.
+        tol: accuracy of y relative to s; default 10 eps of y's dtype.
         max_steps: steps, those rejected by the safeguard included.
         dense: form the Hessian; default where y has at most `linear.DENSE_LIMIT` entries.
     """
@@ -122,29 +126,40 @@ def solve(
         eta = jnp.clip(norm_R / first_norm, eps, 0.01)
         otherwise = c.d if minimize else -R
         if dense:
-            d = jnp.where(renew, apply(factor, flat, R, eta), otherwise)
+            d, definite, trusted = apply(factor, flat, R, eta)
+            d = jnp.where(renew, d, otherwise)
         else:
-            d = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: otherwise)
+            kept = otherwise, c.definite, jnp.array(False)
+            d, definite, trusted = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: kept)
         t = jnp.where(renew, 1, c.t / 2) if minimize else jnp.ones_like(c.t)
 
-        length, scale = jnp.linalg.norm(d), 1 + jnp.linalg.norm(flat)
-        at_rounding = ~first & (c.length <= jnp.sqrt(eps) * scale)
-        done = jnp.where(
-            ok, (length <= tol * scale) | (at_rounding & (length >= c.length / 2)), at_rounding & ~refactor
+        length = jnp.linalg.norm(d)
+        reach = jnp.maximum(c.reach, jnp.where(ok, c.t * c.length, 0))
+        scale, steady = jnp.linalg.norm(flat) + reach, norm_R > 0.5 * c.norm_R
+        small = (c.length <= jnp.sqrt(eps) * scale) & ~first
+        at_rounding = small & jnp.where(ok, steady & (length >= c.length / 2), ~refactor)
+        done = ((ok & trusted & (length <= tol * scale)) | (at_rounding & (length <= jnp.sqrt(eps) * scale))) & (
+            jnp.isfinite(scale)
         )
-        status = jnp.where(t < eps, Status.STALLED, Status.MAX_STEPS)
-        status = jnp.where((done & jnp.isfinite(scale)) | (norm_R == 0), Status.CONVERGED, status)
+        stuck = t < eps
+        if minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
+            level = g >= c.g - 1e3 * eps * jnp.abs(c.g)
+            stuck = stuck | (ok & ~first & c.fresh & c.definite & steady & level)
+        status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
+        status = jnp.where(definite & (done | (norm_R == 0)), Status.CONVERGED, status)
+        status = jnp.where(~definite & ok & (norm_R <= 10 * eps * first_norm), Status.SADDLE, status)
         status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
         return _Search(
             flat, g, R, factor, d, t, length, norm_R, first_norm, R @ d,
-            fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize), steps=c.steps + 1, status=status,
+            reach=reach, definite=definite, fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize),
+            steps=c.steps + 1, status=status,
         )  # fmt: skip
 
     zero, no, like = jnp.zeros((), flat.dtype), jnp.array(False), jnp.zeros_like(flat)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(prepare, flat))
     start = _Search(
         flat, zero, like, nothing, like, zero, zero, zero, zero, zero,
-        fresh=no, safe=no, steps=jnp.array(0), status=jnp.array(Status.MAX_STEPS),
+        reach=zero, definite=no, fresh=no, safe=no, steps=jnp.array(0), status=jnp.array(Status.MAX_STEPS),
     )  # fmt: skip
     end = lax.while_loop(go_on, body, start)
     return LowerSolution(unravel(end.y), end.norm_R, end.steps, end.status)
@@ -153,7 +168,8 @@ def solve(
 class _Search(NamedTuple):
     """y with g and R there; factor of R_y and the direction d from it; step length t; |d|, |R|, |R at the start|, R'd.
 
-    fresh: the factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
+    reach: the longest step taken so far. definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the
+    factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
     """
 
     y: Array
@@ -166,6 +182,8 @@ class _Search(NamedTuple):
     norm_R: Array
     first_norm: Array
     slope: Array
+    reach: Array
+    definite: Array
     fresh: Array
     safe: Array
     steps: Array
@@ -173,44 +191,58 @@ class _Search(NamedTuple):
 
 
 def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable]:
-    """prepare: y -> factor, and apply: (factor, y, R, eta) -> d = -R_y^-1 R to the accuracy eta where it is
-    iterative.
+    """prepare: y -> factor, and apply: (factor, y, R, eta) -> (d = -R_y^-1 R, definite, trusted).
+
+    eta is the accuracy asked for where d is iterative; trusted says that it came within a tenth of |R|.
     """
     n, dtype = like.size, like.dtype
+    rounding = 10 * n * float(jnp.finfo(dtype).eps)
+    yes = jnp.array(True)
 
-    def cholesky(flat: Array) -> tuple[Array, Array]:
-        """(Cholesky factor of H + s diag(rows), rows = absolute row sums of H) with the first s of 0, 1/256, 1/64, …, 1
-        that suffices; s = 1 does, up to rounding and zero rows (Gershgorin).
+    def cholesky(flat: Array) -> tuple[Array, Array, Array]:
+        """(Cholesky factor of H + s diag(rows), rows = absolute row sums of H, s) with the first s of 0, rounding,
+        1/256, 1/64, …, 1 that suffices; s = 1 does, up to rounding and zero rows (Gershgorin).
         """
         H = dense_matrix(operator(flat), n, dtype)
         rows = jnp.sum(jnp.abs(H), axis=1)
 
-        def failed(carry: tuple[Array, Array]) -> Array:
-            return ~jnp.isfinite(carry[1][-1, -1]) & (carry[0] <= 1)
+        def failed(carry: tuple[Array, Array, Array]) -> Array:
+            upcoming, L, _ = carry
+            return ~jnp.isfinite(L[-1, -1]) & (upcoming <= 1)
 
-        def attempt(carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             s = carry[0]
-            return jnp.maximum(4 * s, 1 / 256), jnp.linalg.cholesky(H + jnp.diag(s * rows))
+            upcoming = jnp.where(s == 0, rounding, jnp.maximum(4 * s, 1 / 256)).astype(dtype)
+            return upcoming, jnp.linalg.cholesky(H + jnp.diag(s * rows)), s
 
-        return lax.while_loop(failed, attempt, (jnp.zeros((), dtype), jnp.full_like(H, jnp.nan)))[1], rows
+        zero = jnp.zeros((), dtype)
+        _, L, s = lax.while_loop(failed, attempt, (zero, jnp.full_like(H, jnp.nan), zero))
+        return L, rows, s
 
-    def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> Array:
-        L, rows = factor  # without a factor, diag(rows) is a safe scaling
+    def by_cholesky(
+        factor: tuple[Array, Array, Array], flat: Array, R: Array, eta: Array
+    ) -> tuple[Array, Array, Array]:
+        L, rows, s = factor  # without a factor, diag(rows) is a safe scaling
         good = jnp.isfinite(L[-1, -1])
-        return -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.where(rows > 0, rows, 1))
+        d = -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.where(rows > 0, rows, 1))
+        return d, (good & (s <= rounding)) | jnp.all(rows == 0), yes
 
     if dense and minimize:
         return cholesky, by_cholesky
     if dense:
         return (
             lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
-            lambda lu, flat, R, eta: -jax.scipy.linalg.lu_solve(lu, R),
+            lambda lu, flat, R, eta: (-jax.scipy.linalg.lu_solve(lu, R), yes, yes),
         )
 
-    def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> Array:
-        solver = CG(tol=eta) if minimize else GMRES(tol=eta, restart=20, max_iterations=20)
-        v, _ = solver.iterate(operator(flat), R, jnp.zeros_like(R))
-        return -jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
+    def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
+        product, zero = operator(flat), jnp.zeros_like(R)
+        if minimize:
+            v, _, positive = CG(tol=eta).run(product, R, zero)
+            v = jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
+        else:
+            (v, _), positive = GMRES(tol=eta).iterate(product, R, zero), yes
+        return -v, positive, jnp.linalg.norm(R - product(v)) <= 0.1 * jnp.linalg.norm(R)
 
     return lambda flat: (), iterative
 

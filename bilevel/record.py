@@ -45,6 +45,12 @@ class Status(enum.IntEnum):
     INTERRUPTED = 7, "Interrupted from the keyboard; everything up to the interruption is returned."
     ESTIMATED = 8, "Solved, with an error bound that is estimated, not proved. Pass constants= to certify it."
     STOPPED = 9, "The callback asked to stop."
+    SADDLE = 10, "The lower level stopped where its Hessian is not positive definite: no minimum. Start y elsewhere."
+    UNSOLVED_LINEAR = (
+        11,
+        "The adjoint's linear system is unsolved, so the error is unknown. Raise max_iterations, or use Dense.",
+    )
+    UNCHECKED = 12, "Solved, but no error bound was computed. Use an implicit method with estimate=True, or constants=."
 
 
 @struct

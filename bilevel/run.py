@@ -125,8 +125,9 @@ def solve(
         key: a typed key, `jax.random.key(seed)`; the run is a function of it.
         max_steps: steps at most.
         every: steps between measurements; default max_steps/20, at least 1.
-        tol: stop when the referee's gradient mapping norm plus its error, the lower residual at the solver's y and the
-            violation of the sets are all at most tol. Default: the square root of the dtype's eps; 0 never stops.
+        tol: stop when the referee's gradient mapping norm plus its error (estimated, not proved), the lower residual
+            at the solver's y, its relative distance to the referee's y(x), and the violation of the sets are all at
+            most tol. Default: the square root of the dtype's eps; 0 never stops.
         time_limit: seconds of solver time, compiling and measuring left out.
         callback: called with (step, state, row) after each measurement; a true value stops the run.
         checkpoint: a file. Saved after every measurement and on interruption; where it exists already, the run goes on
@@ -288,8 +289,9 @@ def _drive(
             }  # fmt: skip
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
-            proved = float(np.nan_to_num(m.error_bound, nan=np.inf))
-            if max(float(m.hypergradient) + proved, float(m.lower_residual), float(m.violation)) <= tol and tol > 0:
+            gap = float(m.hypergradient) + float(np.nan_to_num(m.error_bound, nan=np.inf))
+            within = max(gap, float(m.lower_residual), float(m.lower_distance), float(m.violation)) <= tol
+            if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED, step
             elif not np.isfinite(m.value):  # a finite iterate so far out that F is not
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE, step

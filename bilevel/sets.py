@@ -15,6 +15,7 @@ import optax.projections
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.least_distance import least_distance
 from bilevel.struct import InvalidInput, invalid, struct
 
 PyTree = Any
@@ -151,10 +152,12 @@ class Ball(Set):
     def project(self, z: PyTree) -> PyTree:
         center = _like(self.center, z)
         flat, unravel = ravel_pytree(jax.tree.map(operator.sub, z, center))
-        radius, squared = jnp.asarray(self.radius, flat.dtype), flat @ flat
-        outside = squared > radius**2
-        shrink = jnp.where(outside, radius / jnp.sqrt(jnp.where(outside, squared, 1)), 1)  # finite for radius 0, too
-        return jax.tree.map(operator.add, center, unravel(shrink * flat))
+        radius, largest = jnp.asarray(self.radius, flat.dtype), jnp.max(jnp.abs(flat))
+        unit = flat / jnp.where(largest > 0, largest, 1)  # squares of far points would overflow
+        length = jnp.sqrt(unit @ unit)
+        outside = largest * length > radius
+        inward = unit * (radius / jnp.where(outside, length, 1))
+        return jax.tree.map(operator.add, center, unravel(jnp.where(outside, inward, flat)))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -248,10 +251,11 @@ class Polyhedron(Set):
         return A @ flat >= b - tol
 
     def violation(self, z: PyTree) -> Array:
-        """The largest row of A z - b, or 0: cheaper than a projection, and zero exactly when z is in the set."""
+        """The distance to the farthest half-space, or 0: at most the distance to the set, and cheaper."""
         flat = ravel_pytree(z)[0]
         A, b = self._rows(flat.dtype)
-        return jnp.max(A @ flat - b, initial=0)
+        length = jnp.linalg.norm(A, axis=1)
+        return jnp.max((A @ flat - b) / jnp.where(length > 0, length, 1), initial=0)
 
     def validate(self, name: str, like: PyTree) -> None:
         size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
@@ -322,79 +326,3 @@ class Product(Set):
 
 def _is_set(value: object) -> bool:
     return isinstance(value, Set)
-
-
-_SEARCHING, _SOLVED, _EMPTY = range(3)
-
-
-def least_distance(A: Array, slack: Array, noise: Array | None = None) -> Array:
-    """The shortest d with A d <= slack, or NaN where there is none. Shapes: A [rows, n], slack [rows] -> [n].
-
-    The dual active-set method of Goldfarb and Idnani (A numerically stable dual method for solving strictly convex
-    quadratic programs, Mathematical Programming 27, 1983) with the identity as Hessian: from d = 0 take in the most
-    violated row p, moving along its component z orthogonal to the active rows; active rows whose multiplier reaches
-    zero on the way leave; where z = 0 and none can leave, the rows contradict each other. Each row taken in lengthens
-    d, so that no active set comes twice. d and the multipliers u are computed afresh, by QR, for every new active set.
-
-    A row counts as violated beyond rounding and `noise` [rows], the error that slack already carries, both propagated
-    through the active rows. A set whose nearest point is farther than eps^(-2/3) times the largest violation counts as
-    empty. Static shapes: jit, vmap.
-    """
-    rows, n = A.shape
-    if rows == 0 or n == 0:
-        return jnp.zeros(n, A.dtype)
-    eps = float(jnp.finfo(A.dtype).eps)
-    length = jnp.linalg.norm(A, axis=1)
-    safe = jnp.where(length > 0, length, 1)  # rows of norm one: one tolerance for all
-    G, h = A / safe[:, None], slack / safe
-    scale = jnp.max(-h)  # |d| >= scale: solve for d/scale
-    scale = jnp.where(scale > 0, scale, 1)
-    h = h / scale
-    allowance = 10 * eps * n * jnp.abs(h) + (0 if noise is None else noise / safe / scale)
-
-    # Slots: W [n] holds the active rows, -1 where free; u [n] their multipliers; p is the row coming in, -1 before one
-    # is chosen, and u_p its multiplier.
-    def go_on(carry: tuple) -> Array:
-        return (carry[-1] == _SEARCHING) & (carry[-2] < 10 * (rows + n))
-
-    def body(carry: tuple) -> tuple:
-        d, W, u, p, u_p, count, _ = carry
-        used, fresh = W >= 0, p < 0
-        N = jnp.where(used[:, None], G[W], 0)
-        Q, R = jnp.linalg.qr(jnp.concatenate([N.T, jnp.diag(jnp.where(used, 0, 1).astype(A.dtype))]))
-        Q = Q[:n]  # columns of used slots span the active rows, the others are zero
-        w = jax.scipy.linalg.solve_triangular(R, jnp.where(used, h[W], 0), trans=1)
-        d = jnp.where(fresh, Q @ w, d)
-        u = jnp.where(fresh, jnp.where(used, jnp.maximum(-jax.scipy.linalg.solve_triangular(R, w), 0), 0), u)
-        size = jnp.linalg.norm(d)
-        active = jnp.any(W[:, None] == jnp.arange(rows)[None, :], axis=0)
-        # Row i = sum of r_ij times active row j, plus an orthogonal part: errors of active rows reach it through r_ij.
-        reach = jnp.abs(jax.scipy.linalg.solve_triangular(R, (G @ Q).T))
-        error = allowance + 10 * eps * n * size
-        excess = jnp.where(active, -jnp.inf, G @ d - h - error - jnp.where(used, error[W], 0) @ reach)
-        p = jnp.where(fresh, jnp.argmax(excess), p)
-        u_p = jnp.where(fresh, 0, u_p)
-        solved = fresh & (excess[p] <= 0)
-
-        coordinates = Q.T @ G[p]
-        z = G[p] - Q @ coordinates
-        z = z - Q @ (Q.T @ z)
-        independent = (jnp.linalg.norm(z) > 100 * eps * n) & ~jnp.all(used)
-        r = jnp.where(used, jax.scipy.linalg.solve_triangular(R, coordinates), 0)
-        full = jnp.where(independent, (G[p] @ d - h[p]) / jnp.where(independent, z @ z, 1), jnp.inf)
-        ratios = jnp.where(r > 0, u / jnp.where(r > 0, r, 1), jnp.inf)
-        leaving = jnp.argmin(ratios)
-        t, joins = jnp.minimum(full, ratios[leaving]), full <= ratios[leaving]
-        empty = ~jnp.isfinite(t) | (size > eps ** (-2 / 3))
-        t = jnp.where(solved | empty, 0, t)
-        d = d - jnp.where(independent, t, 0) * z
-        u, u_p = jnp.maximum(u - t * r, 0), u_p + t
-        slot = jnp.where(joins, jnp.argmin(W), leaving)  # a free slot holds -1
-        W, u = W.at[slot].set(jnp.where(joins, p, -1)), u.at[slot].set(jnp.where(joins, u_p, 0))
-        status = jnp.where(solved, _SOLVED, jnp.where(empty, _EMPTY, _SEARCHING))
-        return d, W, u, jnp.where(joins, -1, p), u_p, count + 1, status
-
-    nothing, nobody = jnp.zeros(n, A.dtype), jnp.array(-1)
-    start = (nothing, jnp.full(n, -1), nothing, nobody, jnp.zeros((), A.dtype), jnp.array(0), jnp.array(_SEARCHING))
-    d, *_, status = jax.lax.while_loop(go_on, body, start)
-    return jnp.where(status == _SOLVED, scale * d, jnp.nan)

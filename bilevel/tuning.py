@@ -1,8 +1,9 @@
 """Default step sizes from the problem's curvature at the starting point.
 
     a = 1/L, with L the largest eigenvalue of g_yy (Lanczos) at x0 and at SAMPLES points of a bounded X, or around x0;
-    c = 0.5/L_F, with L_F = |grad^2 F| at x0 (power iteration on differences of hypergradients),
-        times `caution` for single-loop methods: min(1/4, 5 mu/L), at least 1/100, with mu and L at x0.
+        at most 1 for fixed points;
+    c = 0.5/L_F, with L_F = |grad^2 F| at x0 (power iteration on differences of hypergradients), times `caution`:
+        for single-loop methods min(1/4, 5 mu/L), at least 1/100, with mu and L at x0; for fixed points at most 1/10.
 
 They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are estimates, not bounds:
 give numbers, schedules or optax transformations to control a run.
@@ -17,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import spectrum
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BilevelProblem, FixedPoint
 from bilevel.sets import Reals
 from bilevel.step import Stepper, StepRule, stepper
 
@@ -56,6 +57,10 @@ def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, single_loop: bo
     elsewhere = jax.vmap(lambda key: spectrum(problem, _near(problem, x, key), y, batch)[0])
     highest = jnp.maximum(L, jnp.max(elsewhere(jax.random.split(jax.random.key(2), SAMPLES))))
     caution = jnp.clip(5 * mu / L, 1e-2, 0.25) if single_loop else jnp.ones_like(L)
+    if isinstance(problem.lower, FixedPoint):  # mu and L of the symmetric part say little about how fast T contracts
+        caution = jnp.minimum(caution, 0.1)
+    if isinstance(problem.lower, FixedPoint):  # y <- y - a (y - T) contracts for every a in (0, 1], whatever the norm
+        highest = jnp.maximum(highest, 1)
     sizes = (1 / highest, 0.5 * caution / upper_curvature(problem, x, y))
     lower, upper = (jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2) for size in sizes)
     return lower, upper

@@ -29,7 +29,8 @@ class ITD(Solver):
         x <- Proj_X(x - c d/dx f(x, y_T(x))),
 
     the derivative by reverse mode through the T steps, each under `jax.checkpoint`. It converges to the hypergradient
-    like (1 - a mu)^T; the bias of a finite T stays, so that ITD stops near, not at, a stationary point of F.
+    like T (1 - a mu)^(T-1), for quadratic g like (1 - a mu)^T; the bias of a finite T stays, so that ITD stops near,
+    not at, a stationary point of F.
 
     Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level.
     Cost per step: 1 upper gradient, T lower gradients, T HVPs, T JVPs. Memory: T copies of y.

@@ -111,6 +111,6 @@ class SABA(Solver):
     def unsupported(self, problem: BilevelProblem) -> str | None:
         for name in ("upper_data", "lower_data"):
             source = getattr(problem, name)
-            if source.num_blocks * source.fraction != 1.0:
+            if abs(source.num_blocks * source.fraction - 1) > 1e-9:
                 return f"SABA cuts the data into equal blocks; {name}: batch_size must divide the number of samples."
         return refuse_constrained_lower(self, problem)

@@ -32,7 +32,8 @@ class SOBA(Solver):
 
     Assumptions: g strongly convex in y (or T a contraction), smooth f and g, unconstrained lower level. On all of the
     data with constant small steps it converges linearly where F is strongly convex; with batches, to a neighbourhood
-    whose size the steps set, or with steps ~ k^(-1/2) at the rate K^(-1/2) for the squared gradient norm.
+    whose size the steps set, or with constant steps ~ K^(-1/2), tuned to the number K of steps, at the rate K^(-1/2)
+    for the mean squared gradient norm.
     Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP, in one sweep over each batch.
 
     Args:

@@ -270,3 +270,25 @@ def test_errors_are_named():
         bilevel.hypergradient(dataclasses.replace(problem, y_set=bilevel.Box(0.0, 1.0)), x)
     with pytest.raises(NotImplementedError, match="implicit_objective"):
         bilevel.implicit_objective(dataclasses.replace(problem, y_set=bilevel.Ball(1.0)))
+
+
+def test_an_estimate_by_a_solver_that_has_not_solved_is_infinite():
+    """CG stops at negative curvature with v = 0, and would find its own error to be 0."""
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum(y),
+        bilevel.Minimize(lambda x, y, batch: -0.5 * jnp.sum(y**2) - x @ y),
+        init=lambda key: (jnp.ones(2), jnp.zeros(2)),
+    )
+    h = bilevel.hypergradient(problem, jnp.ones(2), method=CG(), lower=None)
+    assert h.status == Status.UNSOLVED_LINEAR
+    assert h.error_bound == jnp.inf
+
+
+def test_no_bound_is_not_called_an_estimate():
+    problem, x = make(14)
+    for h in (
+        bilevel.hypergradient(problem, x, estimate=False),
+        bilevel.hypergradient(problem, x, method=Unrolled(0.1, 5)),
+    ):
+        assert h.status == Status.UNCHECKED
+        assert np.isnan(h.error_bound)

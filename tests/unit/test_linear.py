@@ -238,3 +238,10 @@ def test_default_solver():
     assert isinstance(default_solver(DENSE_LIMIT, True), Dense)
     assert isinstance(default_solver(DENSE_LIMIT + 1, True), CG)
     assert isinstance(default_solver(DENSE_LIMIT + 1, False), GMRES)
+
+
+@pytest.mark.parametrize(("scale", "dtype"), [(1e15, jnp.float32), (1e-15, jnp.float32), (1e-110, jnp.float64)])
+def test_cg_does_not_depend_on_the_scale_of_the_system(scale, dtype):
+    M = scale * jnp.diag(jnp.array([1.0, 2.0, 3.0], dtype))
+    solution = CG().prepare(lambda v: M @ v, 3, dtype)(jnp.full(3, scale, dtype), jnp.zeros(3, dtype))
+    np.testing.assert_allclose(solution.v, [1, 1 / 2, 1 / 3], rtol=1e-5)

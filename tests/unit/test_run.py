@@ -269,3 +269,76 @@ def test_the_report_reads_as_designed(instance, key):
     assert len({len(line) for line in lines[1:8]}) == 1  # aligned
     assert "MAX_STEPS after 40 steps" in lines[-2]
     assert repr(solution).startswith("Solution(status=MAX_STEPS, steps=40, F=")
+
+
+def far(x, y, batch):
+    return jnp.sum(batch * (x - 1e5) ** 2 / 2 + 0 * y)
+
+
+def slack(x, y, batch):
+    return batch * jnp.sum((y - x) ** 2) / 2
+
+
+def scaled_problem(upper_scale, lower_scale, x0, x_set=None):
+    return bilevel.BilevelProblem(
+        far, bilevel.Minimize(slack), x_set=x_set or bilevel.Reals(), upper_data=bilevel.Full(jnp.asarray(upper_scale)),
+        lower_data=bilevel.Full(jnp.asarray(lower_scale)), init=lambda key: (jnp.full(1, x0), jnp.zeros(1)),
+    )  # fmt: skip
+
+
+def test_rounding_of_a_large_x_does_not_hide_the_gradient():
+    """(x - (x - g))/1 is 0 for |g| below the last digit of x."""
+    problem = scaled_problem(1e-18, 1.0, 0.0)
+    x, gradient = jnp.full(1, 1e12), jnp.full(1, 1e-6)
+    np.testing.assert_allclose(bilevel.diagnostics.gradient_mapping(problem, x, gradient), 1e-6)
+
+
+def test_a_small_set_does_not_hide_a_large_gradient():
+    problem = scaled_problem(1.0, 1.0, 0.0, x_set=bilevel.Box(0.0, 1e-8))
+    wrong_end, right_end, gradient = jnp.full(1, 1e-8), jnp.zeros(1), jnp.full(1, 1e3)
+    assert float(bilevel.diagnostics.gradient_mapping(problem, wrong_end, gradient)[0]) > 1
+    assert float(bilevel.diagnostics.gradient_mapping(problem, right_end, gradient)[0]) == 0
+
+
+def test_a_flat_lower_objective_does_not_hide_a_wrong_y(key):
+    """|R| <= tol everywhere for g ~ 1e-9, so the distance to the referee's y(x) has to be looked at."""
+    problem = scaled_problem(1e-9, 1e-9, 1e5)
+    solution = bilevel.solve(problem, SOBA(0.1, 0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
+    assert solution.record["lower_residual"][-1] > 1e-6 or solution.status == Status.MAX_STEPS
+    assert solution.status == Status.MAX_STEPS
+
+
+def test_an_unsolvable_lower_level_is_never_converged(key):
+    def unbounded(x, y, batch):
+        return 1e-9 * jnp.sum(jnp.sqrt(1 + y**2) - 2 * y) + 0 * jnp.sum(x)
+
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum((x - 1) ** 2 + jnp.tanh(y)),
+        bilevel.Minimize(unbounded),
+        init=lambda key: (jnp.ones(1), jnp.zeros(1)),
+    )
+    solution = bilevel.solve(problem, SOBA(0.1, 0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
+    assert solution.status != Status.CONVERGED
+
+
+@pytest.mark.parametrize("name", ["AID", "AmIGO", "SOBA"])
+def test_defaults_work_for_a_contraction_that_rotates(name, key):
+    """|T_y| = 0.94 with the symmetric part I/2: a step of 1/lambda_max(sym R_y) = 2 would diverge."""
+
+    def rotate(x, y, batch):
+        return jnp.array([[0.5, 0.8], [-0.8, 0.5]]) @ y + x
+
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum((y - 1) ** 2),
+        bilevel.FixedPoint(rotate),
+        init=lambda key: (jnp.zeros(2), jnp.zeros(2)),
+    )
+    solution = bilevel.solve(problem, getattr(bilevel, name)(), key=key, max_steps=3000)
+    assert solution.status == Status.CONVERGED
+
+
+def test_saba_takes_every_batch_size_that_divides(key):
+    problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=2, num_samples=49, batch_size=1).problem
+    assert bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem) is None
+    problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=2, num_samples=49, batch_size=2).problem
+    assert "must divide" in bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem)

@@ -360,3 +360,12 @@ def test_bounds_can_be_traced():
     np.testing.assert_array_equal(width, [2.0])
     slope = jax.grad(lambda r: Ball(r).project(jnp.array([3.0, 4.0])).sum())(1.0)
     np.testing.assert_allclose(slope, 1.4, rtol=1e-12)
+
+
+def test_ball_keeps_the_direction_of_points_whose_square_overflows():
+    for dtype, far in ((jnp.float32, 1e20), (jnp.float64, 1e160)):
+        np.testing.assert_allclose(Ball(1.0).project(jnp.full(2, far, dtype)), 0.5**0.5, rtol=1e-6)
+
+
+def test_violation_of_a_polyhedron_is_a_distance():
+    assert float(Polyhedron(jnp.array([[1e-10]]), jnp.zeros(1)).violation(jnp.ones(1))) == pytest.approx(1.0)
