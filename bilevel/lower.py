@@ -168,8 +168,8 @@ def solve(
 class _Search(NamedTuple):
     """y with g and R there; factor of R_y and the direction d from it; step length t; |d|, |R|, |R at the start|, R'd.
 
-    reach: the longest step taken so far. definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the
-    factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
+    reach: the longest step taken so far. definite: the Hessian behind d is positive semidefinite, up to rounding.
+    fresh: the factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
     """
 
     y: Array
