@@ -1,0 +1,169 @@
+"""Finite discounted Markov decision processes: states 0, …, S - 1, actions 0, …, A - 1, no reward.
+
+Transitions are dense, P [S, A, S], or successor lists with at most K next states for each pair: time and memory then
+grow with S A K, and no S x S matrix is formed.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from bilevel.struct import invalid, struct
+
+
+@struct
+class Successors:
+    """Next states [S, A, K], whole numbers in [0, S), and their probabilities [S, A, K]; repeats add up."""
+
+    next_states: Any
+    probabilities: Any
+
+
+@struct
+class MDP:
+    """A Markov decision process without reward; a pytree, so that another one of the same sizes compiles nothing.
+
+    Build it with `MDP.dense` or `MDP.sparse`, which convert and check; the bare constructor does neither.
+
+    Attributes:
+        transitions: P [S, A, S], or `Successors`.
+        start: rho [S], the distribution of the first state.
+        discount: gamma [], in [0, 1).
+    """
+
+    transitions: Any
+    start: Any
+    discount: Any
+
+    @classmethod
+    def dense(cls, transitions: Any, start: Any, discount: float) -> "MDP":
+        """From P [S, A, S] with P[s, a, s'] the probability of s' after a in s.
+
+        Raises:
+            InvalidInput: for wrong shapes, rows that are no distributions, a discount outside of [0, 1).
+        """
+        return cls(_floats(transitions), _floats(start), _floats(discount)).validate()
+
+    @classmethod
+    def sparse(cls, next_states: Any, probabilities: Any, start: Any, discount: float) -> "MDP":
+        """From successor lists, both [S, A, K]; pad short lists with probability 0.
+
+        Raises:
+            InvalidInput: as `dense`, and for next states that are not whole numbers in [0, S).
+        """
+        next_states = whole_numbers("next_states (MDP)", next_states)
+        return cls(Successors(next_states, _floats(probabilities)), _floats(start), _floats(discount)).validate()
+
+    @property
+    def num_states(self) -> int:
+        """S."""
+        return self._rows.shape[0]
+
+    @property
+    def num_actions(self) -> int:
+        """A."""
+        return self._rows.shape[1]
+
+    @property
+    def _rows(self) -> Any:
+        """The probabilities, [S, A, S] or [S, A, K]: each row over the last axis is a distribution."""
+        return self.transitions.probabilities if isinstance(self.transitions, Successors) else self.transitions
+
+    def expect(self, V: Array) -> Array:
+        """E[V(s') | s, a], shape [S, A], for V [S]."""
+        if isinstance(self.transitions, Successors):
+            return jnp.sum(self.transitions.probabilities * V[self.transitions.next_states], axis=-1)
+        return self.transitions @ V
+
+    def flow(self, d: Array) -> Array:
+        """The sum over (s, a) of d(s, a) P(. | s, a), shape [S], for d [S, A]: the adjoint of `expect`."""
+        if isinstance(self.transitions, Successors):
+            moved = d[..., None] * self.transitions.probabilities
+            return jnp.zeros(self.num_states, moved.dtype).at[self.transitions.next_states].add(moved)
+        return jnp.einsum("sa,sat->t", d, self.transitions)
+
+    def sample_start(self, key: Array) -> Array:
+        """A first state, shape []."""
+        return jax.random.categorical(key, jnp.log(self.start))
+
+    def sample_next(self, key: Array, state: Array, action: Array) -> Array:
+        """A next state of (state, action), shape []."""
+        chosen = jax.random.categorical(key, jnp.log(self._rows[state, action]))
+        return self.transitions.next_states[state, action, chosen] if self.is_sparse else chosen
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the transitions are successor lists."""
+        return isinstance(self.transitions, Successors)
+
+    def to_dense(self) -> "MDP":
+        """The same process with P [S, A, S]."""
+        if not isinstance(self.transitions, Successors):
+            return self
+        S, A, _ = self._rows.shape
+        index = jnp.arange(S)[:, None, None], jnp.arange(A)[None, :, None], self.transitions.next_states
+        P = jnp.zeros((S, A, S), self._rows.dtype).at[index].add(self._rows)
+        return MDP(P, self.start, self.discount)
+
+    def validate(self) -> "MDP":
+        """Check the concrete arrays; return self.
+
+        Raises:
+            InvalidInput: naming the array, and the state and action at fault.
+        """
+        rows, start, discount = np.asarray(self._rows), np.asarray(self.start), np.asarray(self.discount)
+        name = "probabilities (MDP)" if self.is_sparse else "transitions (MDP)"
+        shape = "[S, A, K]" if self.is_sparse else "[S, A, S]"
+        if rows.ndim != 3 or rows.size == 0 or (not self.is_sparse and rows.shape[0] != rows.shape[2]):
+            invalid(name, f"shape {rows.shape}", f"shape {shape}, all at least 1", "Index it by state, action, next.")
+        _check_distributions(name, rows)
+        if start.shape != rows.shape[:1]:
+            invalid("start (MDP)", f"shape {start.shape}", f"shape {rows.shape[:1]}", "Give one number per state.")
+        _check_distributions("start (MDP)", start)
+        if discount.shape != () or not 0 <= discount < 1:
+            invalid("discount (MDP)", discount, "a number in [0, 1)", "Without discounting values are infinite.")
+        if isinstance(self.transitions, Successors):
+            following = np.asarray(self.transitions.next_states)
+            if following.shape != rows.shape:
+                do = "Pad short lists with probability 0."
+                invalid("next_states (MDP)", f"shape {following.shape}", f"{rows.shape} as the probabilities", do)
+            check_range("next_states (MDP)", following, len(start), "states")
+        return self
+
+
+def _floats(array: Any) -> Array:
+    return jnp.asarray(array, float)
+
+
+def whole_numbers(name: str, array: Any) -> Array:
+    """`array` as JAX integers.
+
+    Raises:
+        InvalidInput: for any other kind of number, integral floats included.
+    """
+    if not np.issubdtype(np.asarray(array).dtype, np.integer):
+        invalid(name, f"dtype {np.asarray(array).dtype}", "whole numbers", "Convert indices to integers.")
+    return jnp.asarray(array, int)
+
+
+def check_range(name: str, array: Any, size: int, what: str) -> None:
+    """Raise `InvalidInput` where an entry is not in [0, size)."""
+    wrong = np.argwhere((np.asarray(array) < 0) | (np.asarray(array) >= size))
+    if len(wrong):
+        where = tuple(wrong[0].tolist())
+        got = f"{np.asarray(array)[where]} at index {where}"
+        invalid(name, got, f"whole numbers in [0, {size})", f"There are {size} {what}, counted from 0.")
+
+
+def _check_distributions(name: str, rows: np.ndarray) -> None:
+    """Every row over the last axis is >= 0 and sums to one, up to rounding."""
+    slack = rows.shape[-1] * 1e-6
+    bad = ~((np.abs(rows.sum(axis=-1) - 1) <= slack) & (rows >= 0).all(axis=-1))
+    if bad.any():
+        where = tuple(np.argwhere(bad)[0].tolist()) if bad.ndim else ()
+        row = f"row {where}" if where else "it"
+        got = f"{row} has the sum {rows[where].sum():.6g} and the smallest entry {rows[where].min():.3g}"
+        invalid(name, got, "probabilities that sum to one", "Normalise over the last axis.")

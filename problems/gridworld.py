@@ -1,0 +1,126 @@
+"""Gridworld: inverse reinforcement learning, a known linear reward recovered from demonstrations on a slippery grid
+
+A size x size grid; the actions are up, right, down, left and stay. With probability 1 - slip the move is the action's,
+else it is one of the five, drawn evenly; moves off the grid stay. The first state is uniform. Four random cells are
+landmarks, and the features of a state are exp(-squared distance/4) to each, centred over the grid, so that no constant
+is among them. The expert is soft-optimal for the reward features . x*, with x* drawn from N(0, 4 I).
+
+The problem is `irl.to_bilevel`: f is the discounted negative log-likelihood of the demonstrations. With
+trajectories = 0 these are the expert's exact occupancy, and the optimum is x*; samples have one of their own.
+
+Settings that work: AID(), 2000 steps; SOBA(), 20 000; with batches SOBA with decreasing steps.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+import irl
+from bilevel.struct import invalid
+from irl import soft
+from problems.instance import Instance, Truth
+
+NUM_LANDMARKS = 4
+MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1), (0, 0)])
+
+
+def grid(size: int, slip: float, discount: float) -> irl.MDP:
+    """The process: cell (i, j) is state size i + j; the k-th successor of every action is where move k leads."""
+    cells = np.stack(np.divmod(np.arange(size**2), size), axis=1)
+    reached = np.clip(cells[:, None, :] + MOVES, 0, size - 1)
+    reached = size * reached[..., 0] + reached[..., 1]
+    next_states = np.repeat(reached[:, None, :], len(MOVES), axis=1)
+    moved = (1 - slip) * np.eye(len(MOVES)) + slip / len(MOVES)
+    probabilities = np.repeat(moved[None], size**2, axis=0)
+    return irl.MDP.sparse(next_states, probabilities, np.full(size**2, size**-2.0), discount)
+
+
+def landmark_features(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Features [S, 4] of the states."""
+    cells = np.stack(np.divmod(np.arange(size**2), size), axis=1)
+    landmarks = cells[rng.choice(size**2, NUM_LANDMARKS, replace=False)]
+    features = np.exp(-np.sum((cells[:, None] - landmarks) ** 2, axis=-1) / 4)
+    return features - features.mean(axis=0)
+
+
+def _metrics(features: np.ndarray, x_true: np.ndarray, pi: np.ndarray, d: np.ndarray, x: Array, Q: Array):
+    """`policy_error`: largest total variation over states to the expert's policy. `expert_kl`: the expert's discounted
+    sum of KL(expert | policy of Q) >= 0. `reward_rank`: Spearman correlation over states of the rewards.
+    """
+    log_pi = np.asarray(soft.log_policy(jnp.asarray(Q, float)))
+    numbers = {
+        "policy_error": float(np.abs(np.exp(log_pi) - pi).sum(axis=1).max() / 2),
+        "expert_kl": float(np.sum(d * (np.log(pi) - log_pi))),
+    }
+    if len(x):
+        from scipy.stats import spearmanr
+
+        found, true = features @ np.asarray(x), features @ x_true
+        constant = np.ptp(found) == 0  # x = 0 ranks nothing
+        numbers["reward_rank"] = 0.0 if constant else float(np.asarray(spearmanr(found, true))[0])
+    return numbers
+
+
+def make(
+    seed: int = 0,
+    size: int = 5,
+    slip: float = 0.2,
+    discount: float = 0.9,
+    trajectories: int = 100,
+    length: int = 50,
+    batch_size: int | None = None,
+) -> Instance:
+    """A grid with 4 unknown weights of its reward.
+
+    Args:
+        seed: >= 0; fixes landmarks, weights and demonstrations.
+        size: >= 2; there are size^2 states and 5 actions.
+        slip: in [0, 1], the probability that the move is drawn evenly.
+        discount: in [0, 1).
+        trajectories: of the expert, >= 0; 0 gives its exact occupancy instead.
+        length: steps of each, >= 1.
+        batch_size: trajectories a batch, in [1, trajectories]; default all of them in every batch.
+
+    Raises:
+        InvalidInput: a parameter outside of its range.
+    """
+    for name, number, lowest in (("size", size, 2), ("trajectories", trajectories, 0), ("length", length, 1)):
+        if not (isinstance(number, int) and number >= lowest):
+            invalid(f"{name} (gridworld)", number, f"a whole number >= {lowest}", "Give a size.")
+    if not 0 <= slip <= 1:
+        invalid("slip (gridworld)", slip, "a number in [0, 1]", "It is a probability.")
+    if batch_size is not None and trajectories == 0:
+        invalid("batch_size (gridworld)", batch_size, "None where trajectories = 0", "Ask for trajectories.")
+
+    rng = np.random.default_rng(seed)
+    mdp = grid(size, slip, discount)
+    features = landmark_features(rng, size)
+    x_true = 2 * rng.normal(size=NUM_LANDMARKS)
+    reward = irl.LinearReward.of(features, mdp.num_actions)
+    Q = irl.value_iteration(mdp, reward.table(jnp.asarray(x_true, float))).Q
+    pi = irl.policy(Q)
+    d = irl.occupancy(mdp, pi)
+    if trajectories:
+        demonstrations = irl.sample(mdp, pi, jax.random.key(seed), num_trajectories=trajectories, length=length)
+        truth, kind = None, "sampled"
+    else:
+        demonstrations = d
+        truth, kind = Truth(float(-jnp.sum(d * soft.log_policy(Q))), jnp.asarray(x_true, float), Q), "known-optimum"
+    problem = irl.to_bilevel(mdp, demonstrations, reward, batch_size=batch_size)
+    c = irl.expert_occupancy(mdp, demonstrations)
+    metrics = partial(_metrics, features, x_true, np.asarray(pi, np.float64), np.asarray(d, np.float64))
+    counted = np.asarray(c) / np.asarray(c).sum()
+    return Instance(
+        problem,
+        truth,
+        constants=irl.constants(mdp, c, reward),
+        tags=frozenset({"irl", "fixed-point", kind} | ({"stochastic"} if batch_size is not None else set())),
+        metrics=metrics,
+        baselines={
+            "uniform policy": lambda: metrics(np.zeros(0), np.zeros(counted.shape)),
+            "behavioural cloning": lambda: metrics(np.zeros(0), np.log(counted + 1e-3 / counted.size)),
+        },
+    )
