@@ -60,7 +60,7 @@ class BOME(Solver):
         decrease: eta > 0. num_lower_steps: T >= 1.
 
     Reference: Ye, Liu, Wright, Stone, Liu. BOME! Bilevel optimization made easy: a simple first-order approach.
-        NeurIPS 2022, arXiv:2209.08709, Algorithm 1, with phi = eta |dq|^2.
+        NeurIPS 2022, arXiv:2209.08709, with phi = eta |dq|^2.
     Differs from the paper: x is projected on X.
     """
 

@@ -66,7 +66,7 @@ class F2SA(Solver):
         num_lower_steps: T >= 1; with T = 1 this is a single loop, and c has to be smaller.
 
     Reference: Kwon, Kwon, Wright, Nowak. A fully first-order method for stochastic bilevel optimization. ICML 2023,
-        arXiv:2301.10945, Algorithm 1.
+        arXiv:2301.10945.
     Differs from the paper: its alpha_k is a/lam_k here and its xi alpha_k is c, so that steps need not shrink as lam
         grows. y and z see the same batches and start equal: the errors that they share then cancel in y - z, where
         lam would multiply them. x is projected on X.

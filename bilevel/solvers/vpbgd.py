@@ -57,8 +57,7 @@ class VPBGD(Solver):
             1/(1/a_F + 4 c/b), with `tuning`'s steps a_F for F and b for g.
         penalty: c > 0, large against L_f/mu_g: f itself may be unbounded below. num_lower_steps: T >= 1.
 
-    Reference: Shen, Chen. On penalty-based bilevel gradient descent method. ICML 2023, arXiv:2302.05185, Algorithm 1
-        (V-PBGD).
+    Reference: Shen, Chen. On penalty-based bilevel gradient descent method. ICML 2023, arXiv:2302.05185 (V-PBGD).
     Differs from the paper: w starts from its last value, not from y.
     """
 
