@@ -1,4 +1,4 @@
-"""Where the lower-level solve may say CONVERGED: not at a maximum, nor by a scale or a direction that hides an error."""
+"""Where the lower-level solve may say CONVERGED: not at a maximum, nor where a scale or a direction hides an error."""
 
 import jax.numpy as jnp
 import numpy as np
