@@ -18,7 +18,7 @@ class Demonstrations:
     """n trajectories of at most T steps; a pytree. Build it with `of`, `load` or `sample`.
 
     Attributes:
-        states, actions: [n, T] whole numbers; entries from a trajectory's length on are padding.
+        states, actions: [n, T] whole numbers; entries from a trajectory's length on are padding, set to 0.
         lengths: [n] whole numbers in [1, T].
         weights: [n] numbers >= 0, how much each trajectory counts; only their ratios matter.
     """
@@ -58,6 +58,8 @@ class Demonstrations:
         if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.sum() > 0):
             do = "Weights say how much a trajectory counts."
             invalid("weights (Demonstrations)", weights.tolist(), "finite numbers >= 0, not all zero", do)
+        inside = jnp.arange(T)[None, :] < lengths[:, None]
+        states, actions = jnp.where(inside, states, 0), jnp.where(inside, actions, 0)
         return cls(states, actions, lengths, jnp.asarray(weights, float))
 
     @classmethod
@@ -102,11 +104,10 @@ class Demonstrations:
         """Check states and actions against the MDP; return self.
 
         Raises:
-            InvalidInput: naming the first entry, outside of the padding, that the MDP does not have.
+            InvalidInput: naming the first entry that the MDP does not have.
         """
-        inside = np.arange(self.states.shape[1]) < np.asarray(self.lengths)[:, None]
         for name, size in (("states", mdp.num_states), ("actions", mdp.num_actions)):
-            check_range(f"{name} (Demonstrations)", np.where(inside, getattr(self, name), 0), size, name)
+            check_range(f"{name} (Demonstrations)", getattr(self, name), size, name)
         return self
 
 

@@ -8,7 +8,8 @@ is among them. The expert is soft-optimal for the reward features . x*, with x* 
 The problem is `irl.to_bilevel`: f is the discounted negative log-likelihood of the demonstrations. With
 trajectories = 0 these are the expert's exact occupancy, and the optimum is x*; samples have one of their own.
 
-Settings that work: AID(), 2000 steps; SOBA(), 20 000; with batches SOBA with decreasing steps.
+Settings that work: AID(upper_step_size=optax.adam(0.05), num_lower_steps=20), 1000 steps; SOBA(), 20 000. With batches
+of 10, 8000 steps of SOBA with lower and linear steps 1 and adam(exponential_decay(0.01, 8000, 0.05)).
 """
 
 from functools import partial
