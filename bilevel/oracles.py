@@ -143,12 +143,6 @@ def cross(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTre
     return jax.vjp(lambda x: _residual(problem, x, y, batch), x)[1](v)[0]
 
 
-def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, u: PyTree, batch: PyTree) -> PyTree:
-    """R_x u, shaped like y, for u shaped like x."""
-    _count(jvps=1)
-    return jax.jvp(lambda x: _residual(problem, x, y, batch), (x,), (u,))[1]
-
-
 def hvp_operator(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
 ) -> Callable[[PyTree], PyTree]:

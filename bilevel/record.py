@@ -82,9 +82,6 @@ class OracleCount:
         return upper * upper_fraction + (self.total - upper) * lower_fraction
 
 
-COLUMNS = ("step", "value", "hypergradient", "lower_residual", "violation", "oracles", "time")
-
-
 class Record:
     """The measurements of a run, a row per measured step.
 
