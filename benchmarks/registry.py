@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bilevel
+import irl
 import problems
 
 SUITES = Path(__file__).parent / "suites"
@@ -94,7 +95,7 @@ def summaries() -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def _solvers() -> dict[str, Any]:
-    return bilevel.solvers.ALL
+    return {**bilevel.solvers.ALL, **irl.solvers.ALL}
 
 
 def _families() -> dict[str, Callable[..., Any]]:

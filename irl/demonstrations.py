@@ -1,8 +1,9 @@
 """Demonstrations: trajectories of states and actions as arrays."""
 
 import os
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,25 @@ from jax import Array, lax
 
 from bilevel.struct import invalid, struct
 from irl.mdp import MDP, check_range, whole_numbers
+
+
+class Trajectories(NamedTuple):
+    """A batch of trajectories: states, actions [b, T] and the weights n w_i/(sum of w) gamma^t [b, T]."""
+
+    states: Any
+    actions: Any
+    weights: Any
+
+    def pick(self, table: Array) -> Array:
+        """The entries [b, T] of a table [S, A], or of one [T, S, A] each at its time."""
+        if table.ndim == 2:
+            return table[self.states, self.actions]
+        return table[jnp.arange(self.states.shape[1])[None, :], self.states, self.actions]
+
+    def occupancy(self, mdp: MDP) -> Array:
+        """The mean over the batch of the weights at each pair, shaped `mdp.shape`: the adjoint of `pick`."""
+        like = jnp.zeros(mdp.shape, self.weights.dtype)
+        return jax.linear_transpose(self.pick, like)(self.weights / self.states.shape[0])[0]
 
 
 @struct
@@ -76,6 +96,37 @@ class Demonstrations:
                     invalid(f"{name} (Demonstrations.load)", f"arrays {sorted(arrays)}", f"an array {name!r}", do)
             return cls.of(*(arrays.get(name) for name in ("states", "actions", "lengths", "weights")))
 
+    @classmethod
+    def from_minari(cls, dataset: Any, state: Callable[[np.ndarray], np.ndarray] | None = None) -> "Demonstrations":
+        """From a Minari data set with discrete actions: every episode a trajectory, its last observation left out.
+
+        Args:
+            dataset: a `minari.MinariDataset`, or the name of one that is on this machine; only a name needs Minari.
+            state: maps the observations [T, …] of an episode to whole numbers [T]; default: they are states already.
+
+        Raises:
+            InvalidInput: where Minari is missing, or observations or actions are not whole numbers.
+        """
+        if isinstance(dataset, str):
+            try:
+                import minari
+            except ImportError:
+                do = "Install it: pip install minari; or give the data set itself, or arrays to Demonstrations.of."
+                invalid("dataset (from_minari)", f"the name {dataset!r}", "the package minari to load it with", do)
+            dataset = minari.load_dataset(dataset)
+        pairs = [(np.asarray(e.observations)[:-1], np.asarray(e.actions)) for e in dataset.iterate_episodes()]
+        pairs = [(seen if state is None else np.asarray(state(seen)), actions) for seen, actions in pairs]
+        lengths = np.array([len(actions) for _, actions in pairs], int)
+        stacked: dict[str, np.ndarray] = {}
+        for name, parts in zip(("states", "actions"), zip(*pairs, strict=True), strict=True):
+            for k, part in enumerate(parts):
+                if part.shape != (lengths[k],) or part.dtype.kind not in "iu":
+                    got = f"shape {part.shape}, dtype {part.dtype} in episode {k}"
+                    do = "Pass state=, a function from observations to numbers of states."
+                    invalid(f"{name} (from_minari)", got, f"whole numbers of shape ({lengths[k]},)", do)
+            stacked[name] = np.stack([np.pad(part, (0, lengths.max() - len(part))) for part in parts])
+        return cls.of(**stacked, lengths=lengths)
+
     def save(self, path: str | os.PathLike) -> None:
         """Write the .npz file that `load` reads."""
         np.savez(path, states=self.states, actions=self.actions, lengths=self.lengths, weights=self.weights)
@@ -95,17 +146,24 @@ class Demonstrations:
     def occupancy(self, mdp: MDP) -> Array:
         """The discounted empirical occupancy c(s, a) = mean of sum_t gamma^t 1{s_t = s, a_t = a}, shape [S, A].
 
-        Trajectories cut at T lose the mass gamma^T/(1 - gamma) of what would have followed.
+        Trajectories cut at T lose the mass gamma^T/(1 - gamma) of what would have followed. With a horizon the times
+        stay apart, [T, S, A].
         """
-        weights = self.discounted_weights(mdp.discount) / self.num_trajectories
-        return jnp.zeros((mdp.num_states, mdp.num_actions), weights.dtype).at[self.states, self.actions].add(weights)
+        return self.batch(mdp.discount).occupancy(mdp)
+
+    def batch(self, discount: Array) -> "Trajectories":
+        """States, actions and discounted weights: what the likelihood needs."""
+        return Trajectories(self.states, self.actions, self.discounted_weights(discount))
 
     def validate(self, mdp: MDP) -> "Demonstrations":
         """Check states and actions against the MDP; return self.
 
         Raises:
-            InvalidInput: naming the first entry that the MDP does not have.
+            InvalidInput: naming the first entry that the MDP does not have, or trajectories beyond its horizon.
         """
+        if mdp.horizon is not None and self.states.shape[1] > mdp.horizon:
+            got = f"{self.states.shape[1]} steps"
+            invalid("states (Demonstrations)", got, f"at most the horizon {mdp.horizon}", "Cut the trajectories.")
         for name, size in (("states", mdp.num_states), ("actions", mdp.num_actions)):
             check_range(f"{name} (Demonstrations)", getattr(self, name), size, name)
         return self
@@ -113,17 +171,25 @@ class Demonstrations:
 
 @partial(jax.jit, static_argnames=("num_trajectories", "length"))
 def sample(mdp: MDP, policy: Array, key: Array, *, num_trajectories: int, length: int) -> Demonstrations:
-    """Trajectories of a policy [S, A] from the MDP's start distribution, all of the same length."""
+    """Trajectories of a policy [S, A], or [T, S, A] with a horizon, from the MDP's start distribution.
+
+    All have the same length, at most T.
+    """
+    if mdp.horizon is not None and length > mdp.horizon:
+        invalid("length (sample)", length, f"at most the horizon {mdp.horizon}", "Nothing follows after it.")
     log_policy = jnp.log(policy)
 
-    def step(state: Array, key: Array) -> tuple[Array, tuple[Array, Array]]:
+    def step(state: Array, at: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        time, key = at
         key_action, key_state = jax.random.split(key)
-        action = jax.random.categorical(key_action, log_policy[state])
+        logits = log_policy[state] if mdp.horizon is None else log_policy[time, state]
+        action = jax.random.categorical(key_action, logits)
         return mdp.sample_next(key_state, state, action), (state, action)
 
     def trajectory(key: Array) -> tuple[Array, Array]:
         key_start, key_steps = jax.random.split(key)
-        return lax.scan(step, mdp.sample_start(key_start), jax.random.split(key_steps, length))[1]
+        steps = jnp.arange(length), jax.random.split(key_steps, length)
+        return lax.scan(step, mdp.sample_start(key_start), steps)[1]
 
     states, actions = jax.vmap(trajectory)(jax.random.split(key, num_trajectories))
     lengths = jnp.full(num_trajectories, length)

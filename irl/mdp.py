@@ -1,9 +1,10 @@
-"""Finite discounted Markov decision processes: states 0, …, S - 1, actions 0, …, A - 1, no reward.
+"""Finite Markov decision processes: states 0, …, S - 1, actions 0, …, A - 1, no reward; discounted, or with an end.
 
 Transitions are dense, P [S, A, S], or successor lists with at most K next states for each pair: time and memory then
 grow with S A K, and no S x S matrix is formed.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.struct import invalid, struct
+from bilevel.struct import invalid, static, struct
 
 UNROLLED = 16  # successor lists up to this length are summed term by term
 
@@ -34,31 +35,37 @@ class MDP:
     Attributes:
         transitions: P [S, A, S], or `Successors`.
         start: rho [S], the distribution of the first state.
-        discount: gamma [], in [0, 1).
+        discount: gamma [], in [0, 1); with a horizon in [0, 1].
+        horizon: None, or the number T of steps after which everything ends; policies then depend on the time, and Q,
+            policies and occupancies have the shape [T, S, A] in place of [S, A].
     """
 
     transitions: Any
     start: Any
     discount: Any
+    horizon: int | None = static(default=None)
 
     @classmethod
-    def dense(cls, transitions: Any, start: Any, discount: float) -> "MDP":
+    def dense(cls, transitions: Any, start: Any, discount: float, horizon: int | None = None) -> "MDP":
         """From P [S, A, S] with P[s, a, s'] the probability of s' after a in s.
 
         Raises:
-            InvalidInput: for wrong shapes, rows that are no distributions, a discount outside of [0, 1).
+            InvalidInput: for wrong shapes, rows that are no distributions, a discount or horizon out of its range.
         """
-        return cls(_floats(transitions), _floats(start), _floats(discount)).validate()
+        return cls(_floats(transitions), _floats(start), _floats(discount), horizon).validate()
 
     @classmethod
-    def sparse(cls, next_states: Any, probabilities: Any, start: Any, discount: float) -> "MDP":
+    def sparse(
+        cls, next_states: Any, probabilities: Any, start: Any, discount: float, horizon: int | None = None
+    ) -> "MDP":
         """From successor lists, both [S, A, K]; pad short lists with probability 0.
 
         Raises:
             InvalidInput: as `dense`, and for next states that are not whole numbers in [0, S).
         """
         next_states = whole_numbers("next_states (MDP)", next_states)
-        return cls(Successors(next_states, _floats(probabilities)), _floats(start), _floats(discount)).validate()
+        successors = Successors(next_states, _floats(probabilities))
+        return cls(successors, _floats(start), _floats(discount), horizon).validate()
 
     @property
     def num_states(self) -> int:
@@ -69,6 +76,12 @@ class MDP:
     def num_actions(self) -> int:
         """A."""
         return self._rows.shape[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of Q, policies and occupancies: (S, A), or (T, S, A) with a horizon."""
+        pair = self.num_states, self.num_actions
+        return pair if self.horizon is None else (self.horizon, *pair)
 
     @property
     def _rows(self) -> Any:
@@ -113,7 +126,7 @@ class MDP:
         S, A, _ = self._rows.shape
         index = jnp.arange(S)[:, None, None], jnp.arange(A)[None, :, None], self.transitions.next_states
         P = jnp.zeros((S, A, S), self._rows.dtype).at[index].add(self._rows)
-        return MDP(P, self.start, self.discount)
+        return dataclasses.replace(self, transitions=P)
 
     def validate(self) -> "MDP":
         """Check the concrete arrays; return self.
@@ -130,8 +143,13 @@ class MDP:
         if start.shape != rows.shape[:1]:
             invalid("start (MDP)", f"shape {start.shape}", f"shape {rows.shape[:1]}", "Give one number per state.")
         _check_distributions("start (MDP)", start)
-        if discount.shape != () or not 0 <= discount < 1:
-            invalid("discount (MDP)", discount, "a number in [0, 1)", "Without discounting values are infinite.")
+        whole = isinstance(self.horizon, int) and not isinstance(self.horizon, bool)
+        if self.horizon is not None and not (whole and self.horizon >= 1):
+            invalid("horizon (MDP)", self.horizon, "a whole number >= 1, or None", "It counts the steps.")
+        ends = self.horizon is not None
+        if discount.shape != () or not (0 <= discount < 1 or (ends and discount == 1)):
+            do = "Without discounting and without an end values are infinite."
+            invalid("discount (MDP)", discount, "a number in [0, 1), or in [0, 1] with a horizon", do)
         if isinstance(self.transitions, Successors):
             following = np.asarray(self.transitions.next_states)
             if following.shape != rows.shape:

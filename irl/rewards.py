@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -47,20 +48,7 @@ class LinearReward(Reward):
         Raises:
             InvalidInput: for other shapes, or entries that are not finite.
         """
-        features = np.asarray(features)
-        if features.ndim == 2 and num_actions is not None:
-            features = np.repeat(features[:, None, :], num_actions, axis=1)
-        if features.ndim != 3 or features.size == 0:
-            expected = "shape [S, A, F], or [S, F] together with num_actions"
-            invalid(
-                "features (LinearReward)", f"shape {features.shape}", expected, "Index it by state, action, feature."
-            )
-        if not np.isfinite(features).all():
-            where = np.argwhere(~np.isfinite(features))[0].tolist()
-            invalid(
-                "features (LinearReward)", f"a non-finite entry at {where}", "finite numbers", "Clean the features."
-            )
-        return cls(jnp.asarray(features, float))
+        return cls(pair_inputs("features (LinearReward)", features, num_actions))
 
     def table(self, x: Array) -> Array:
         return self.features @ x
@@ -87,3 +75,176 @@ class TableReward(Reward):
     @property
     def init(self) -> Callable[[Array], Array]:
         return _zeros(self.num_states, self.num_actions)
+
+
+@struct
+class NetworkReward(Reward):
+    """r(s, a; x) = the first output of a flax module at inputs(s, a), x its parameters; `linen` and `nnx` modules.
+
+    Build it with `NetworkReward.of`. Modules with state of their own (batch statistics, dropout) do not fit: a reward
+    is a function of x.
+
+    Attributes:
+        inputs: [S, A, d]. apply: (x, inputs) -> [S, A, outputs]. start: key -> x0, for one input.
+    """
+
+    inputs: Any
+    apply: Callable = static()
+    start: Callable = static()
+
+    @classmethod
+    def of(cls, module: Any, inputs: Any, num_actions: int | None = None) -> "NetworkReward":
+        """From a module and inputs [S, A, d], or inputs of the state [S, d] and the number of actions.
+
+        A linen module is initialised with `init`'s key; an nnx module starts from the parameters that it has.
+
+        Raises:
+            InvalidInput: for other modules or shapes, or inputs that are not finite.
+        """
+        from flax import linen, nnx
+
+        inputs = pair_inputs("inputs (NetworkReward)", inputs, num_actions)
+        if isinstance(module, linen.Module):
+            apply, start = _linen(module, inputs.shape[-1])
+        elif isinstance(module, nnx.Module):
+            apply, start = _nnx(module)
+        else:
+            do = "Wrap a function in flax.linen or flax.nnx, or write a reward with table and init of its own."
+            invalid("module (NetworkReward)", type(module).__name__, "a flax.linen or flax.nnx module", do)
+        return cls(inputs, apply, start)
+
+    def table(self, x: PyTree) -> Array:
+        return self.apply(x, self.inputs)[..., 0]
+
+    @property
+    def init(self) -> Callable[[Array], PyTree]:
+        return self.start
+
+
+def _linen(module: Any, size: int) -> tuple[Callable, Callable]:
+    """Equal modules have one pair of functions, so that another instance compiles nothing; lists in fields break it."""
+    try:
+        return _cached_linen(module, size)
+    except TypeError:  # unhashable
+        return _cached_linen.__wrapped__(module, size)
+
+
+@functools.cache
+def _cached_linen(module: Any, size: int) -> tuple[Callable, Callable]:
+    def start(key: Array) -> PyTree:
+        with jax.numpy_dtype_promotion("standard"):  # parameters may start in float32
+            return _in_floats(module.init(key, jnp.zeros(size, float)))
+
+    return module.apply, start
+
+
+def _in_floats(params: PyTree) -> PyTree:
+    """In JAX's default precision, as everything else of a reward."""
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), params)
+
+
+def _nnx(module: Any) -> tuple[Callable, Callable]:
+    from flax import nnx
+
+    graph, params = nnx.split(module, nnx.Param)
+    start = _in_floats(nnx.to_pure_dict(params))
+
+    def apply(x: PyTree, inputs: Array) -> Array:
+        state = jax.tree.map(lambda leaf: leaf, params)
+        nnx.replace_by_pure_dict(state, x)
+        return nnx.merge(graph, state)(inputs)
+
+    return apply, lambda key: start
+
+
+def pair_inputs(name: str, inputs: Any, num_actions: int | None = None) -> Array:
+    """Inputs [S, A, d] as floats; from [S, d], the same for every action.
+
+    Raises:
+        InvalidInput: for other shapes, or entries that are not finite.
+    """
+    inputs = np.asarray(inputs)
+    if inputs.ndim == 2 and num_actions is not None:
+        inputs = np.repeat(inputs[:, None, :], num_actions, axis=1)
+    if inputs.ndim != 3 or inputs.size == 0:
+        expected = "shape [S, A, d], or [S, d] together with num_actions"
+        invalid(name, f"shape {inputs.shape}", expected, "Index it by state, action, feature.")
+    if not np.isfinite(inputs).all():
+        where = np.argwhere(~np.isfinite(inputs))[0].tolist()
+        invalid(name, f"a non-finite entry at {where}", "finite numbers", "Clean it.")
+    return jnp.asarray(inputs, float)
+
+
+@struct
+class TwoLayer:
+    """f(z; D) = m^(-1/2) sum over j of b_j ReLU((W_j + D_j) . z): a wide network near its initialisation W.
+
+    b_j = +-1 is fixed and W_j ~ N(0, I); unit j + m/2 has the weights of unit j and the other sign, so that f(.; 0) =
+    0. For |z| <= 1: |f(z; D) - f(z; D')| <= |D - D'|, so that |f| <= B in the ball |D| <= B.
+
+    Attributes:
+        weights: [m/2, d], the first half of W.
+    """
+
+    weights: Any
+
+    @classmethod
+    def draw(cls, key: Array, width: int, size: int) -> "TwoLayer":
+        """A network of m = width units, an even number, on inputs of `size` entries.
+
+        Raises:
+            InvalidInput: for other widths.
+        """
+        if not (isinstance(width, int) and width >= 2 and width % 2 == 0):
+            invalid("width", width, "an even whole number >= 2", "Units come in pairs of opposite sign.")
+        return cls(jax.random.normal(key, (width // 2, size), float))
+
+    @property
+    def origin(self) -> Array:
+        """D = 0, shape [2, m/2, d]: first the units with b = 1."""
+        return jnp.zeros((2, *self.weights.shape), self.weights.dtype)
+
+    def __call__(self, D: Array, z: Array) -> Array:
+        """The values f(z; D), shape [...], at inputs z [..., d]."""
+        units = [jnp.sum(jax.nn.relu(z @ (self.weights + half).T), axis=-1) for half in D]
+        return (units[0] - units[1]) / (2 * self.weights.shape[0]) ** 0.5
+
+
+@struct
+class TwoLayerReward(Reward):
+    """r(s, a; x) = scale f(inputs(s, a); x), `TwoLayer` with x = D [2, m/2, d], its distance from the initialisation.
+
+    So x0 = 0 and r = 0 there, x_set = Ball(B) is the ball around the initialisation, and |r| <= scale B. Weight decay
+    pulls towards the initialisation. Build it with `TwoLayerReward.of`.
+    """
+
+    network: TwoLayer
+    inputs: Any
+    scale: Any = 1.0
+
+    @classmethod
+    def of(
+        cls, inputs: Any, width: int, key: Array, num_actions: int | None = None, scale: float = 1.0
+    ) -> "TwoLayerReward":
+        """From inputs [S, A, d], or [S, d] and the number of actions; each is divided by its norm.
+
+        Raises:
+            InvalidInput: for wrong shapes or an odd width.
+        """
+        inputs = pair_inputs("inputs (TwoLayerReward)", inputs, num_actions)
+        inputs = inputs / jnp.maximum(jnp.linalg.norm(inputs, axis=-1, keepdims=True), 1e-12)
+        return cls(TwoLayer.draw(key, width, inputs.shape[-1]), inputs, jnp.asarray(scale, float))
+
+    def table(self, x: Array) -> Array:
+        return self.scale * self.network(x, self.inputs)
+
+    @property
+    def init(self) -> Callable[[Array], Array]:
+        return _zeros(2, *self.network.weights.shape)
+
+
+def one_hot_pairs(num_states: int, num_actions: int) -> Array:
+    """Unit inputs [S, A, S + A] of the pairs: the two one-hot vectors beside each other, over sqrt(2)."""
+    state = jnp.broadcast_to(jnp.eye(num_states)[:, None, :], (num_states, num_actions, num_states))
+    action = jnp.broadcast_to(jnp.eye(num_actions)[None], (num_states, num_actions, num_actions))
+    return jnp.concatenate([state, action], axis=-1) / 2**0.5

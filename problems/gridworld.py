@@ -8,27 +8,31 @@ is among them. The expert is soft-optimal for the reward features . x*, with x* 
 The problem is `irl.to_bilevel`: f is the discounted negative log-likelihood of the demonstrations. With
 trajectories = 0 these are the expert's exact occupancy, and the optimum is x*; samples have one of their own.
 
-Settings that work: AID(upper_step_size=optax.adam(0.05), num_lower_steps=20), 1000 steps; SOBA(), 20 000. With batches
-of 10, 8000 steps of SOBA with lower and linear steps 1 and adam(exponential_decay(0.01, 8000, 0.05)).
+Settings that work: MLIRL(), 10 000 steps; AID(upper_step_size=optax.adam(0.05), num_lower_steps=20), 1000 steps;
+SOBA(), 20 000. With batches of 10, 8000 steps of SOBA with lower and linear steps 1 and
+adam(exponential_decay(0.01, 8000, 0.05)).
 """
 
 from functools import partial
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import bilevel
 import irl
 from bilevel.struct import invalid
 from irl import soft
 from problems.instance import Instance, Truth
 
+PyTree = Any
 NUM_LANDMARKS = 4
 MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1), (0, 0)])
 
 
-def grid(size: int, slip: float, discount: float) -> irl.MDP:
+def grid(size: int, slip: float, discount: float, horizon: int | None = None) -> irl.MDP:
     """The process: cell (i, j) is state size i + j; the k-th successor of every action is where move k leads."""
     cells = np.stack(np.divmod(np.arange(size**2), size), axis=1)
     reached = np.clip(cells[:, None, :] + MOVES, 0, size - 1)
@@ -36,7 +40,7 @@ def grid(size: int, slip: float, discount: float) -> irl.MDP:
     next_states = np.repeat(reached[:, None, :], len(MOVES), axis=1)
     moved = (1 - slip) * np.eye(len(MOVES)) + slip / len(MOVES)
     probabilities = np.repeat(moved[None], size**2, axis=0)
-    return irl.MDP.sparse(next_states, probabilities, np.full(size**2, size**-2.0), discount)
+    return irl.MDP.sparse(next_states, probabilities, np.full(size**2, size**-2.0), discount, horizon)
 
 
 def landmark_features(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -47,22 +51,74 @@ def landmark_features(rng: np.random.Generator, size: int) -> np.ndarray:
     return features - features.mean(axis=0)
 
 
-def _metrics(features: np.ndarray, x_true: np.ndarray, pi: np.ndarray, d: np.ndarray, x: Array, Q: Array):
+def _metrics(reward: irl.Reward, r_true: np.ndarray, pi: np.ndarray, d: np.ndarray, x: PyTree, Q: Array):
     """`policy_error`: largest total variation over states to the expert's policy. `expert_kl`: the expert's discounted
     sum of KL(expert | policy of Q) >= 0. `reward_rank`: Spearman correlation over states of the rewards.
     """
     log_pi = np.asarray(soft.log_policy(jnp.asarray(Q, float)))
     numbers = {
-        "policy_error": float(np.abs(np.exp(log_pi) - pi).sum(axis=1).max() / 2),
+        "policy_error": float(np.abs(np.exp(log_pi) - pi).sum(axis=-1).max() / 2),
         "expert_kl": float(np.sum(d * (np.log(pi) - log_pi))),
     }
-    if len(x):
+    if x is not None:
         from scipy.stats import spearmanr
 
-        found, true = features @ np.asarray(x), features @ x_true
+        found, true = np.asarray(reward.table(x)).mean(axis=1), r_true.mean(axis=1)
         constant = np.ptp(found) == 0  # x = 0 ranks nothing
         numbers["reward_rank"] = 0.0 if constant else float(np.asarray(spearmanr(found, true))[0])
     return numbers
+
+
+def recovery(
+    mdp: irl.MDP,
+    reward: irl.Reward,
+    r_true: np.ndarray,
+    *,
+    seed: int,
+    trajectories: int,
+    length: int,
+    batch_size: int | None,
+    objective: Any,
+    x_true: PyTree = None,
+    attained: bool = True,
+    x_set: bilevel.sets.Set = bilevel.Reals(),  # noqa: B008
+) -> Instance:
+    """Recover the reward r_true [S, A] from its soft-optimal policy, or from `trajectories` of it, >= 0.
+
+    The truth is known for the exact occupancy (trajectories = 0) where some x attains r_true; the reward is x_true's.
+    """
+    if not (isinstance(trajectories, int) and trajectories >= 0):
+        invalid("trajectories", trajectories, "a whole number >= 0", "0 gives the expert's exact occupancy.")
+    Q = irl.value_iteration(mdp, jnp.asarray(r_true, float)).Q
+    pi = irl.policy(Q)
+    d = irl.occupancy(mdp, pi)
+    truth, kind = None, "sampled" if trajectories else "population"
+    if trajectories:
+        length = length if mdp.horizon is None else min(length, mdp.horizon)
+        demonstrations = irl.sample(mdp, pi, jax.random.key(seed), num_trajectories=trajectories, length=length)
+    else:
+        demonstrations = d
+        if attained:
+            value = float(-jnp.sum(d * soft.log_policy(Q)))
+            truth, kind = Truth(value, x_true, None if x_true is None else Q), "known-optimum"
+    problem = irl.to_bilevel(mdp, demonstrations, reward, objective=objective, batch_size=batch_size, x_set=x_set)
+    c = irl.expert_occupancy(mdp, demonstrations)
+    metrics = partial(_metrics, reward, r_true, np.asarray(pi, np.float64), np.asarray(d, np.float64))
+    counted = np.asarray(c) / np.asarray(c).sum()
+    known = None
+    if isinstance(reward, irl.LinearReward) and mdp.horizon is None and objective == "likelihood":
+        known = irl.constants(mdp, c, reward)
+    return Instance(
+        problem,
+        truth,
+        constants=known,
+        tags=frozenset({"irl", "fixed-point", kind} | ({"stochastic"} if batch_size is not None else set())),
+        metrics=metrics,
+        baselines={
+            "uniform policy": lambda: metrics(None, np.zeros(counted.shape)),
+            "behavioural cloning": lambda: metrics(None, np.log(counted + 1e-3 / counted.size)),
+        },
+    )
 
 
 def make(
@@ -73,6 +129,8 @@ def make(
     trajectories: int = 100,
     length: int = 50,
     batch_size: int | None = None,
+    objective: Literal["likelihood", "surrogate"] = "likelihood",
+    horizon: int | None = None,
 ) -> Instance:
     """A grid with 4 unknown weights of its reward.
 
@@ -80,10 +138,12 @@ def make(
         seed: >= 0; fixes landmarks, weights and demonstrations.
         size: >= 2; there are size^2 states and 5 actions.
         slip: in [0, 1], the probability that the move is drawn evenly.
-        discount: in [0, 1).
+        discount: in [0, 1), or in [0, 1] with a horizon.
         trajectories: of the expert, >= 0; 0 gives its exact occupancy instead.
-        length: steps of each, >= 1.
+        length: steps of each, >= 1; at most the horizon's.
         batch_size: trajectories a batch, in [1, trajectories]; default all of them in every batch.
+        objective: that of `irl.to_bilevel`.
+        horizon: None, or the number of steps after which everything ends.
 
     Raises:
         InvalidInput: a parameter outside of its range.
@@ -97,31 +157,11 @@ def make(
         invalid("batch_size (gridworld)", batch_size, "None where trajectories = 0", "Ask for trajectories.")
 
     rng = np.random.default_rng(seed)
-    mdp = grid(size, slip, discount)
+    mdp = grid(size, slip, discount, horizon)
     features = landmark_features(rng, size)
     x_true = 2 * rng.normal(size=NUM_LANDMARKS)
     reward = irl.LinearReward.of(features, mdp.num_actions)
-    Q = irl.value_iteration(mdp, reward.table(jnp.asarray(x_true, float))).Q
-    pi = irl.policy(Q)
-    d = irl.occupancy(mdp, pi)
-    if trajectories:
-        demonstrations = irl.sample(mdp, pi, jax.random.key(seed), num_trajectories=trajectories, length=length)
-        truth, kind = None, "sampled"
-    else:
-        demonstrations = d
-        truth, kind = Truth(float(-jnp.sum(d * soft.log_policy(Q))), jnp.asarray(x_true, float), Q), "known-optimum"
-    problem = irl.to_bilevel(mdp, demonstrations, reward, batch_size=batch_size)
-    c = irl.expert_occupancy(mdp, demonstrations)
-    metrics = partial(_metrics, features, x_true, np.asarray(pi, np.float64), np.asarray(d, np.float64))
-    counted = np.asarray(c) / np.asarray(c).sum()
-    return Instance(
-        problem,
-        truth,
-        constants=irl.constants(mdp, c, reward),
-        tags=frozenset({"irl", "fixed-point", kind} | ({"stochastic"} if batch_size is not None else set())),
-        metrics=metrics,
-        baselines={
-            "uniform policy": lambda: metrics(np.zeros(0), np.zeros(counted.shape)),
-            "behavioural cloning": lambda: metrics(np.zeros(0), np.log(counted + 1e-3 / counted.size)),
-        },
-    )
+    return recovery(
+        mdp, reward, np.asarray(reward.table(jnp.asarray(x_true, float))), seed=seed, trajectories=trajectories,
+        length=length, batch_size=batch_size, objective=objective, x_true=jnp.asarray(x_true, float),
+    )  # fmt: skip

@@ -31,7 +31,7 @@ def skeleton_solver(tmp_path, monkeypatch):
     title = copy_skeleton("add-a-solver.md", tmp_path)
     assert title == "bilevel/solvers/skeleton.py"
     monkeypatch.setattr(solvers, "__path__", [*solvers.__path__, str(tmp_path)])
-    yield solvers._discover()["Skeleton"]
+    yield solvers.discover(solvers.__name__)["Skeleton"]
     del sys.modules["bilevel.solvers.skeleton"]
 
 

@@ -6,14 +6,16 @@ There is no list to edit: a new file is enough.
 import importlib
 import inspect
 import pkgutil
+import sys
 
 from bilevel.solver import Solver
 
 
-def _discover() -> dict[str, type[Solver]]:
+def discover(package: str) -> dict[str, type[Solver]]:
+    """The solvers of an imported package, by name."""
     found = {}
-    for module_info in pkgutil.iter_modules(__path__):
-        module = importlib.import_module(f"{__name__}.{module_info.name}")
+    for module_info in pkgutil.iter_modules(sys.modules[package].__path__):
+        module = importlib.import_module(f"{package}.{module_info.name}")
         for name, value in vars(module).items():
             own = inspect.isclass(value) and value.__module__ == module.__name__
             if own and issubclass(value, Solver) and not name.startswith("_"):
@@ -21,6 +23,6 @@ def _discover() -> dict[str, type[Solver]]:
     return dict(sorted(found.items()))
 
 
-ALL = _discover()
+ALL = discover(__name__)
 globals().update(ALL)
 __all__ = list(ALL)  # pyright: ignore[reportUnsupportedDunderAll]

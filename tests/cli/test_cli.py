@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import bilevel
+import irl
 import problems
 from benchmarks import referee, registry, report, runner
 from benchmarks.cli import app
@@ -56,7 +57,7 @@ def test_version_is_the_distribution_s():
 
 def test_list_shows_every_solver_and_family():
     listed = json.loads(call("list", "--json").stdout)
-    assert set(listed["solvers"]) == set(bilevel.solvers.ALL)
+    assert set(listed["solvers"]) == {*bilevel.solvers.ALL, *irl.solvers.ALL}
     assert set(listed["problems"]) == set(problems.families())
     assert all(entry["summary"] for kind in listed.values() for entry in kind.values())
     assert listed["solvers"]["AID"]["parameters"]["num_lower_steps"] == bilevel.AID().num_lower_steps

@@ -1,0 +1,88 @@
+"""MCEIRL: maximum causal entropy inverse reinforcement learning, with exact soft dynamic programming in every step."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from bilevel.diagnostics import norm
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.struct import static, struct
+from irl import soft, spec
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x; y = Q of the last x; the rule for x."""
+
+    x: PyTree
+    y: Array
+    step_x: Stepper
+
+
+class Info(NamedTuple):
+    """|mu_pi - mu_E|: how far the features' expectations are from the expert's."""
+
+    direction: Array
+
+
+@struct
+class MCEIRL(Solver):
+    """Maximum causal entropy IRL, on all of the demonstrations, for problems of `irl.to_bilevel`:
+
+        Q_t = r + gamma P V_{t+1},  V_t = log sum_a exp Q_t     to the end, or to the fixed point without a horizon
+        pi_t = exp(Q_t - V_t)
+        x <- Proj_X(x - a (mu_pi - mu_E)),    mu = sum over (s, a) of the occupancy times grad r(s, a; x).
+
+    With rewards linear in x, mu are expected features, and this is gradient descent on F.
+
+    Assumptions: none on the MDP; rewards linear in x for the global optimum. Gradient descent on a convex smooth F:
+    F - F* falls like 1/k with a <= 1/L.
+    Cost per step: 1 upper gradient (in closed form, with one occupancy), `num_sweeps` lower gradients at most.
+
+    Args:
+        upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
+        num_sweeps: most soft value iteration sweeps of a step, from the last Q; it stops at rounding error before. With
+            a horizon T sweeps always.
+
+    Reference: Ziebart, Bagnell, Dey. Modeling interaction via the principle of maximum causal entropy. ICML 2010.
+    Differs from the paper: discounted processes too; sweeps start from the last Q; x is projected; with
+    objective="likelihood" the agent starts from the demonstrations' own measure, and F is the likelihood itself.
+    """
+
+    upper_step_size: Any = None
+    num_sweeps: int = static(default=1000)
+    full_batch = True
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations."""
+        step_sizes(self, "upper_step_size")
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        x, y = problem.init(key)
+        default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
+        return State(x, y, stepper(self.upper_step_size, default, x))
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        (mdp, reward), x = problem.lower_data.full(), state.x
+        y = soft.value_iteration(mdp, reward.table(x), state.y, max_sweeps=self.num_sweeps).Q
+        c = spec.expert_batch(mdp, problem.upper_data.full())
+        d = soft.occupancy(mdp, soft.policy(y), spec.agent_start(problem, mdp, c))
+        direction = spec.match(reward, x, d, c)
+        x, step_x = state.step_x(x, direction)
+        return State(problem.x_set.project(x), y, step_x), Info(norm(direction))
+
+    def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, Array]:
+        """The last x with its own soft Q, not that of the x before."""
+        mdp, reward = problem.lower_data.full()
+        return state.x, soft.value_iteration(mdp, reward.table(state.x), state.y).Q
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        horizon = problem.lower_data.full().mdp.horizon
+        return OracleCount(upper_gradients=1, lower_gradients=self.num_sweeps if horizon is None else horizon)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return spec.refuse_other_problems(self, problem)

@@ -1,0 +1,128 @@
+"""MLIRL: maximum-likelihood inverse reinforcement learning in a single loop."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel import oracles
+from bilevel.diagnostics import norm
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.struct import static, struct
+from irl import demonstrations, soft, spec
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x; y = Q; the rule for x; the states of the two sources."""
+
+    x: PyTree
+    y: Array
+    step_x: Stepper
+    upper: PyTree
+    lower: PyTree
+
+
+class Info(NamedTuple):
+    """direction: |h(agent) - h(expert)|. policy_change: max |log pi_{k+1} - log pi_k|."""
+
+    direction: Array
+    policy_change: Array
+
+
+@struct
+class MLIRL(Solver):
+    """ML-IRL, for problems of `irl.to_bilevel`: with one batch of demonstrations per step,
+
+        Q <- T_x Q (soft Bellman), or one sweep of soft policy evaluation of pi    T = num_lower_steps times
+        pi proportional to exp Q
+        x <- Proj_X(x - a (h(agent) - h(expert))),    h = sum over (s, a) of its occupancy times grad r(s, a; x).
+
+    The agent's occupancy is exact, from `spec.agent_start`: then h(agent) - h(expert) is grad F wherever Q is the soft
+    optimum. With num_rollouts it is that of sampled trajectories from rho, an estimate of the surrogate's gradient.
+
+    Assumptions: bounded rewards, smooth in x; with rewards linear in x the surrogate is convex, else stationary points
+    are found. With a ~ K^(-1/2) the mean over k of |log pi_k - log pi_{x_k}| and the mean squared gradient norm fall
+    like K^(-1/2).
+    Cost per step: 1 upper gradient (in closed form, with one occupancy), T lower gradients.
+
+    Args:
+        upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
+        num_lower_steps: T >= 1, sweeps.
+        policy_evaluation: hold pi during the T sweeps, as an actor-critic does; with T = 1 the two are the same.
+        num_rollouts: sampled trajectories of the agent a step; default None, the exact occupancy.
+        rollout_length: their steps, >= 1; what would follow, gamma^length/(1 - gamma), is missing.
+
+    Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
+        NeurIPS 2022, arXiv:2210.01282, Algorithm 1.
+    Differs from the paper: the soft Q sweep is exact over all states and actions; exact occupancies by default; x is
+    projected; without num_rollouts and with objective="likelihood", the agent starts from the demonstrations' own
+    measure.
+    """
+
+    upper_step_size: Any = None
+    num_lower_steps: int = static(default=1)
+    policy_evaluation: bool = static(default=False)
+    num_rollouts: int | None = static(default=None)
+    rollout_length: int = static(default=50)
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations."""
+        step_sizes(self, "upper_step_size")
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        key_start, key_upper, key_lower = jax.random.split(key, 3)
+        x, y = problem.init(key_start)
+        default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
+        upper, lower = problem.upper_data.init(key_upper), problem.lower_data.init(key_lower)
+        return State(x, y, stepper(self.upper_step_size, default, x), upper, lower)
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        key_upper, key_lower, key_agent = jax.random.split(key, 3)
+        x = state.x
+        batch_f, upper = problem.upper_data.next(state.upper, key_upper, x, state.y)
+        batch_g, lower = problem.lower_data.next(state.lower, key_lower, x, state.y)
+        mdp, reward = batch_g
+
+        before = soft.log_policy(state.y)
+        y = self._sweeps(problem, x, state.y, before, batch_g)
+        log_pi = soft.log_policy(y)
+
+        c = spec.expert_batch(mdp, batch_f)
+        if self.num_rollouts is None:
+            d = soft.occupancy(mdp, jnp.exp(log_pi), spec.agent_start(problem, mdp, c))
+        else:
+            sizes = {"num_trajectories": self.num_rollouts, "length": self.rollout_length}
+            d = demonstrations.sample(mdp, jnp.exp(log_pi), key_agent, **sizes).occupancy(mdp)
+        direction = spec.match(reward, x, d, c)
+        x, step_x = state.step_x(x, direction)
+        info = Info(norm(direction), jnp.max(jnp.abs(log_pi - before)))
+        return State(problem.x_set.project(x), y, step_x, upper, lower), info
+
+    def _sweeps(self, problem: BilevelProblem, x: PyTree, y: Array, log_pi: Array, batch: PyTree) -> Array:
+        if self.policy_evaluation and self.num_lower_steps > 1:
+            mdp, reward = batch
+            r = reward.table(x)
+            sweep = lambda _, Q: soft.evaluate(mdp, r, Q, log_pi)  # noqa: E731
+        else:
+            sweep = lambda _, Q: Q - oracles.residual(problem, x, Q, batch)  # noqa: E731
+        return lax.fori_loop(0, self.num_lower_steps, sweep, y)
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=1, lower_gradients=self.num_lower_steps)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        reason = spec.refuse_other_problems(self, problem)
+        if reason is None and self.num_rollouts is not None and not spec.is_surrogate(problem):
+            return "MLIRL with num_rollouts starts the agent from rho: make the problem with objective='surrogate'."
+        horizon = problem.lower_data.full().mdp.horizon if reason is None else None
+        if horizon is not None and self.policy_evaluation:
+            return "MLIRL with policy_evaluation needs a discounted MDP; got a horizon, where sweeps are exact anyway."
+        if horizon is not None and self.num_rollouts is not None and self.rollout_length > horizon:
+            return f"MLIRL.rollout_length: got {self.rollout_length}; expected at most the horizon {horizon}."
+        return reason
