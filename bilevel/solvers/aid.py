@@ -7,8 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import oracles, theory
 from bilevel.diagnostics import norm
+from bilevel.hypergradient import Constants
 from bilevel.linear import CG, GMRES, LinearSolver
 from bilevel.lower import descend
 from bilevel.problem import BilevelProblem, Minimize
@@ -61,6 +62,23 @@ class AID(Solver):
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "upper_step_size")
+
+    @classmethod
+    def from_theory(
+        cls, constants: Constants, mu_F: Any, L_F: Any, num_lower_steps: int = 10, num_products: int = 10
+    ) -> "AID":
+        """Steps for which `theory.aid_matrix` bounds all errors, for every k; g quadratic.
+
+        Args:
+            constants: of f and g, with L_gxy = L_gyy = 0.
+            mu_F: strong convexity of F.
+            L_F: Lipschitz constant of grad F.
+            num_lower_steps: >= 1, steps in y.
+            num_products: >= 1, iterations of CG.
+        """
+        a, c = theory.aid_steps(constants, mu_F, L_F, num_lower_steps, num_products)
+        linear = CG(tol=0.0, max_iterations=num_products)
+        return cls(lower_step_size=a, upper_step_size=c, num_lower_steps=num_lower_steps, linear=linear)
 
     def _linear(self, problem: BilevelProblem) -> LinearSolver:
         if self.linear is not None:

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import oracles
+from bilevel import oracles, theory
 from bilevel.diagnostics import norm
+from bilevel.hypergradient import Constants
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
@@ -52,6 +53,19 @@ class SOBA(Solver):
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
+
+    @classmethod
+    def from_theory(cls, constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 0.0) -> "SOBA":
+        """Steps for which `theory.single_loop_matrix` bounds all errors on all of the data, for every k.
+
+        Args:
+            constants: of f and g.
+            mu_F: strong convexity of F.
+            L_F: Lipschitz constant of grad F.
+            v_bound: >= sup |v(x)|; needed only where g is not quadratic.
+        """
+        a, b, c = theory.single_loop_steps(constants, mu_F, L_F, v_bound)
+        return cls(lower_step_size=a, linear_step_size=b, upper_step_size=c)
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size

@@ -13,15 +13,16 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"record", "sets", "data", "estimators"},
     {"problem", "checkpoint", "report"},
     {"oracles"},
-    {"linear", "step"},
+    {"linear", "step", "sampling"},
     {"lower"},
     {"hypergradient"},
     {"diagnostics"},
-    {"tuning"},
+    {"tuning", "theory", "assumptions", "gap"},
     {"reference"},
     {"solver"},
     {"solvers"},
     {"run"},
+    {"guarantees"},
 )
 ALLOWED = {("record", "report")}  # str(solution) asks for the report, lazily
 HEIGHT = {name: k for k, floor in enumerate(FLOORS) for name in floor}

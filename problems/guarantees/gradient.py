@@ -1,0 +1,185 @@
+"""Gradient descent on F with exact hypergradients: the classical rates, on instances that attain them."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel import BilevelProblem, Full, Minimize, assumptions, hypergradient, theory
+from bilevel.guarantees import Guarantee
+from problems import strategies
+from problems.guarantees.instances import (
+    DIM,
+    EPS,
+    Known,
+    Quadratic,
+    basis,
+    mask,
+    normal,
+    of_length,
+    origin,
+    upper_smooth,
+    upper_strongly_convex,
+)
+from problems.guarantees.single_loop import HORIZON, quadratics
+
+
+def gradient_step(problem: BilevelProblem, x: Array, y: Array, step: Array) -> tuple[Array, Array]:
+    """X - step grad F(x), and y(x) for the next start."""
+    h = hypergradient(problem, x, y, estimate=False)
+    return x - step * h.gradient, h.y
+
+
+def descend(problem: BilevelProblem, x: Array, y: Array, step: Array, ks: tuple[int, ...], move: Callable) -> Array:
+    """The iterates after each k of `ks`, shape [len(ks), dim x]."""
+
+    def segment(carry: Any, count: Array) -> Any:
+        carry = jax.lax.fori_loop(0, count, lambda _, c: move(problem, *c, step), carry)
+        return carry, carry[0]
+
+    counts = jnp.diff(jnp.array((0, *ks)))
+    return jax.lax.scan(segment, (x, y), counts)[1]
+
+
+def rounding(known: Known) -> Array:
+    """Of hypergradients, amplified twice by the lower level's condition."""
+    return 1e3 * EPS * known.size / known.base.mu
+
+
+def strongly_convex(move: Callable = gradient_step) -> Guarantee:
+    """Contraction with step 2/(mu + L) on quadratics."""
+
+    def measure(instance: Quadratic, horizon: tuple[int, ...]) -> Array:
+        known = instance.constants
+        step = 2 / (known.mu_F + known.L_F)
+        xs = descend(instance.problem, instance.x, instance.y, step, horizon, move)
+        return jnp.linalg.norm(xs - instance.x_star[None, :], axis=1)
+
+    def bound(known: Known, k: int) -> Array:
+        return theory.contraction(2 / (known.mu_F + known.L_F), known.mu_F, known.L_F) ** k * known.start.e
+
+    return Guarantee(
+        "gradient descent, strongly convex", "Nesterov 2004, Theorem 2.1.15", (upper_strongly_convex, upper_smooth),
+        quadratics, measure, bound, HORIZON[1:7], rounding,
+        "|x_k - x*| <= ((L - mu)/(L + mu))^k |x_0 - x*|, step 2/(mu + L), F quadratic", "geometric",
+    )  # fmt: skip
+
+
+class KnownHuber(NamedTuple):
+    """L of grad F, mu of F, |x_0 - x*|."""
+
+    L: Array
+    mu: Array
+    distance: Array
+
+
+class HuberData(NamedTuple):
+    """Directions U [DIM, DIM] (rows), widths [DIM], L, mu, x_star [DIM]."""
+
+    U: Array
+    width: Array
+    L: Array
+    mu: Array
+    x_star: Array
+
+
+def huber(t: Array, width: Array) -> Array:
+    """t^2/2 where |t| <= width, width |t| - width^2/2 beyond: 1-smooth and convex."""
+    size = jnp.abs(t)
+    return jnp.where(size <= width, t**2 / 2, width * size - width**2 / 2)
+
+
+def huber_upper(x: Array, y: Array, batch: HuberData) -> Array:
+    """The upper objective f = mu |y - x*|^2/2 + (L - mu) sum_i huber(u_i'(y - x*))."""
+    away = y - batch.x_star
+    return batch.mu * away @ away / 2 + (batch.L - batch.mu) * jnp.sum(huber(batch.U @ away, batch.width))
+
+
+def identity_lower(x: Array, y: Array, batch: Any) -> Array:
+    """The lower objective g = |y - x|^2/2, so that y(x) = x and F(x) = f(x, x)."""
+    return (y - x) @ (y - x) / 2
+
+
+class Huber(NamedTuple):
+    """F = mu |x - x*|^2/2 + (L - mu) times a sum of Huber functions along orthonormal directions, from x."""
+
+    data: HuberData
+    x: Array
+    constants: KnownHuber
+
+    @property
+    def problem(self) -> BilevelProblem:
+        """The bilevel problem."""
+        return BilevelProblem(huber_upper, Minimize(identity_lower), upper_data=Full(self.data), init=origin)
+
+
+def huber_instance(
+    key: Array, dim: Array, L: Array, convexity: Array, width: Array, spread: Array, offset: Array
+) -> Huber:
+    """|x_0 - x*| = 1; widths `width` times up to 1 + spread; mu = convexity L."""
+    keys = jax.random.split(key, 4)
+    widths = width * (1 + spread * jax.random.uniform(keys[0], (DIM,), float))
+    U, x_star = basis(keys[1]), offset * normal(keys[2], DIM)
+    x = x_star + U.T @ of_length(normal(keys[3], DIM) * mask(dim), jnp.ones(()))
+    return Huber(HuberData(U, widths, L, convexity * L, x_star), x, KnownHuber(L, convexity * L, jnp.ones(())))
+
+
+def _hessian(instance: Huber) -> Array:
+    return jax.hessian(lambda x: huber_upper(x, x, instance.data))(instance.x)
+
+
+def smooth_at_start(instance: Huber) -> Array:
+    """Assumption: |grad^2 F(x_0)| <= L."""
+    return assumptions.smooth(_hessian(instance), instance.constants.L)
+
+
+def convex_at_start(instance: Huber) -> Array:
+    """Assumption: grad^2 F(x_0) >= mu, up to rounding."""
+    return jnp.linalg.eigvalsh(_hessian(instance))[0] - instance.constants.mu + 1e-9 * instance.constants.L
+
+
+def _hubers(convexity: Any) -> Any:
+    return strategies.recipes(
+        huber_instance, dim=strategies.dims(DIM), L=strategies.scales(), convexity=convexity,
+        width=strategies.fractions(0.0, 1.0), spread=strategies.sizes(), offset=strategies.switches,
+    )  # fmt: skip
+
+
+def convex(move: Callable = gradient_step) -> Guarantee:
+    """Values with step 1/L on smooth convex functions."""
+
+    def measure(instance: Huber, horizon: tuple[int, ...]) -> Array:
+        xs = descend(instance.problem, instance.x, instance.x, 1 / instance.constants.L, horizon, move)
+        return jax.vmap(lambda x: huber_upper(x, x, instance.data))(xs)  # the least value is 0
+
+    return Guarantee(
+        "gradient descent, convex", "Drori, Teboulle 2014, Theorem 3.1", (smooth_at_start, convex_at_start),
+        _hubers(strategies.just(0.0)), measure,
+        lambda known, k: known.L * known.distance**2 / (4 * k + 2), (1, 2, 5, 10, 20, 50),
+        lambda known: 1e4 * EPS * known.L, "F(x_k) - F* <= L |x_0 - x*|^2/(4 k + 2), step 1/L", "power",
+    )  # fmt: skip
+
+
+def both(move: Callable = gradient_step) -> Guarantee:
+    """Distances with step 2/(mu + L) on smooth, strongly convex functions that are not quadratic."""
+
+    def measure(instance: Huber, horizon: tuple[int, ...]) -> Array:
+        step = 2 / (instance.constants.L + instance.constants.mu)
+        xs = descend(instance.problem, instance.x, instance.x, step, horizon, move)
+        return jnp.linalg.norm(xs - instance.data.x_star[None, :], axis=1)
+
+    def bound(known: KnownHuber, k: int) -> Array:
+        return theory.contraction(2 / (known.L + known.mu), known.mu, known.L) ** k * known.distance
+
+    return Guarantee(
+        "gradient descent, smooth", "Nesterov 2004, Theorem 2.1.15", (smooth_at_start, convex_at_start),
+        _hubers(strategies.fractions(0.001, 1.0)), measure, bound, (1, 2, 5, 10, 20, 50), lambda known: 1e4 * EPS,
+        "|x_k - x*| <= ((L - mu)/(L + mu))^k |x_0 - x*|, step 2/(mu + L), F not quadratic", "geometric",
+    )  # fmt: skip
+
+
+STRONGLY_CONVEX = strongly_convex()
+CONVEX = convex()
+SMOOTH = both()
