@@ -13,14 +13,14 @@ At computed (y, v) with residuals |R(x, y)| and r_v = f_y - R_y' v, and constant
 This is a proof in exact arithmetic. For rounding, each computed residual is raised to first order by what the constants
 show of the sizes involved; data that cancel before they reach f or g (residuals of least squares, say) are not seen.
 
-Without constants the error is estimated to first order: the Newton correction d = -R_y^-1 R and the change it makes in
-the adjoint equations give the leading term of h - grad F; the estimate is twice its norm. It is an estimate: status
-says so.
+Without constants the error is estimated: the Newton corrections y + d, d = -R_y^-1 R, and then v + R_y^-T r_v give a
+gradient that is right to higher order; the estimate is twice its distance to the one returned, plus an allowance for
+rounding. It is an estimate: status says so.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
 from bilevel import oracles
-from bilevel.linear import LinearSolver, default_solver
-from bilevel.lower import Newton
+from bilevel.linear import LinearSolver, default_solver, refine
+from bilevel.lower import Newton, pack_scalars, row_norms
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
 from bilevel.struct import invalid, static, struct
@@ -120,8 +120,9 @@ def hypergradient(
         problem: with an unconstrained lower level. All of its data is used.
         x: the point, shaped like init's x0.
         y: warm start of the lower level; default init's y0.
-        method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: Dense up to
-            `linear.DENSE_LIMIT` unknowns, then CG (Minimize) or GMRES (FixedPoint).
+        method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
+            level's last factor, with refinement; where there is none, Dense up to `linear.DENSE_LIMIT` unknowns, then
+            CG (Minimize) or GMRES (FixedPoint).
         lower: settings of the lower-level solve; None takes y as given, and the error says what that costs.
         v: warm start of the adjoint, shaped like y.
         constants: makes `error_bound` rigorous.
@@ -137,64 +138,48 @@ def hypergradient(
         check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     if lower is None:
-        status = jnp.array(Status.CONVERGED)
+        status, factor = jnp.array(Status.CONVERGED), ()
     else:
-        y, _, _, status = lower_level.solve(problem, x, y, lower_batch, lower)
+        y, _, _, status, factor = lower_level.solve(problem, x, y, lower_batch, lower)
     if isinstance(method, Unrolled):
         return _unrolled(problem, x, y, method, status)
 
     flat_y, unravel = ravel_pytree(y)
-    value, (fx, fy) = oracles.upper_value_and_gradients(problem, x, y, upper_batch)
-    fx, unravel_x = ravel_pytree(fx)
-    fy = ravel_pytree(fy)[0]
-    R = ravel_pytree(oracles.residual(problem, x, y, lower_batch))[0]
-    symmetric = isinstance(problem.lower, Minimize)
-    n, dtype = flat_y.size, flat_y.dtype
-    method = default_solver(n, symmetric) if method is None else method
-    product = oracles.hvp_operator(problem, x, y, lower_batch, transpose=True)
-    solve = method.prepare(lambda v: ravel_pytree(product(unravel(v)))[0], n, dtype)
-    start = jnp.zeros_like(fy) if v is None else ravel_pytree(v)[0]
-    flat_v, linear_residual, _ = solve(fy, start)
+    flat_x, unravel_x = ravel_pytree(x)
+    dtype = flat_y.dtype
+    inverse = _inverse(problem, x, y, lower_batch, method, factor)
 
-    def cross(v: Array) -> Array:
-        return ravel_pytree(oracles.cross(problem, x, y, unravel(v), lower_batch))[0]
+    def look(y: Array, v: Array) -> _Look:
+        value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
+        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)
+        fx, fy, R, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
+        return _Look(value, fx - cross, cross, R, fy - Hv, fy)
 
-    gradient = fx - cross(flat_v)
-    lower_residual = jnp.linalg.norm(R)
-    rounding = jnp.finfo(dtype).eps * (n + fx.size)
+    start = jnp.zeros_like(flat_y) if v is None else ravel_pytree(v)[0]
+    (at, *after), flat_v, unsolved = _passes(look, inverse, flat_x.size, flat_y, start, estimate and constants is None)
+    lower_residual, linear_residual = at.norms[0], at.norms[1]
+    shifted, corrected = after or (at, at)
+    size_fx, size_cross, by_v, change = row_norms(
+        at.gradient + at.cross, at.cross, corrected.cross - shifted.cross, corrected.gradient - at.gradient
+    )
+    rounding = jnp.finfo(dtype).eps * (flat_y.size + at.gradient.size)
     if constants is not None:
-        error = _proved(constants, x, flat_y, flat_v, fx, lower_residual, linear_residual, rounding)
-    elif estimate:
-        if symmetric:
-            forward_solve = solve
-        else:
-            forward = oracles.hvp_operator(problem, x, y, lower_batch)
-            forward_solve = method.prepare(lambda v: ravel_pytree(forward(unravel(v)))[0], n, dtype)
-        d, unsolved_d, _ = forward_solve(-R, jnp.zeros_like(R))
-        by_x, by_y = oracles.adjoint_change(problem, x, y, unravel(flat_v), unravel(d), upper_batch, lower_batch)
-        by_x, by_y = ravel_pytree(by_x)[0], ravel_pytree(by_y)[0]
-        rhs = fy - ravel_pytree(product(unravel(flat_v)))[0] + by_y
-        dv, unsolved_dv, _ = solve(rhs, jnp.zeros_like(fy))
-        by_v, size = cross(dv), jnp.linalg.norm(rhs)
-        amplified = jnp.linalg.norm(by_v) / jnp.where(size > 0, size, 1)  # of rounding in the adjoint's right-hand side
-        scale = jnp.linalg.norm(fx) + jnp.linalg.norm(fx - gradient) + amplified * jnp.linalg.norm(fy)
-        error = 2 * jnp.linalg.norm(by_x - by_v) + rounding * scale
-        # An estimate by a solver that has not solved is none.
-        solved_linear = (unsolved_d <= 0.1 * lower_residual) & (unsolved_dv <= 0.1 * size)
-        error = jnp.where(solved_linear, error, jnp.inf)
-    else:
-        error = jnp.full((), jnp.nan, dtype)
-    if constants is not None:
+        error = _proved(constants, x, flat_y, flat_v, size_fx, lower_residual, linear_residual, rounding)
         good = jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
     elif estimate:
+        size = shifted.norms[1]  # of the adjoint's residual after the Newton correction of y
+        scale = size_fx + size_cross + by_v / jnp.where(size > 0, size, 1) * at.norms[2]
+        error = 2 * change + rounding * scale
+        error = jnp.where(unsolved, jnp.inf, error)  # an estimate by a solver that has not solved is none
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
-        good = Status.UNCHECKED
+        error, good = jnp.full((), jnp.nan, dtype), jnp.array(Status.UNCHECKED)
     solved = jnp.where(status == Status.CONVERGED, good, status)
-    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & jnp.isfinite(lower_residual + linear_residual)
+    value = at.value
+    finite = jnp.isfinite(size_fx + size_cross + value + lower_residual + linear_residual)
     return Hypergradient(
         value=value,
-        gradient=unravel_x(jnp.where(finite, gradient, jnp.nan)),  # a failure is never a number
+        gradient=unravel_x(jnp.where(finite, at.gradient, jnp.nan)),  # a failure is never a number
         y=y,
         lower_residual=lower_residual,
         linear_residual=linear_residual,
@@ -205,12 +190,112 @@ def hypergradient(
     )
 
 
+class _Look(NamedTuple):
+    """What (y, v) shows: f; f_x - R_x' v; R_x' v; R; f_y - R_y' v; f_y."""
+
+    value: Array
+    gradient: Array
+    cross: Array
+    R: Array
+    r_v: Array
+    fy: Array
+
+
+class _Seen(NamedTuple):
+    """What the passes keep of a look; norms: (|R|, |r_v|, |f_y|)."""
+
+    value: Array
+    gradient: Array
+    cross: Array
+    norms: Array
+
+
+def _passes(
+    look: Callable, inverse: "_Inverse", size_x: int, y: Array, v: Array, estimate: bool
+) -> tuple[list[_Seen], Array, Array]:
+    """What is seen at (y, v) with v solved, at (y + d, v) and at (y + d, v + dv); v; whether a correction is unsolved.
+
+    d = -R_y^-1 R and dv = R_y^-T r_v at y + d: the last gradient is right to higher order, so its distance to the first
+    is the first one's error. One loop with one look and one solve a pass, so that each is compiled once.
+    Stage 0 solves for v, 1 is at y + d, 2 at v + dv; without `estimate` stage 0 is all.
+    """
+    dtype, stages = y.dtype, 3 if estimate else 1
+
+    def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
+        point, vs, vectors, scalars, control = carry
+        y, v = point
+        stage, count, best, unsolved = control
+        at = look(y, v)
+        norms = row_norms(at.R, at.r_v, at.fy)
+        refine = (stage == 0) & (count < inverse.max_solves) & (norms[1] <= best / 2) & (norms[1] > 0)
+        solved = (stage == 0) & ~refine
+        rhs = jnp.where(solved, -at.R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
+        step, residual = inverse.correct(solved, rhs, jnp.where(refine, at.fy, rhs), jnp.where(refine, v, 0))
+        wrong = jnp.where(solved, residual > 0.1 * norms[0], (stage == 1) & (residual > 0.1 * norms[1]))
+        wrong = wrong | (solved & (norms[1] > 0.1 * norms[2]))
+        write = partial(lax.dynamic_update_index_in_dim, index=stage.astype(int), axis=0)
+        return (
+            point + jnp.where(jnp.arange(2)[:, None] == jnp.where(solved, 0, 1), step, 0),
+            write(vs, v),
+            write(vectors, jnp.stack([at.gradient, at.cross])),
+            write(scalars, pack_scalars([at.value, *norms], dtype, count)),
+            pack_scalars([jnp.where(refine, 0, stage + 1), count + 1, norms[1], (unsolved > 0) | wrong], dtype, count),
+        )
+
+    start = (
+        jnp.stack([y, v]), jnp.zeros((stages, v.size), dtype), jnp.zeros((stages, 2, size_x), dtype),
+        jnp.zeros((stages, 4), dtype), jnp.zeros(4, dtype).at[2].set(jnp.inf),
+    )  # fmt: skip
+    _, vs, vectors, scalars, control = lax.while_loop(lambda carry: carry[-1][0] < stages, body, start)
+    seen = [_Seen(s[0], vector[0], vector[1], s[1:]) for vector, s in zip(vectors, scalars, strict=True)]
+    return seen, vs[0], control[3] > 0
+
+
+class _Inverse(NamedTuple):
+    """correct(forward, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or 0), to be repeated
+    `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0.
+    """
+
+    correct: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+    max_solves: int
+
+
+def _inverse(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, method: LinearSolver | None, factor: PyTree
+) -> _Inverse:
+    """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
+    flat, unravel = ravel_pytree(y)
+    symmetric = isinstance(problem.lower, Minimize)
+    if method is None and jax.tree.leaves(factor):
+
+        def by_factor(forward: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+            apply = partial(lower_level.apply_inverse, factor, symmetric, r)
+            found = apply() if symmetric else lax.cond(forward, apply, partial(apply, transpose=True))
+            return found, jnp.zeros((), r.dtype)
+
+        return _Inverse(by_factor, 20)
+    method = default_solver(flat.size, symmetric) if method is None else method
+
+    def prepare(transpose: bool) -> Callable:
+        product = oracles.hvp_operator(problem, x, y, batch, transpose=transpose)
+        return method.prepare(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)
+
+    backward = prepare(True)
+    onward = backward if symmetric else prepare(False)
+
+    def by_method(forward: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+        found = backward(b, v0) if symmetric else lax.cond(forward, onward, backward, b, v0)
+        return found.v - v0, found.residual
+
+    return _Inverse(by_method, 1)
+
+
 def _proved(
     c: Constants,
     x: PyTree,
     y: Array,
     v: Array,
-    fx: Array,
+    size_fx: Array,
     lower_residual: Array,
     linear_residual: Array,
     rounding: Array,
@@ -222,7 +307,7 @@ def _proved(
     delta = R / c.mu
     eps_v = (r_v + c.L_fy * delta + c.L_gyy * size_v * delta) / c.mu
     bound = c.L_fx * delta + c.L_gxy * size_v * delta + c.C_gxy * eps_v
-    return bound + rounding * (jnp.linalg.norm(fx) + c.L_fx * size_y + c.C_gxy * size_v)
+    return bound + rounding * (size_fx + c.L_fx * size_y + c.C_gxy * size_v)
 
 
 def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array) -> Hypergradient:
@@ -269,23 +354,25 @@ def _implicit_value(
     symmetric = isinstance(problem.lower, Minimize)
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     y = lax.stop_gradient(start_y(problem, x, y))
-    flat, unravel = ravel_pytree(y)
+    found = lower_level.solve(problem, lax.stop_gradient(x), y, lower_batch, lower)
+    flat, unravel = ravel_pytree(found.y)
+    flat = jnp.where(found.status == Status.NONFINITE, jnp.nan, flat)
     linear = default_solver(flat.size, symmetric) if method is None else method
 
     def residual(flat: Array) -> Array:
         return ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]
 
-    def root(_: Callable, start: Array) -> Array:
-        found = lower_level.solve(problem, lax.stop_gradient(x), unravel(start), lower_batch, lower)
-        return jnp.where(found.status == Status.NONFINITE, jnp.nan, ravel_pytree(found.y)[0])
-
-    def apply(matvec: Callable, b: Array) -> Array:
+    def solve(transpose: bool, matvec: Callable, b: Array) -> Array:
+        if method is None and jax.tree.leaves(found.factor):
+            return refine(matvec, partial(lower_level.apply_inverse, found.factor, symmetric, transpose=transpose), b)
         return linear.iterate(matvec, b, jnp.zeros_like(b))[0]
 
     def tangent(matvec: Callable, b: Array) -> Array:
-        return lax.custom_linear_solve(matvec, b, apply, transpose_solve=apply, symmetric=symmetric)
+        return lax.custom_linear_solve(
+            matvec, b, partial(solve, False), transpose_solve=partial(solve, True), symmetric=symmetric
+        )
 
-    solution = lax.custom_root(residual, flat, root, tangent)
+    solution = lax.custom_root(residual, lax.stop_gradient(flat), lambda _, y: y, tangent)
     return oracles.upper_value(problem, x, unravel(solution), upper_batch)
 
 

@@ -4,7 +4,7 @@ Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-fr
 polyhedral) are not here yet: `solve` says so.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +23,15 @@ PyTree = Any
 
 
 class LowerSolution(NamedTuple):
-    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED,
-    NONFINITE).
+    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
+    NONFINITE); factor of R_y at y or close to it, for `linear.Factored`; () where none was made.
     """
 
     y: PyTree
     residual: Array
     steps: Array
     status: Array
+    factor: PyTree
 
 
 @struct
@@ -97,17 +98,21 @@ def solve(
 
     prepare, apply = _directions(operator, flat, minimize, dense)
 
-    def go_on(c: _Search) -> Array:
-        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
+    def go_on(carry: tuple) -> Array:
+        return (carry[-1][-1] == Status.MAX_STEPS) & (carry[-1][-2] < settings.max_steps)
 
-    def body(c: _Search) -> _Search:
+    def body(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Array, Array, PyTree, Array]:
         # One trial point a pass, so that each oracle is compiled once. The first pass (t = 0) only evaluates the start.
+        point, old_d, old_factor, scalars = carry
+        c = _Search.unpack(scalars, old_d.dtype)
         first = c.steps == 0
-        trial = c.y + c.t * c.d
+        trial = point[0] + c.t * old_d
         g, R = evaluate(trial)
-        norm_R = jnp.linalg.norm(R)
+        moved = jnp.stack([trial, R])
+        gram = _gram(moved)
+        size_y, norm_R = jnp.sqrt(gram[0, 0]), jnp.sqrt(gram[1, 1])
         finite = jnp.isfinite(norm_R) & jnp.isfinite(g)
-        halved = norm_R <= 0.5 * c.norm_R
+        halved, steady = norm_R <= 0.5 * c.norm_R, norm_R > 0.5 * c.norm_R
         if minimize:
             slack = 1e3 * eps * (1 + jnp.abs(c.g))
             enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
@@ -115,16 +120,17 @@ def solve(
             enough = c.safe | halved
         ok = finite & (first | enough)
         refactor = jnp.where(ok, first | (norm_R > 0.1 * c.norm_R), ~c.fresh) if dense else ok
-        flat, g, R, norm_R = (
-            jnp.where(ok, new, old) for new, old in ((trial, c.y), (g, c.g), (R, c.R), (norm_R, c.norm_R))
-        )
+        level = ~ok | (g >= c.g - 1e3 * eps * jnp.abs(c.g))
+        point = jnp.where(ok, moved, point)
+        g, norm_R, size_y = (jnp.where(ok, new, old) for new, old in ((g, c.g), (norm_R, c.norm_R), (size_y, c.size_y)))
         norm_R = jnp.where(first & ~finite, jnp.nan, norm_R)  # no residual is known
         first_norm = jnp.where(first, norm_R, c.first_norm)
 
+        flat, R = point
         renew = ok | refactor
-        factor = lax.cond(refactor, prepare, lambda _: c.factor, flat)
+        factor = lax.cond(refactor, prepare, lambda _: old_factor, flat)
         eta = jnp.clip(norm_R / first_norm, eps, 0.01)
-        otherwise = c.d if minimize else -R
+        otherwise = old_d if minimize else -R
         if dense:
             d, definite, trusted = apply(factor, flat, R, eta)
             d = jnp.where(renew, d, otherwise)
@@ -133,9 +139,10 @@ def solve(
             d, definite, trusted = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: kept)
         t = jnp.where(renew, 1, c.t / 2) if minimize else jnp.ones_like(c.t)
 
-        length = jnp.linalg.norm(d)
+        gram = _gram(jnp.stack([d, R]))
+        length, slope = jnp.sqrt(gram[0, 0]), gram[0, 1]
         reach = jnp.maximum(c.reach, jnp.where(ok, c.t * c.length, 0))
-        scale, steady = jnp.linalg.norm(flat) + reach, norm_R > 0.5 * c.norm_R
+        scale, steady = size_y + reach, ~ok | steady
         small = (c.length <= jnp.sqrt(eps) * scale) & ~first
         at_rounding = small & jnp.where(ok, steady & (length >= c.length / 2), ~refactor)
         done = ((ok & trusted & (length <= tol * scale)) | (at_rounding & (length <= jnp.sqrt(eps) * scale))) & (
@@ -143,51 +150,87 @@ def solve(
         )
         stuck = t < eps
         if minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
-            level = g >= c.g - 1e3 * eps * jnp.abs(c.g)
             stuck = stuck | (ok & ~first & c.fresh & c.definite & steady & level)
         status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
         status = jnp.where(definite & (done | (norm_R == 0)), Status.CONVERGED, status)
         status = jnp.where(~definite & ok & (norm_R <= 10 * eps * first_norm), Status.SADDLE, status)
         status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
-        return _Search(
-            flat, g, R, factor, d, t, length, norm_R, first_norm, R @ d,
-            reach=reach, definite=definite, fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize),
-            steps=c.steps + 1, status=status,
+        search = _Search(
+            g, t, length, norm_R, first_norm, slope, size_y, reach, definite=definite,
+            fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize), steps=c.steps + 1, status=status,
         )  # fmt: skip
+        return point, d, factor, search.pack()
 
-    zero, no, like = jnp.zeros((), flat.dtype), jnp.array(False), jnp.zeros_like(flat)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(prepare, flat))
-    start = _Search(
-        flat, zero, like, nothing, like, zero, zero, zero, zero, zero,
-        reach=zero, definite=no, fresh=no, safe=no, steps=jnp.array(0), status=jnp.array(Status.MAX_STEPS),
-    )  # fmt: skip
-    end = lax.while_loop(go_on, body, start)
-    return LowerSolution(unravel(end.y), end.norm_R, end.steps, end.status)
+    zeros = jnp.zeros(len(_Search._fields), _packed_dtype(flat.dtype))
+    start = jnp.stack([flat, jnp.zeros_like(flat)]), jnp.zeros_like(flat), nothing, zeros.at[-1].set(Status.MAX_STEPS)
+    point, _, factor, scalars = lax.while_loop(go_on, body, start)
+    end = _Search.unpack(scalars, flat.dtype)
+    return LowerSolution(unravel(point[0]), end.norm_R, end.steps.astype(int), end.status.astype(int), factor)
+
+
+def row_norms(*rows: Array) -> list[Array]:
+    """The 2-norms of vectors of one length, by one product: a reduction each would be two kernels each to compile."""
+    gram = _gram(jnp.stack(rows))
+    return [jnp.sqrt(gram[k, k]) for k in range(len(rows))]
+
+
+def _gram(rows: Array) -> Array:
+    return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
 
 
 class _Search(NamedTuple):
-    """y with g and R there; factor of R_y and the direction d from it; step length t; |d|, |R|, |R at the start|, R'd.
+    """g at y; step length t along the direction d; |d|, |R|, |R at the start|, R'd, |y|; the longest step taken so far.
 
-    reach: the longest step taken so far. definite: the Hessian behind d is positive semidefinite, up to rounding.
-    fresh: the factor is R_y at y, not at an earlier point. safe: d is a Picard step, taken without a test.
+    definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the factor is R_y at y, not at an
+    earlier point. safe: d is a Picard step, taken without a test. The loop carries them packed in one vector, since
+    each array that leaves a loop's body is a kernel to compile.
     """
 
-    y: Array
     g: Array
-    R: Array
-    factor: PyTree
-    d: Array
     t: Array
     length: Array
     norm_R: Array
     first_norm: Array
     slope: Array
+    size_y: Array
     reach: Array
     definite: Array
     fresh: Array
     safe: Array
     steps: Array
     status: Array
+
+    def pack(self) -> Array:
+        return pack_scalars(self, _packed_dtype(self.norm_R.dtype), self.steps)
+
+    @classmethod
+    def unpack(cls, packed: Array, dtype: Any) -> "_Search":
+        flags = {name: packed[cls._fields.index(name)] > 0 for name in ("definite", "fresh", "safe")}
+        return cls(*packed.astype(dtype))._replace(**flags, steps=packed[-2], status=packed[-1])
+
+
+def pack_scalars(values: Sequence[Array], dtype: Any, count: Array) -> Array:
+    """The scalars as one vector, by a chain of selects: XLA fuses it into one kernel, a concatenation it does not.
+
+    `count` >= 0 varies from pass to pass; it adds nothing, but keeps XLA from moving each mask out of the loop.
+    """
+    index, packed = jnp.arange(len(values)) + jnp.minimum(count, 0).astype(int), jnp.zeros(len(values), dtype)
+    for k, value in enumerate(values):
+        packed = jnp.where(index == k, jnp.asarray(value, dtype), packed)
+    return packed
+
+
+def _packed_dtype(dtype: Any) -> Any:
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32  # half precision cannot count to max_steps
+
+
+def apply_inverse(factor: PyTree, minimize: bool, b: Array, transpose: bool = False) -> Array:
+    """R_y^-1 b, or its transpose, by a factor of `solve`; b where the factor is not finite."""
+    if minimize:
+        L = factor[0]
+        return jnp.where(jnp.isfinite(L[-1, -1]), jax.scipy.linalg.cho_solve((L, True), b), b)
+    return jax.scipy.linalg.lu_solve(factor, b, trans=int(transpose))
 
 
 def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable]:
@@ -199,40 +242,38 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
     rounding = 10 * n * float(jnp.finfo(dtype).eps)
     yes = jnp.array(True)
 
-    def cholesky(flat: Array) -> tuple[Array, Array, Array]:
-        """(Cholesky factor of H + s diag(rows), rows = absolute row sums of H, s) with the first s of 0, rounding,
-        1/256, 1/64, …, 1 that suffices; s = 1 does, up to rounding and zero rows (Gershgorin).
+    def cholesky(flat: Array) -> tuple[Array, Array]:
+        """(Cholesky factor of H + s diag(rows), s), rows = absolute row sums of H, with the first s of 0, rounding,
+        1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
         """
-        H = dense_matrix(operator(flat), n, dtype)
+        eye = jnp.eye(n, dtype=dtype)
+        H = jax.vmap(operator(flat))(eye)  # symmetric: rows are columns
         rows = jnp.sum(jnp.abs(H), axis=1)
 
         def failed(carry: tuple[Array, Array, Array]) -> Array:
             upcoming, L, _ = carry
-            return ~jnp.isfinite(L[-1, -1]) & (upcoming <= 1)
+            return ~jnp.isfinite(L[-1, -1]) & (upcoming <= 4)
 
         def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             s = carry[0]
             upcoming = jnp.where(s == 0, rounding, jnp.maximum(4 * s, 1 / 256)).astype(dtype)
-            return upcoming, jnp.linalg.cholesky(H + jnp.diag(s * rows)), s
+            shift = jnp.where(rows == 0, 1, s * rows)
+            return upcoming, lax.linalg.cholesky(H + eye * shift[:, None], symmetrize_input=False), s
 
         zero = jnp.zeros((), dtype)
         _, L, s = lax.while_loop(failed, attempt, (zero, jnp.full_like(H, jnp.nan), zero))
-        return L, rows, s
+        return L, s
 
-    def by_cholesky(
-        factor: tuple[Array, Array, Array], flat: Array, R: Array, eta: Array
-    ) -> tuple[Array, Array, Array]:
-        L, rows, s = factor  # without a factor, diag(rows) is a safe scaling
-        good = jnp.isfinite(L[-1, -1])
-        d = -jnp.where(good, jax.scipy.linalg.cho_solve((L, True), R), R / jnp.where(rows > 0, rows, 1))
-        return d, (good & (s <= rounding)) | jnp.all(rows == 0), yes
+    def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
+        L, s = factor
+        return -apply_inverse(factor, True, R), jnp.isfinite(L[-1, -1]) & (s <= rounding), yes
 
     if dense and minimize:
         return cholesky, by_cholesky
     if dense:
         return (
             lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
-            lambda lu, flat, R, eta: (-jax.scipy.linalg.lu_solve(lu, R), yes, yes),
+            lambda lu, flat, R, eta: (-apply_inverse(lu, False, R), yes, yes),
         )
 
     def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:

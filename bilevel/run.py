@@ -22,6 +22,7 @@ from jax import Array
 
 from bilevel import report
 from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.problem import BilevelProblem
 from bilevel.record import Record, Solution, SolveError, Status
@@ -96,9 +97,13 @@ def _advance(
 
 
 @partial(jax.jit, static_argnames=("many", "measure"))
-def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure: Callable) -> PyTree:
-    """Of (x, y) alone, so that all solvers share one compilation."""
-    one = partial(measure, problem)
+def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure: Callable) -> Array:
+    """Of (x, y) alone, so that all solvers share one compilation; as one vector, since each transfer has its price."""
+
+    def one(x: PyTree, y: PyTree) -> Array:
+        measured = measure(problem, x, y)
+        return jnp.stack([jnp.asarray(field, measured.value.dtype) for field in measured])
+
     return jax.vmap(one)(x, y) if many else one(x, y)
 
 
@@ -251,7 +256,7 @@ def _drive(
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
         state, info, _ = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
-        jax.block_until_ready(lanes.measure(problem, state))
+        at_start = jax.block_until_ready(lanes.measure(problem, state))
     if tol is None:
         tol = float(
             np.sqrt(min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0])))
@@ -277,20 +282,20 @@ def _drive(
     def look() -> bool:
         """Measure, record and decide; true when nothing is left to run."""
         with clock.on("measure"):
-            measured = jax.device_get(lanes.measure(problem, state))
+            measured = np.asarray(at_start if step == 0 else lanes.measure(problem, state))
         for k in range(count):
             if k in finished:
                 continue
-            m = _lane(measured, many, k)
+            m = Measurement(*_lane(measured, many, k).tolist())
             row = {
-                "step": step, "value": float(m.value), "hypergradient": float(m.hypergradient),
-                "lower_residual": float(m.lower_residual), "violation": float(m.violation), "oracles": step * passes,
-                "time": clock.solve, "error_bound": float(m.error_bound), "status": int(m.status),
+                "step": step, "value": m.value, "hypergradient": m.hypergradient,
+                "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
+                "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
             }  # fmt: skip
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
-            gap = float(m.hypergradient) + float(np.nan_to_num(m.error_bound, nan=np.inf))
-            within = max(gap, float(m.lower_residual), float(m.lower_distance), float(m.violation)) <= tol
+            gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)
+            within = all(number <= tol for number in (gap, m.lower_residual, m.lower_distance, m.violation))
             if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED, step
             elif not np.isfinite(m.value):  # a finite iterate so far out that F is not
