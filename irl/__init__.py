@@ -7,8 +7,11 @@ MDP is are in `irl.solvers`; they run under `bilevel.solve` as all others do.
 """
 
 # ruff: noqa: F403
-from irl import demonstrations, mdp, rewards, soft, solvers, spec
+from typing import Any
+
+from irl import demonstrations, diagnostics, mdp, rewards, soft, solvers, spec
 from irl.demonstrations import Demonstrations, sample
+from irl.diagnostics import EarlyStopping
 from irl.mdp import MDP, Successors
 from irl.rewards import LinearReward, NetworkReward, Reward, TableReward, TwoLayerReward
 from irl.soft import occupancy, policy, value_iteration
@@ -18,6 +21,7 @@ from irl.spec import constants, expert_occupancy, likelihood_gradient, start_mea
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "MDP",
     "Demonstrations",
+    "EarlyStopping",
     "LinearReward",
     "NetworkReward",
     "Reward",
@@ -26,6 +30,7 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "TwoLayerReward",
     "constants",
     "demonstrations",
+    "diagnostics",
     "expert_occupancy",
     "likelihood_gradient",
     "mdp",
@@ -41,3 +46,8 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "value_iteration",
     *solvers.ALL,
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Only reached for names that do not exist; it also tells type checkers that discovery adds names."""
+    raise AttributeError(f"module 'irl' has no attribute {name!r}; solvers are {', '.join(solvers.ALL)}.")

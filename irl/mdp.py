@@ -20,7 +20,10 @@ UNROLLED = 16  # successor lists up to this length are summed term by term
 
 @struct
 class Successors:
-    """Next states [S, A, K], whole numbers in [0, S), and their probabilities [S, A, K]; repeats add up."""
+    """Next states [S, A, K], whole numbers in [0, S), and their probabilities [S, A, K]; repeats add up.
+
+    Numbers outside of [0, S) are undefined behaviour in compiled code: `MDP.sparse` checks them.
+    """
 
     next_states: Any
     probabilities: Any
@@ -63,7 +66,7 @@ class MDP:
         Raises:
             InvalidInput: as `dense`, and for next states that are not whole numbers in [0, S).
         """
-        next_states = whole_numbers("next_states (MDP)", next_states)
+        next_states = jnp.asarray(whole_numbers("next_states (MDP)", next_states), jnp.int32)
         successors = Successors(next_states, _floats(probabilities))
         return cls(successors, _floats(start), _floats(discount), horizon).validate()
 
@@ -92,10 +95,12 @@ class MDP:
         """E[V(s') | s, a], shape [S, A], for V [S]."""
         if not isinstance(self.transitions, Successors):
             return self.transitions @ V
-        following, p = self.transitions.next_states, self.transitions.probabilities
+        p = self.transitions.probabilities
+        at = lambda states: V.at[states].get(mode="promise_in_bounds")  # noqa: E731  (a third of a sweep is checks)
+        following = self.transitions.next_states
         if p.shape[-1] > UNROLLED:
-            return jnp.sum(p * V[following], axis=-1)
-        parts = (p[..., k] * V[following[..., k]] for k in range(p.shape[-1]))
+            return jnp.sum(p * at(following), axis=-1)
+        parts = (p[..., k] * at(following[..., k]) for k in range(p.shape[-1]))
         return functools.reduce(jnp.add, parts)  # XLA fuses this on a CPU, not the sum: twice as fast
 
     def flow(self, d: Array) -> Array:
@@ -112,7 +117,9 @@ class MDP:
     def sample_next(self, key: Array, state: Array, action: Array) -> Array:
         """A next state of (state, action), shape []."""
         chosen = jax.random.categorical(key, jnp.log(self._rows[state, action]))
-        return self.transitions.next_states[state, action, chosen] if self.is_sparse else chosen
+        if not isinstance(self.transitions, Successors):
+            return chosen
+        return self.transitions.next_states[state, action, chosen].astype(chosen.dtype)
 
     @property
     def is_sparse(self) -> bool:
