@@ -13,14 +13,18 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.extend.core
+import jax.numpy as jnp
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
 
 PyTree = Any
 
 _counters: list[dict[str, int]] = []
+_multiplicity = [1]
 
 
 @contextmanager
@@ -37,7 +41,39 @@ def counting() -> Iterator[Callable[[], OracleCount]]:
 def _count(**calls: int) -> None:
     for counter in _counters:
         for kind, number in calls.items():
-            counter[kind] = counter.get(kind, 0) + number
+            counter[kind] = counter.get(kind, 0) + number * _multiplicity[-1]
+
+
+def batched(function: Callable, chunk: int | None = None) -> Callable:
+    """`jax.vmap(function)` over the first axis of every argument, with the calls inside counted once per entry.
+
+    With `chunk`, at most so many entries are in memory at once.
+    """
+
+    def counted(*args: PyTree) -> PyTree:
+        _multiplicity.append(_multiplicity[-1] * len(jax.tree.leaves(args)[0]))
+        try:
+            return jax.vmap(function)(*args)
+        finally:
+            _multiplicity.pop()
+
+    def mapped(*args: PyTree) -> PyTree:
+        size = len(jax.tree.leaves(args)[0])
+        part = _divisor(size, chunk)
+        if part == size:
+            return counted(*args)
+        pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), args)
+        out = jax.lax.map(lambda piece: counted(*piece), pieces)
+        return jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), out)
+
+    return mapped
+
+
+def _divisor(size: int, chunk: int | None) -> int:
+    """The largest divisor of `size` that is at most `chunk`."""
+    if chunk is None or size <= chunk:
+        return size
+    return next(part for part in range(chunk, 0, -1) if size % part == 0)
 
 
 def upper_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
@@ -110,6 +146,89 @@ def value_gap_gradients(
     return jax.tree.map(operator.sub, gx, lower_gradient_x(problem, x, z, batch)), gy
 
 
+def sample_values(
+    problem: BilevelProblem, x: PyTree, ys: PyTree, upper: PyTree, lower: PyTree, chunk: int | None = None
+) -> tuple[Array, Array]:
+    """(f(x, y_i), g(x, y_i)), shapes [n], for y_i stacked along the first axis of ys; n values of each are counted."""
+
+    def both(y: PyTree) -> tuple[Array, Array]:
+        return upper_value(problem, x, y, upper), lower_value(problem, x, y, lower)
+
+    return batched(both, chunk)(ys)
+
+
+def sample_gradients(
+    problem: BilevelProblem, x: PyTree, ys: PyTree, a: Array, b: Array, upper: PyTree, lower: PyTree,
+    chunk: int | None = None,
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    """Gradients in x and in ys of sum_i a_i f(x, y_i) + b_i g(x, y_i), a and b of shape [n] constant.
+
+    Counted as n gradients of each. With `chunk`, at most so many samples are in memory at once.
+    """
+    assert isinstance(problem.lower, Minimize)
+    size = len(a)
+    _count(upper_gradients=size, lower_gradients=size)
+    f, g = problem.upper, problem.lower.g
+
+    def weighted(x: PyTree, ys: PyTree, a: Array, b: Array) -> Array:
+        return jnp.sum(jax.vmap(lambda y, a, b: a * f(x, y, upper) + b * g(x, y, lower))(ys, a, b))
+
+    part = _divisor(size, chunk)
+    if part == size:
+        return jax.grad(weighted, argnums=(0, 1))(x, ys, a, b)
+
+    def add(total: PyTree, piece: PyTree) -> tuple[PyTree, PyTree]:
+        by_x, by_y = jax.grad(weighted, argnums=(0, 1))(x, *piece)
+        return jax.tree.map(operator.add, total, by_x), by_y
+
+    pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), (ys, a, b))
+    total, by_y = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, x), pieces)
+    return total, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), by_y)
+
+
+def weighted_value_and_gradient(
+    problem: BilevelProblem, x: PyTree, y: PyTree, a: Array | float, b: Array | float, upper: PyTree, lower: PyTree
+) -> tuple[Array, PyTree]:
+    """H = a f + b g at (x, y) and its gradient in y, in one sweep; counted as a gradient of each."""
+    assert isinstance(problem.lower, Minimize)
+    _count(upper_gradients=1, lower_gradients=1)
+    f, g = problem.upper, problem.lower.g
+    return jax.value_and_grad(lambda y: a * f(x, y, upper) + b * g(x, y, lower))(y)
+
+
+def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:
+    """(c, e) of the coupling c <= 0, e = 0: A y + B x - b or h(x, y), and A_eq y + B_eq x - b_eq; shapes [rows] each.
+
+    Not counted: a coupling is no objective.
+    """
+    coupling = problem.coupling
+    flat_x, flat_y = (ravel_pytree(part)[0] for part in (x, y))
+    none = jnp.zeros(0, flat_y.dtype)
+    if coupling is None:
+        return none, none
+    if isinstance(coupling, SmoothCoupling):
+        return coupling.h(x, y), none
+
+    def affine(*parts: PyTree) -> Array:
+        A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
+        return A @ flat_y + B @ flat_x - b
+
+    equal = none if coupling.A_eq is None else affine(coupling.A_eq, coupling.B_eq, coupling.b_eq)
+    return affine(coupling.A, coupling.B, coupling.b), equal
+
+
+def coupling_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """max(c, 0) and e of `coupling_values` in one vector: zero exactly where the coupling holds."""
+    c, e = coupling_values(problem, x, y)
+    return jnp.concatenate([jnp.maximum(c, 0), e])
+
+
+def coupling_jacobian(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """The derivative of `coupling_residual` in the raveled y, shape [rows, dim y]; zero rows where it is slack."""
+    flat, unravel = ravel_pytree(y)
+    return jax.jacobian(lambda flat: coupling_residual(problem, x, unravel(flat)))(flat)
+
+
 def residual_square_gradients(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
@@ -143,6 +262,12 @@ def cross(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTre
     return jax.vjp(lambda x: _residual(problem, x, y, batch), x)[1](v)[0]
 
 
+def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, d: PyTree, batch: PyTree) -> PyTree:
+    """R_x d, shaped like y, for d shaped like x: counted as a cross product."""
+    _count(jvps=1)
+    return jax.jvp(lambda x: _residual(problem, x, y, batch), (x,), (d,))[1]
+
+
 def hvp_operator(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
 ) -> Callable[[PyTree], PyTree]:
@@ -158,20 +283,36 @@ def hvp_operator(
     return product
 
 
-def adjoint_change(
-    problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, d: PyTree, upper: PyTree, lower: PyTree
-) -> tuple[PyTree, PyTree]:
-    """Directional derivatives along d in y, v fixed, of (f_x - R_x' v, f_y - R_y' v): counted as one of each
-    product.
-    """
-    _count(upper_gradients=1, hvps=1, jvps=1)
+def lower_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+    """g_yy [n, n] on the raveled y, by n products counted as such; only for `Minimize`."""
+    flat, unravel = ravel_pytree(y)
+    _count(hvps=flat.size)
+    _, forward = jax.linearize(lambda y: ravel_pytree(_residual(problem, x, unravel(y), batch))[0], flat)
+    return jax.vmap(forward, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
 
-    def adjoint(y: PyTree) -> tuple[PyTree, PyTree]:
-        _, pull = jax.vjp(lambda x, y: _residual(problem, x, y, lower), x, y)
-        gradients = jax.grad(problem.upper, argnums=(0, 1))(x, y, upper)
-        return jax.tree.map(operator.sub, gradients, pull(v))
 
-    return jax.jvp(adjoint, (y,), (d,))[1]
+def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> bool:
+    """Whether g_yy v is seen, from the traced program, not to depend on y. Nothing is computed."""
+
+    def product(y: PyTree, v: PyTree) -> PyTree:
+        return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
+
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
+    traced = jax.make_jaxpr(product)(like, like).jaxpr
+    num_y = len(jax.tree.leaves(y))
+    return not any(_reached(traced, [True] * num_y + [False] * (len(traced.invars) - num_y)))
+
+
+def _reached(traced: Any, marks: list[bool]) -> list[bool]:
+    """Which outputs of a traced program depend on the marked inputs; inner loops and branches depend as a whole."""
+    marked = {var for var, mark in zip(traced.invars, marks, strict=True) if mark}
+    seen = lambda atom: not isinstance(atom, jax.extend.core.Literal) and atom in marked  # noqa: E731
+    for equation in traced.eqns:
+        inner = equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
+        inputs = [seen(atom) for atom in equation.invars]
+        outputs = _reached(inner.jaxpr, inputs) if inner is not None else [any(inputs)] * len(equation.outvars)
+        marked |= {var for var, mark in zip(equation.outvars, outputs, strict=True) if mark}
+    return [seen(atom) for atom in traced.outvars]
 
 
 def unrolled_objective(

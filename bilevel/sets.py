@@ -102,8 +102,12 @@ class Box(Set):
     lo: PyTree
     hi: PyTree
 
+    def bounds(self, z: PyTree) -> tuple[PyTree, PyTree]:
+        """(lo, hi), broadcast to z's leaves."""
+        return _like(self.lo, z), _like(self.hi, z)
+
     def project(self, z: PyTree) -> PyTree:
-        return optax.projections.projection_box(z, _like(self.lo, z), _like(self.hi, z))
+        return optax.projections.projection_box(z, *self.bounds(z))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -293,10 +297,15 @@ class Product(Set):
     @property
     def bounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether every factor is bounded."""
-        return all(factor.bounded for factor in self._factors())
+        return all(factor.bounded for factor in self.factors())
 
-    def _factors(self) -> list[Set]:
+    def factors(self) -> list[Set]:
+        """The sets, in the order of z's raveled entries."""
         return jax.tree.leaves(self.sets, is_leaf=_is_set)
+
+    def parts(self, z: PyTree) -> list[PyTree]:
+        """The part of z that each of `factors` constrains."""
+        return jax.tree.structure(self.sets, is_leaf=_is_set).flatten_up_to(z)
 
     def _map(self, function: Any, *trees: PyTree) -> PyTree:
         return jax.tree.map(function, self.sets, *trees, is_leaf=_is_set)

@@ -49,7 +49,7 @@ def source(arrays: Any, batch_size: int | None) -> Source:
     return Full(arrays) if batch_size is None else Minibatch(arrays, batch_size, replace=False)
 
 
-def floats(array: np.ndarray) -> Array:
+def floats(array: Any) -> Array:
     """`array` in JAX's default float, float64 or float32 as jax is configured."""
     return jnp.asarray(array, float)
 

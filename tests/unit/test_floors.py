@@ -10,10 +10,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = (  # lowest first; files on one floor do not import each other
     {"struct", "least_distance"},
-    {"record", "sets", "data", "estimators"},
+    {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint", "report"},
     {"oracles"},
-    {"linear", "step", "sampling"},
+    {"linear", "step", "sampling", "polyhedral"},
+    {"polyhedral_gradient"},
     {"lower"},
     {"hypergradient"},
     {"diagnostics"},
