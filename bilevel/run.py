@@ -24,6 +24,7 @@ from bilevel import report
 from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
+from bilevel.gap import measure_global
 from bilevel.problem import BilevelProblem
 from bilevel.record import Record, Solution, SolveError, Status
 from bilevel.solver import Solver, Unsupported
@@ -120,7 +121,7 @@ def solve(
     checkpoint: str | os.PathLike | None = None,
     progress: bool | None = None,
     throw: bool = False,
-    measure: Callable = measure_implicit,
+    measure: Callable | None = None,
 ) -> Solution:
     """Run `solver` on `problem`.
 
@@ -139,7 +140,8 @@ def solve(
             from it, to the same bits as a run without a break.
         progress: a bar on the terminal; default only on a terminal, after two seconds.
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
-        measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again.
+        measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
+            with `many_minimisers` on a constrained lower level, looks for its least value (`gap.measure_global`).
 
     Returns:
         a `Solution`; printing it gives the report.
@@ -171,7 +173,7 @@ def solve_many(
     tol: float | None = None,
     time_limit: float | None = None,
     progress: bool | None = None,
-    measure: Callable = measure_implicit,
+    measure: Callable | None = None,
 ) -> list[Solution]:
     """`solve` for every key of `keys`, shape [n], in one vmapped run; the arguments are those of `solve`.
 
@@ -241,13 +243,15 @@ def _drive(
     problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float |
     None,
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
-    measure: Callable,
+    measure: Callable | None,
 ) -> list[Solution]:  # fmt: skip
     if problem not in _validated:  # by identity: a study solves one problem many times
         _validated.add(problem.validate())
     reason = solver.unsupported(problem)
     if reason is not None:
         raise Unsupported(reason)
+    if measure is None:
+        measure = measure_global if solver.many_minimisers and problem.constrained_lower else measure_implicit
     lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()

@@ -21,6 +21,9 @@ class Solver:
     full_batch: ClassVar[bool] = False
     """True where every step uses all of the data (`source.full()`) instead of the sources' batches."""
 
+    many_minimisers: ClassVar[bool] = False
+    """True where g(x, .) on a set may have many minimisers: `solve` then judges y by its true lower gap."""
+
     def init(self, problem: BilevelProblem, key: Array) -> Any:
         """The state before the first step; pure, traced under jit."""
         raise NotImplementedError

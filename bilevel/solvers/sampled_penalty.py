@@ -135,6 +135,7 @@ class SampledPenalty(Solver):
     refresh: bool = static(default=True)
     chunk: int = static(default=1024)
     full_batch = True
+    many_minimisers = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the choices."""
