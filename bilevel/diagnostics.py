@@ -9,7 +9,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import oracles, polyhedral
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import Newton
 from bilevel.problem import BilevelProblem
@@ -20,8 +20,9 @@ PyTree = Any
 class Measurement(NamedTuple):
     """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
 
-    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y. violation: distance of x to X plus
-    that of y to Y. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
+    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y; for a constrained lower level
+    |y - Proj(y - grad_y g)| on its feasible set. violation: distance of x to X plus that of y to Y plus the norm of the
+    coupling's violations. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
     """
 
     value: Array
@@ -55,13 +56,17 @@ def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None 
     `lower=None` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
     """
     h = hypergradient(problem, x, y, lower=lower)
-    residual = oracles.residual(problem, x, y, problem.lower_data.full())
+    if problem.constrained_lower:
+        residual = polyhedral.natural_residual(problem, x, y, problem.lower_data.full())
+    else:
+        residual = oracles.residual(problem, x, y, problem.lower_data.full())
+    violation = problem.x_set.violation(x) + problem.y_set.violation(y)
     return Measurement(
         value=h.value,
         hypergradient=norm(gradient_mapping(problem, x, h.gradient)),
         error_bound=h.error_bound,
         lower_residual=norm(residual),
-        violation=problem.x_set.violation(x) + problem.y_set.violation(y),
+        violation=violation + norm(oracles.coupling_residual(problem, x, y)),
         status=h.status,
         lower_distance=distance(y, h.y) / (1 + norm(h.y)),
     )

@@ -28,12 +28,13 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
-from bilevel import oracles
+from bilevel import oracles, polyhedral, polyhedral_gradient
 from bilevel.linear import LinearSolver, default_solver, refine
 from bilevel.lower import Newton, pack_scalars, row_norms
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.polyhedral import ActiveSet
+from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
 from bilevel.record import Status
-from bilevel.struct import invalid, static, struct
+from bilevel.struct import static, struct
 
 PyTree = Any
 
@@ -109,7 +110,7 @@ def hypergradient(
     y: PyTree = None,
     *,
     method: LinearSolver | Unrolled | None = None,
-    lower: Newton | None = Newton(),  # noqa: B008
+    lower: Newton | ActiveSet | None = Newton(),  # noqa: B008
     v: PyTree = None,
     constants: Constants | None = None,
     estimate: bool = True,
@@ -117,7 +118,7 @@ def hypergradient(
     """Grad F(x) with its error. Pure; use it under jit and vmap.
 
     Args:
-        problem: with an unconstrained lower level. All of its data is used.
+        problem: any; a constrained lower level must be polyhedral (`polyhedral`). All of its data is used.
         x: the point, shaped like init's x0.
         y: warm start of the lower level; default init's y0.
         method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
@@ -125,15 +126,17 @@ def hypergradient(
             CG (Minimize) or GMRES (FixedPoint).
         lower: settings of the lower-level solve; None takes y as given, and the error says what that costs.
         v: warm start of the adjoint, shaped like y.
-        constants: makes `error_bound` rigorous.
+        constants: makes `error_bound` rigorous; for constrained lower levels it stays an estimate.
         estimate: without constants, estimate the error (two more linear solves); False gives error_bound = NaN.
 
     Raises:
-        NotImplementedError: for a lower level with sets or coupling.
+        NotImplementedError: for a lower level with `SmoothCoupling` or a `Ball`, and for `method` with constraints.
         InvalidInput: where x, y or v is not shaped like init's x0, y0.
     """
-    lower_level.require_unconstrained(problem, "hypergradient")
     y = start_y(problem, x, y)
+    if problem.constrained_lower:
+        settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
+        return Hypergradient(**polyhedral_gradient.differentiate(problem, x, y, settings, estimate)._asdict())
     if v is not None:
         check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
@@ -331,7 +334,7 @@ def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, s
 
 
 def implicit_objective(
-    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: Newton | None = None
+    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: Newton | ActiveSet | None = None
 ) -> Callable[..., Array]:
     """F: x -> f(x, y(x)), shape [], differentiable in forward and reverse mode, and again.
 
@@ -341,10 +344,18 @@ def implicit_objective(
     why, and how exact an answer is.
 
     Raises:
-        NotImplementedError: for a lower level with sets or coupling.
+        NotImplementedError: as `hypergradient`.
     """
-    lower_level.require_unconstrained(problem, "implicit_objective")
+    if problem.constrained_lower:
+        settings = polyhedral.settings_for(problem, "implicit_objective", lower or Newton(), method)
+        return lambda x, y=None: _implicit_constrained(problem, x, y, settings)
+    assert lower is None or isinstance(lower, Newton)
     return lambda x, y=None: _implicit_value(problem, x, y, method, lower)
+
+
+@jax.jit
+def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet) -> Array:
+    return polyhedral_gradient.implicit_value(problem, x, start_y(problem, x, y), settings)
 
 
 @jax.jit
@@ -374,22 +385,3 @@ def _implicit_value(
 
     solution = lax.custom_root(residual, lax.stop_gradient(flat), lambda _, y: y, tangent)
     return oracles.upper_value(problem, x, unravel(solution), upper_batch)
-
-
-def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
-    """y, or init's y0 where y is None; x and y are held against init's shapes."""
-    x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
-    check_like("x", x, x0, "init's x0")
-    if y is None:
-        return problem.init(jax.random.key(0))[1]
-    check_like("y", y, y0, "init's y0")
-    return y
-
-
-def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
-    """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
-    got, want = (
-        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
-    )
-    if got != want:
-        invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")

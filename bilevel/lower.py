@@ -1,7 +1,7 @@
 """Solve the lower level: y with R(x, y) = 0, and a certificate.
 
-Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-free beyond. Sets and coupling (projected,
-polyhedral) are not here yet: `solve` says so.
+Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-free beyond; with sets or linear coupling
+the active-set method of `polyhedral`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import oracles, polyhedral
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
@@ -63,22 +63,19 @@ class Newton:
     dense: bool | None = static(default=None)
 
 
-def require_unconstrained(problem: BilevelProblem, what: str) -> None:
-    """Raise `NotImplementedError` for lower levels with sets or coupling."""
-    if problem.constrained_lower:
-        raise NotImplementedError(
-            f"{what}: got a lower level with y_set = {type(problem.y_set).__name__} and coupling = "
-            f"{type(problem.coupling).__name__}; expected an unconstrained lower level. "
-            "Sets and linear coupling are not supported yet."
-        )
-
-
 def solve(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton | None = None
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton | polyhedral.ActiveSet | None = None
 ) -> LowerSolution:
-    """The lower-level solution from the warm start y."""
-    require_unconstrained(problem, "lower.solve")
+    """The lower-level solution from the warm start y; for a constrained level `polyhedral.solve` tells more.
+
+    Raises:
+        NotImplementedError: for a lower level with `SmoothCoupling` or a `Ball`.
+    """
     settings = Newton() if settings is None else settings
+    if problem.constrained_lower:
+        found = polyhedral.solve(problem, x, y, batch, polyhedral.settings_for(problem, "lower.solve", settings))
+        return LowerSolution(found.y, found.residual, found.steps, found.status, ())
+    assert isinstance(settings, Newton)
     flat, unravel = ravel_pytree(y)
     dense = flat.size <= DENSE_LIMIT if settings.dense is None else settings.dense
     minimize = isinstance(problem.lower, Minimize)

@@ -259,3 +259,22 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
                 invalid(label, got, f"shape {shape} for A y + B x <= b", do)
             if not np.isfinite(np.asarray(part)).all():
                 invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
+
+
+def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
+    """y, or init's y0 where y is None; x and y are held against init's shapes."""
+    x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
+    check_like("x", x, x0, "init's x0")
+    if y is None:
+        return problem.init(jax.random.key(0))[1]
+    check_like("y", y, y0, "init's y0")
+    return y
+
+
+def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
+    """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
+    got, want = (
+        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
+    )
+    if got != want:
+        invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")

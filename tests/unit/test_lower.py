@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from bilevel import BilevelProblem, Box, FixedPoint, Minimize, Newton, Status, lower, oracles
+from bilevel import Ball, BilevelProblem, FixedPoint, Minimize, Newton, Status, lower, oracles
 
 rng = np.random.default_rng(0)
 FEATURES = jnp.asarray(rng.normal(size=(40, 5)))
@@ -299,9 +299,9 @@ def test_pytrees():
     np.testing.assert_allclose(found.y["b"][0], 2, atol=1e-14)
 
 
-def test_constrained_levels_are_refused():
-    problem = BilevelProblem(nothing, Minimize(logistic), y_set=Box(0.0, 1.0))
-    with pytest.raises(NotImplementedError, match="y_set = Box"):
+def test_constrained_levels_that_are_not_polyhedral_are_refused():
+    problem = BilevelProblem(nothing, Minimize(logistic), y_set=Ball(1.0))
+    with pytest.raises(NotImplementedError, match="lower.solve: y_set must be .*got Ball"):
         lower.solve(problem, jnp.array(0.0), jnp.zeros(5), None)
 
 

@@ -1,0 +1,169 @@
+"""Strictly convex quadratic programs with two-sided rows, by a primal-dual active-set method with a finite fallback.
+
+    min over p of  R'p + p'H p/2   with  lo <= C (y + p) <= hi,    H = L L',  W = L^-1 C',  S = W'W.
+
+From multipliers lam, R = gradient + C' lam, and an active set a, the model's step is
+
+    S_aa dlam_a = (C (y + p0) - bound)_a,    p = p0 - H^-1 C' dlam,    p0 = -H^-1 R,    dlam_i = -lam_i outside of a.
+
+The search for a is a semismooth Newton method: solve for the rows in a, take in the rows that are violated, drop those
+with a multiplier of the wrong sign, all at once. It takes a few passes, one when warm-started. Where the number of
+wrong rows has not fallen for three passes, one row is changed at a time until it has (Kostreva's rule, finite for
+independent rows). Where rows are dependent, or the search is long, the dual method of Goldfarb and Idnani
+(`least_distance`) takes over, in z = L'p: it is finite, and finds out where the rows contradict each other.
+
+Calls of LAPACK form one chain: XLA's thread pool can deadlock on two batched ones that wait for nothing of each other
+(jaxlib 0.10 on two cores). So triangular factors are inverted once and the rest is products.
+
+Reference: Hintermueller, Ito, Kunisch. The primal-dual active set strategy as a semismooth Newton method. SIAM Journal
+on Optimization 13, 2002. Kostreva. Block pivot methods for solving the complementarity problem. Linear Algebra and its
+Applications 21, 1978.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.scipy.linalg import solve_triangular
+
+from bilevel.least_distance import nearest
+
+
+class Rows(NamedTuple):
+    """lo <= C y <= hi at one x, y raveled: C [m, n], lo, hi [m]; B [m, dim x], minus the derivative of the bounds."""
+
+    C: Array
+    lo: Array
+    hi: Array
+    B: Array
+
+
+class Factor(NamedTuple):
+    """Of H and the rows: L [n, n] lower, L L' = H, and X = L^-1; W [n, m] = X C' with columns of norm one, S = W'W
+    [m, m]; d [m], the norms divided out: rows are measured in the norm of H^-1.
+    """
+
+    L: Array
+    X: Array
+    W: Array
+    S: Array
+    d: Array
+
+
+def factorize(H: Array, C: Array) -> Factor:
+    """The factors of H [n, n] and the rows C [m, n]; NaN where H is not positive definite."""
+    L = lax.linalg.cholesky(H, symmetrize_input=False)
+    X = solve_triangular(L, jnp.eye(len(H), dtype=H.dtype), lower=True)
+    W = X @ C.T
+    length = jnp.linalg.norm(W, axis=0)
+    d = 1 / jnp.where(length > 0, length, 1)
+    W = W * d[None, :]
+    return Factor(L, X, W, W.T @ W, d)
+
+
+class Model(NamedTuple):
+    """Solution of the quadratic model: step p [n], multipliers, active set, K, passes, and how the search ended."""
+
+    p: Array
+    multipliers: Array
+    active: Array
+    K: Array
+    passes: Array
+    empty: Array
+    unsolved: Array
+    dependent: Array
+    room: Array  # distance of each row to a change, rows in the norm of H^-1
+    noise: Array  # rounding in it
+
+
+def masked_factor(S: Array, a: Array, ridge: Array | float = 0.0) -> Array:
+    """Cholesky factor of S + ridge I on the rows in a, the identity elsewhere."""
+    inside = a != 0
+    K = jnp.where(inside[:, None] & inside[None, :], S, 0) + jnp.diag(jnp.where(inside, ridge, 1).astype(S.dtype))
+    return lax.linalg.cholesky(K, symmetrize_input=False)
+
+
+def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a: Array, max_changes: int) -> Model:
+    """The quadratic model's solution from the active set a; R = grad_y g + C' lam."""
+    _, X, W, S, d = factor
+    eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
+    z0 = -X @ R
+    at = limits.C @ y
+    lo, hi, base = d * (limits.lo - at), d * (limits.hi - at), lam / d
+    fixed = limits.lo == limits.hi
+    reach = W.T @ z0
+    finite = lambda end: jnp.where(jnp.isfinite(end), jnp.abs(end), 0)  # noqa: E731
+    size = d * (jnp.abs(limits.C) @ jnp.abs(y) + jnp.maximum(finite(limits.lo), finite(limits.hi)))
+    noise = 10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0))
+
+    def solve_on(a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array, Array, Array]:
+        """(change of lam, C p, K, whether the rows in a are independent), scaled."""
+        K = masked_factor(S, a, ridge)
+        out = jnp.where(a != 0, 0, -base)
+        rhs = jnp.where(a != 0, reach - jnp.where(a > 0, hi, lo) - S @ out, out)
+        change = jnp.where(a != 0, jax.scipy.linalg.cho_solve((K, True), jnp.where(a != 0, rhs, 0)), out)
+        pivots = jnp.diagonal(K)
+        return change, reach - S @ change, K, jnp.min(pivots, initial=1.0) ** 2 > 1e3 * eps * max(m, 1)
+
+    def wrong(a: Array, change: Array, value: Array) -> Array:
+        """What each row should be instead: its violated side, 0 for a multiplier of the wrong sign, else a."""
+        drop = (a * (base + change) < -noise) & ~fixed
+        side = jnp.where(value > hi + noise, 1, jnp.where(value < lo - noise, -1, 0)).astype(a.dtype)
+        return jnp.where(a != 0, jnp.where(drop, 0, a), side)
+
+    # Phases: exact; with a ridge once rows turn out dependent, which makes every subset independent; a last exact pass.
+    exact, ridged, last_pass = range(3)
+
+    def search(c: tuple) -> tuple:
+        a, _, _, _, passes, best, patience, phase, _, _ = c
+        change, value, K, independent = solve_on(a, jnp.where(phase == ridged, eps**0.5, 0))
+        better = wrong(a, change, value)
+        off = better != a
+        count = jnp.sum(off)
+        patience = jnp.where(count < best, 3, patience - 1)
+        last = m - 1 - jnp.argmax(off[::-1])
+        alone = (patience < 0) & (jnp.arange(m) != last)
+        good = independent & jnp.isfinite(change).all()
+        settled = good & (count == 0)
+        done = settled & (phase != ridged)
+        begin_ridge, end_ridge = ~good & (phase == exact), settled & (phase == ridged)
+        failed = (~good & ~begin_ridge) | (passes >= max_changes) | (~settled & (phase == last_pass))
+        a = jnp.where(done | failed | begin_ridge | alone, a, better)
+        best = jnp.where(begin_ridge, m + 1, jnp.minimum(best, count))
+        phase = jnp.where(begin_ridge, ridged, jnp.where(end_ridge, last_pass, phase))
+        return a, change, value, K, passes + 1, best, patience, phase, done, failed & ~done
+
+    no = jnp.array(False)
+    begin = (a, base, base, S, jnp.array(0), jnp.array(m + 1), jnp.array(3), jnp.array(exact), no, no)
+    a, change, value, K, passes, *_, failed = lax.while_loop(lambda c: ~(c[-1] | c[-2]), search, begin)
+
+    def dual(c: tuple) -> tuple:
+        """The dual method in z = L'p, from the unconstrained step."""
+        free = reach + S @ base
+        slack, allow = jnp.concatenate([hi - free, free - lo]), jnp.concatenate([noise, noise])
+        exact = nearest(jnp.concatenate([W.T, -W.T]), slack, allow)
+        a = exact.active[:m].astype(lam.dtype) - exact.active[m:].astype(lam.dtype)
+        *rest, independent = solve_on(a)
+        return a, *rest, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
+
+    # A loop of at most one pass: XLA's conditional would copy every array that it sees.
+    a, change, value, K, dependent, empty, unsolved, _ = lax.while_loop(
+        lambda c: c[-1], dual, (a, change, value, K, no, no, no, failed)
+    )
+    total = base + change
+    inside = jnp.minimum(hi - value, value - lo)
+    room = jnp.where(fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), inside))
+    p = (z0 - W @ change) @ X
+    unsolved = unsolved | ~jnp.isfinite(p).all()
+    return Model(p, d * total, a, K, passes, empty, unsolved, dependent, room, noise)
+
+
+def kkt_solve(factor: Factor, K: Array, active: Array, r: Array, s: Array) -> tuple[Array, Array]:
+    """(u [n], v [m]) with H u + C_a' v_a = r, C_a u = s_a, and v_i = s_i on inactive rows: the adjoint, for s = 0."""
+    inside = active != 0
+    z = factor.X @ r
+    rhs = jnp.where(inside, factor.W.T @ z - factor.d * s, 0)
+    v = jnp.where(inside, jax.scipy.linalg.cho_solve((K, True), rhs), 0)
+    u = (z - factor.W @ v) @ factor.X
+    return u, jnp.where(inside, factor.d * v, s)

@@ -1,0 +1,334 @@
+"""Lower levels over polyhedra, solved exactly: a warm-started active-set method, and the implicit gradient.
+
+    y(x) = argmin_y g(x, y)   over   lo <= C y <= hi,
+
+g(x, .) strongly convex, one row of C per two-sided constraint: bounds of boxes and simplices, rows of `Polyhedron` and
+of `LinearCoupling` (whose hi is b - B x); lo = hi is an equality. With signed multipliers lam (>= 0 at hi, <= 0 at lo)
+
+    grad_y g + C' lam = 0,    lam_i = 0 or (C y)_i at its bound.
+
+Sequential quadratic programming: each step solves a quadratic program exactly (`active_set`), warm-started from the
+last active set and multipliers. A quadratic g takes one such step and one of iterative refinement.
+
+Implicit gradient at (y, lam, a), with the same factors:
+
+    [H  C_a'] [u]   [f_y]
+    [C_a  0 ] [v] = [ 0 ],      grad F = f_x - g_yx' u - B' v.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_factor, solve_model
+from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.record import Status
+from bilevel.sets import Box, Polyhedron, Product, Reals, Set, Simplex
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+@struct
+class ActiveSet:
+    """Settings of the active-set method.
+
+    Args:
+        tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
+        max_steps: steps of the outer (SQP) loop; a quadratic g takes two.
+        max_changes: passes of the primal-dual search, after which the finite dual method takes over.
+        start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
+            holds with equality, and those that the unconstrained step violates.
+    """
+
+    tol: Any = None
+    start: Any = None
+    max_steps: int = static(default=100)
+    max_changes: int = static(default=200)
+
+
+class PolyhedralSolution(NamedTuple):
+    """What `solve` returns.
+
+    y: shaped like the problem's. multipliers [m], signed. active [m]: 1 at hi, -1 at lo, 0 between. margin []: how far
+    the bound of a row must move, in units of y, until that row changes sides, the least over the rows: the slack of
+    inactive ones, |lam_i| (C H^-1 C')_ii of active ones, both over |C_i|; equalities do not count. residual []: norm of
+    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, K: the factors of the last step.
+    weak, noise [m]: rows whose multiplier, or slack, is rounding error, and how much slack that is.
+    status []: CONVERGED; WEAKLY_ACTIVE, solved with a margin of rounding error, or with active rows that depend on each
+    other; INFEASIBLE_LOWER, y is NaN; SADDLE, H is not positive definite; MAX_STEPS, STALLED, NONFINITE.
+    """
+
+    y: PyTree
+    multipliers: Array
+    active: Array
+    margin: Array
+    residual: Array
+    steps: Array
+    status: Array
+    factor: Factor
+    K: Array
+    weak: Array
+    noise: Array
+
+
+def settings_for(problem: BilevelProblem, what: str, lower: Any, method: Any = None) -> ActiveSet:
+    """The settings for a constrained lower level: `lower` itself, or its tolerance where it is for another method.
+
+    Raises:
+        NotImplementedError: for a kind of constraint that is not polyhedral, and for what has no meaning here.
+    """
+    reason = refuse(problem)
+    if reason is None and method is not None:
+        reason = f"method must be None where the lower level is constrained; got {type(method).__name__}"
+    if reason is None and lower is None:
+        reason = "lower=None (y as given) has no meaning for a constrained lower level; pass ActiveSet()"
+    if reason is not None or lower is None:
+        raise NotImplementedError(f"{what}: {reason}.")
+    return lower if isinstance(lower, ActiveSet) else ActiveSet(tol=lower.tol)
+
+
+def refuse(problem: BilevelProblem) -> str | None:
+    """Why the constrained lower level is not of the kind solved here, or None."""
+    if not isinstance(problem.lower, Minimize):
+        return f"a constrained lower level must be Minimize(g); got {type(problem.lower).__name__}"
+    if isinstance(problem.coupling, SmoothCoupling):
+        return "SmoothCoupling is not supported by implicit differentiation; write linear constraints as LinearCoupling"
+    return _refuse_set(problem.y_set)
+
+
+def _refuse_set(y_set: Set) -> str | None:
+    if isinstance(y_set, Product):
+        return next(filter(None, map(_refuse_set, y_set.factors())), None)
+    if isinstance(y_set, Reals | Box | Simplex | Polyhedron):
+        return None
+    return f"y_set must be Reals, Box, Simplex, Polyhedron or a Product of them; got {type(y_set).__name__}"
+
+
+def _set_rows(y_set: Set, y: PyTree) -> list[tuple[Array, Array, Array]]:
+    """(C, lo, hi) of the set on the raveled y."""
+    flat, _ = ravel_pytree(y)
+    n, dtype = flat.size, flat.dtype
+    if isinstance(y_set, Box):
+        full = lambda bound: ravel_pytree(bound)[0]  # noqa: E731
+        return [(jnp.eye(n, dtype=dtype), *(full(end) for end in y_set.bounds(y)))]
+    if isinstance(y_set, Simplex):
+        scale = jnp.asarray(y_set.scale, dtype)[None]
+        positive = jnp.eye(n, dtype=dtype), jnp.zeros(n, dtype), jnp.full(n, jnp.inf, dtype)
+        return [(jnp.ones((1, n), dtype), scale, scale), positive]
+    if isinstance(y_set, Polyhedron):
+        A, b = jnp.asarray(y_set.A, dtype), jnp.asarray(y_set.b, dtype)
+        return [(A, jnp.full_like(b, -jnp.inf), b)]
+    if isinstance(y_set, Product):
+        blocks, offset = [], 0
+        for factor, part in zip(y_set.factors(), y_set.parts(y), strict=True):
+            size = ravel_pytree(part)[0].size
+            for C, lo, hi in _set_rows(factor, part):
+                wide = jnp.zeros((C.shape[0], n), dtype).at[:, offset : offset + size].set(C)
+                blocks.append((wide, lo, hi))
+            offset += size
+        return blocks
+    return []
+
+
+def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
+    """The constraints of the lower level at x; y gives shapes and dtype only."""
+    (flat_x, _), (flat_y, _) = ravel_pytree(x), ravel_pytree(y)
+    dtype, empty = flat_y.dtype, jnp.zeros((0, flat_x.size), flat_y.dtype)
+    blocks, by_x = [], [empty]
+    coupling = problem.coupling
+    if isinstance(coupling, LinearCoupling):
+        for A, B, b, equal in (
+            (coupling.A_eq, coupling.B_eq, coupling.b_eq, True),
+            (coupling.A, coupling.B, coupling.b, False),
+        ):
+            if A is not None:
+                A, B, b = (jnp.asarray(part, dtype) for part in (A, B, b))
+                bound = b - B @ jnp.asarray(flat_x, dtype)
+                blocks.append((A, bound if equal else jnp.full_like(bound, -jnp.inf), bound))
+                by_x.append(B)
+    fixed = _set_rows(problem.y_set, y)
+    by_x += [jnp.zeros((C.shape[0], flat_x.size), dtype) for C, _, _ in fixed]
+    nothing = jnp.zeros((0, flat_y.size), dtype), jnp.zeros(0, dtype), jnp.zeros(0, dtype)
+    C, lo, hi = (jnp.concatenate(parts) for parts in zip(nothing, *blocks, *fixed, strict=True))
+    return Rows(C, lo, hi, jnp.concatenate(by_x))
+
+
+class _Search(NamedTuple):
+    """y and the model's step p from it, of length t; value of g, residual norm of the model's KKT system, its start;
+    the longest step so far; whether y is feasible; factor and model; steps; status.
+    """
+
+    y: Array
+    t: Array
+    g: Array
+    slope: Array
+    reach: Array
+    feasible: Array
+    factor: Factor
+    model: Model
+    steps: Array
+    status: Array
+
+
+def solve(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: ActiveSet | None = None
+) -> PolyhedralSolution:
+    """The lower-level solution from the warm start y, which need not be feasible. Pure; for jit and vmap.
+
+    Where g's Hessian does not depend on y (found out at trace time), it is formed and factored once; else at each
+    accepted point whose KKT residual the last factor did not cut tenfold, with backtracking on g along feasible steps.
+    """
+    settings = ActiveSet() if settings is None else settings
+    flat, unravel = ravel_pytree(y)
+    limits = rows(problem, x, y)
+    eps, m, dtype = jnp.finfo(flat.dtype).eps, limits.C.shape[0], flat.dtype
+    tol = 10 * eps if settings.tol is None else settings.tol
+    bad = jnp.isnan(limits.lo).any() | jnp.isnan(limits.hi).any() | ~jnp.isfinite(limits.C).all()
+    constant = oracles.constant_hessian(problem, x, y, batch)
+
+    def evaluate(flat: Array) -> tuple[Array, Array]:
+        g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
+        return g, ravel_pytree(R)[0]
+
+    def factor_at(flat: Array) -> Factor:
+        return factorize(oracles.lower_hessian(problem, x, unravel(flat), batch), limits.C)
+
+    def guess(grad: Array, factor: Factor) -> Array:
+        at = limits.C @ flat
+        near = 100 * eps * (jnp.abs(limits.C) @ jnp.abs(flat) + jnp.linalg.norm(limits.C, axis=1))
+        moved = at - factor.W.T @ (factor.X @ grad) / factor.d
+        held = jnp.where(jnp.abs(at - limits.hi) <= near, moved >= limits.hi, False)
+        held_lo = jnp.where(jnp.abs(at - limits.lo) <= near, moved <= limits.lo, False)
+        some = jnp.any(held | held_lo)
+        high, low = jnp.where(some, held, moved > limits.hi), jnp.where(some, held_lo, moved < limits.lo)
+        return jnp.where(high | (limits.lo == limits.hi), 1, jnp.where(low, -1, 0)).astype(dtype)
+
+    zero, no = jnp.zeros((), dtype), jnp.array(False)
+    start = settings.start
+    nobody = jnp.zeros(m, dtype)
+    if constant:
+        grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
+        factor = factor_at(flat)
+        a = guess(grad, factor) if start is None else jnp.asarray(start, dtype)
+        model = solve_model(factor, limits, flat, grad, nobody, a, settings.max_changes)
+        point, lam = flat + model.p, model.multipliers
+        # One step of iterative refinement on the same rows.
+        R = ravel_pytree(oracles.residual(problem, x, unravel(point), batch))[0] + limits.C.T @ lam
+        off = jnp.where(model.active > 0, limits.hi, limits.lo) - limits.C @ point
+        p, change = kkt_solve(factor, model.K, model.active, -R, jnp.where(model.active != 0, off, 0))
+        status = _ends(jnp.array(Status.CONVERGED), factor, model, bad | ~jnp.isfinite(grad).all())
+        end = _Search(point + p, zero, zero, zero, zero, no, factor, model._replace(multipliers=lam + change),
+                      jnp.array(2), status)  # fmt: skip
+        return _certify(problem, x, unravel, batch, limits, end)
+
+    def body(c: _Search) -> _Search:
+        first = c.steps == 0
+        trial = c.y + c.t * c.model.p
+        g, grad = evaluate(trial)
+        R = grad + limits.C.T @ c.model.multipliers
+        finite = jnp.isfinite(g) & jnp.isfinite(R).all()
+        # Descent is asked for between feasible points only: the first full step makes y feasible.
+        enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
+        ok = finite & (first | ~c.feasible | enough)
+        before = jnp.linalg.norm(c.factor.L @ (c.factor.L.T @ c.model.p))
+        renew = ok & ~first & ~((jnp.linalg.norm(R) <= 0.1 * before) & (c.t == 1))
+        factor = lax.cond(renew, lambda: factor_at(trial), lambda: c.factor)
+        a = c.model.active
+        a = jnp.where(first, guess(grad, factor), a) if start is None else a
+        new = lambda: solve_model(factor, limits, trial, R, c.model.multipliers, a, settings.max_changes)  # noqa: E731
+        model = lax.cond(ok, new, lambda: c.model)
+        length = jnp.linalg.norm(model.p)
+        y_next = jnp.where(ok, trial, c.y)
+        reach = jnp.maximum(c.reach, jnp.where(first, 0, jnp.linalg.norm(c.t * c.model.p)))
+        scale = jnp.linalg.norm(y_next) + jnp.where(first, length, reach)
+        t = jnp.where(ok, 1, c.t / 2).astype(dtype)
+        before = jnp.linalg.norm(c.model.p)
+        level = ~first & (c.t == 1) & (length >= before / 2) & (length <= jnp.sqrt(eps) * scale)  # rounding
+        done = ok & ((length <= tol * scale) | level)
+        status = jnp.where(done, Status.CONVERGED, jnp.where(t < eps, Status.STALLED, Status.MAX_STEPS))
+        status = _ends(status, factor, model, (first & ~finite) | bad)
+        feasible = c.feasible | (ok & ~first & (c.t == 1))
+        return _Search(y_next, t, jnp.where(ok, g, c.g), grad @ model.p, reach, feasible, factor, model,
+                       c.steps + 1, status)  # fmt: skip
+
+    a0 = nobody if start is None else jnp.asarray(start, dtype)
+    nothing = Model(
+        jnp.zeros_like(flat), nobody, a0, jnp.zeros((m, m), dtype), jnp.array(0), no, no, no, nobody, nobody
+    )
+    begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat), nothing, jnp.array(0),
+                    jnp.array(Status.MAX_STEPS))  # fmt: skip
+
+    def go_on(c: _Search) -> Array:
+        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
+
+    end = lax.while_loop(go_on, body, begin)
+    end = end._replace(y=end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0))
+    return _certify(problem, x, unravel, batch, limits, end)
+
+
+def _ends(status: Array, factor: Factor, model: Model, bad: Array) -> Array:
+    """The status after a model was solved, where it did not go well."""
+    status = jnp.where(model.unsolved, Status.STALLED, status)
+    status = jnp.where(model.empty, Status.INFEASIBLE_LOWER, status)
+    status = jnp.where(jnp.isnan(factor.L[-1, -1]), Status.SADDLE, status)
+    return jnp.where(bad, Status.NONFINITE, status)
+
+
+def _certify(
+    problem: BilevelProblem, x: PyTree, unravel: Any, batch: PyTree, limits: Rows, end: _Search
+) -> PolyhedralSolution:
+    """The residual at the last point, recomputed, the margin and the final status."""
+    model, d = end.model, end.factor.d
+    nan = end.status == Status.INFEASIBLE_LOWER
+    last = jnp.where(nan, jnp.nan, end.y)
+    grad = ravel_pytree(oracles.residual(problem, x, unravel(last), batch))[0]
+    at = limits.C @ last
+    outside = jnp.maximum(jnp.maximum(at - limits.hi, limits.lo - at), 0)
+    residual = jnp.sqrt(jnp.sum((grad + limits.C.T @ model.multipliers) ** 2) + jnp.sum(outside**2))
+    length = jnp.linalg.norm(limits.C, axis=1)
+    units = jnp.where(length > 0, 1 / (d * jnp.where(length > 0, length, 1)), jnp.inf)
+    weak = (model.room <= 10 * model.noise) & (length > 0)
+    margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * jnp.where(length > 0, units, 0), jnp.inf),
+                     initial=jnp.inf)  # fmt: skip
+    status = jnp.where(
+        (end.status == Status.CONVERGED) & (jnp.any(weak) | model.dependent), Status.WEAKLY_ACTIVE, end.status
+    )
+    return PolyhedralSolution(
+        y=unravel(last),
+        multipliers=jnp.where(nan, jnp.nan, model.multipliers),
+        active=model.active,
+        margin=jnp.where(nan, jnp.nan, jnp.where(model.dependent, 0, margin)),
+        residual=residual,
+        steps=end.steps,
+        status=status,
+        factor=end.factor,
+        K=model.K + 0 * residual,  # so that the adjoint's solve waits for the last one: see `active_set`
+        weak=weak,
+        noise=10 * model.noise / d,
+    )
+
+
+def adjoint(solution: PolyhedralSolution, fy: Array) -> tuple[Array, Array]:
+    """(u [n], v [m]) of the module's adjoint system for f_y [n]; v is zero on inactive rows."""
+    nothing = jnp.zeros_like(solution.multipliers)
+    return kkt_solve(solution.factor, solution.K, solution.active, fy, nothing)
+
+
+def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSolution:
+    """The solution with the factors of another Hessian."""
+    return solution._replace(factor=factor, K=masked_factor(factor.S, solution.active))
+
+
+def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+    """Proj(y - grad_y g) - y [n] on the feasible set: zero exactly at y(x). One quadratic program; NaN if empty."""
+    flat, _ = ravel_pytree(y)
+    limits = rows(problem, x, y)
+    factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
+    grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
+    nobody = jnp.zeros(len(limits.C), flat.dtype)
+    model = solve_model(factor, limits, flat, grad, nobody, nobody, ActiveSet().max_changes)
+    return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)

@@ -1,0 +1,181 @@
+"""Derivatives of F through a polyhedral lower level: the hypergradient with its error, and F for `jax.grad`.
+
+On the rows that are active at y(x), with H = g_yy, G = g_yx and the rows' bounds moving with x by -B (`polyhedral`),
+
+    grad F = f_x - G' u - B' v,    [H  C_a'; C_a  0] [u; v] = [f_y; 0].
+
+F is differentiable where every active row has a multiplier and the active rows are independent; elsewhere it has a
+kink, and this is one of its one-sided derivatives. `directional` gives them all.
+"""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles, polyhedral
+from bilevel.active_set import Rows, factorize, kkt_solve, solve_model
+from bilevel.linear import refine
+from bilevel.polyhedral import ActiveSet, PolyhedralSolution
+from bilevel.problem import BilevelProblem
+from bilevel.record import Status
+
+PyTree = Any
+
+
+class Differentiated(NamedTuple):
+    """The fields of `Hypergradient`."""
+
+    value: Array
+    gradient: PyTree
+    y: PyTree
+    lower_residual: Array
+    linear_residual: Array
+    error_bound: Array
+    active_margin: Array
+    status: Array
+    v: PyTree
+
+
+def _failed(status: Array) -> Array:
+    return (status != Status.CONVERGED) & (status != Status.WEAKLY_ACTIVE)
+
+
+def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, batch: PyTree) -> PolyhedralSolution:
+    """`found` with factors of the Hessian at its y; those of a constant Hessian are."""
+    if oracles.constant_hessian(problem, x, found.y, batch):
+        return found
+    factor = factorize(oracles.lower_hessian(problem, x, found.y, batch), polyhedral.rows(problem, x, found.y).C)
+    return polyhedral.refactored(found, factor)
+
+
+def differentiate(
+    problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet, estimate: bool = True
+) -> Differentiated:
+    """The hypergradient from the warm start y, by Newton corrections of (y, lam) and (u, v) together.
+
+    Pass 0 solves for (u, v), pass 1 gives the gradient, pass 2 one that is right to higher order: twice the distance of
+    the two, plus an allowance for rounding, estimates the first one's error. It is an estimate, and supposes that the
+    active set is the right one, which the margin shows; no proof from constants is offered here.
+    """
+    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    found = polyhedral.solve(problem, x, y, lower_batch, settings)
+    found = _at_solution(problem, x, found, lower_batch)
+    limits = polyhedral.rows(problem, x, y)
+    inside = found.active != 0
+    bound = jnp.where(found.active > 0, limits.hi, limits.lo)
+    flat, unravel = ravel_pytree(found.y)
+    unravel_x = ravel_pytree(x)[1]
+    solve = lambda r, s: kkt_solve(found.factor, found.K, found.active, r, s)  # noqa: E731
+
+    def look(carry: tuple, _: None) -> tuple:
+        flat, lam, u, v = carry
+        value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
+        directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
+        fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
+        implicit = cross + limits.B.T @ v
+        R, r_u = R + limits.C.T @ lam, fy - Hu - limits.C.T @ v
+        off, r_v = (jnp.where(inside, part, 0) for part in (bound - limits.C @ flat, -(limits.C @ u)))
+        d, dlam = solve(-R, off)
+        du, dv = solve(r_u, r_v + 0 * dlam)  # one chain of LAPACK calls: see `active_set`
+        sizes = jnp.stack([jnp.linalg.norm(part) for part in (jnp.append(R, off), jnp.append(r_u, r_v), fx, implicit)])
+        return (flat + d, lam + dlam, u + du, v + dv), (flat, u, value, fx - implicit, sizes)
+
+    m, nothing = limits.C.shape[0], jnp.zeros_like(flat)
+    start = flat, jnp.where(inside, found.multipliers, 0), nothing, jnp.zeros(m, flat.dtype)
+    ys, us, values, slopes, sizes = lax.scan(look, start, length=3 if estimate else 2)[1]
+    eps = jnp.finfo(flat.dtype).eps
+    if estimate:
+        error = 2 * jnp.linalg.norm(slopes[2] - slopes[1]) + eps * flat.size * jnp.sum(sizes[1, 2:])
+        good = jnp.array(Status.ESTIMATED)
+    else:
+        error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
+    failed = _failed(found.status)
+    finite = jnp.isfinite(slopes[1]).all() & jnp.isfinite(values[1])
+    status = jnp.where(found.status == Status.CONVERGED, good, found.status)
+    return Differentiated(
+        value=jnp.where(failed, jnp.nan, values[1]),
+        gradient=unravel_x(jnp.where(failed | ~finite, jnp.nan, slopes[1])),  # a failure is never a number
+        y=unravel(ys[1]),
+        lower_residual=sizes[1, 0],
+        linear_residual=sizes[1, 1],
+        error_bound=jnp.where(failed | ~finite, jnp.inf, error),
+        active_margin=found.margin,
+        status=jnp.where(failed | finite, status, Status.NONFINITE),
+        v=unravel(us[1]),
+    )
+
+
+def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet) -> Array:
+    """f(x, y(x)), differentiable in x in both modes and again: a root of the masked KKT system
+
+        grad_y g + C_a' lam_a = 0,    (C y - bound)_a = 0,    lam_i = 0 for i outside of a,
+
+    whose Jacobian is symmetric. NaN where the lower level is infeasible or unsolved.
+    """
+    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    fixed_x = lax.stop_gradient(x)
+    found = polyhedral.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings)
+    found = lax.stop_gradient(_at_solution(problem, fixed_x, found, lower_batch))
+    inside = found.active != 0
+    flat, unravel = ravel_pytree(found.y)
+    n = flat.size
+
+    def residual(z: Array) -> Array:
+        point, lam = z[:n], z[n:]
+        limits = polyhedral.rows(problem, x, unravel(point))
+        R = ravel_pytree(oracles.residual(problem, x, unravel(point), lower_batch))[0]
+        off = limits.C @ point - jnp.where(found.active > 0, limits.hi, jnp.where(inside, limits.lo, 0))
+        return jnp.concatenate([R + limits.C.T @ jnp.where(inside, lam, 0), jnp.where(inside, off, lam)])
+
+    def inverse(r: Array) -> Array:
+        return jnp.concatenate(kkt_solve(found.factor, found.K, found.active, r[:n], r[n:]))
+
+    def tangent(matvec: Any, b: Array) -> Array:
+        solve = lambda matvec, b: refine(matvec, inverse, b)  # noqa: E731
+        return lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
+
+    start = jnp.concatenate([flat, jnp.where(inside, found.multipliers, 0)])
+    start = jnp.where(_failed(found.status), jnp.nan, start)
+    z = lax.custom_root(residual, start, lambda _, z: z, tangent)
+    return oracles.upper_value(problem, x, unravel(z[:n]), upper_batch)
+
+
+def directional(
+    problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, settings: ActiveSet | None = None
+) -> tuple[Array, Array]:
+    """(-F'(x; -d), F'(x; d)), the one-sided derivatives along the direction d, shaped like x: equal unless F has a
+    kink at x across d. y: warm start of the lower level.
+
+    y'(x; d) solves the quadratic program  min p'H p/2 + p'G d  over  C_i p = -B_i d on active rows with a multiplier,
+    C_i p <= -B_i d (for rows at hi) on the weakly active ones: an inactive row is weakly active where its slack is at
+    most its rounding error, and so is an active one with such a multiplier. NaN where the lower level is not solved.
+
+    Reference: Jittorntrum. Solution point differentiability without strict complementarity in nonlinear programming.
+    Mathematical Programming Studies 21, 1984.
+    """
+    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    found = polyhedral.solve(problem, x, y, lower_batch, settings)
+    found = _at_solution(problem, x, found, lower_batch)
+    limits = polyhedral.rows(problem, x, y)
+    (fx, fy), d = oracles.upper_gradients(problem, x, found.y, upper_batch), ravel_pytree(direction)[0]
+    fx, fy = ravel_pytree(fx)[0], ravel_pytree(fy)[0]
+    at = limits.C @ ravel_pytree(found.y)[0]
+    near_hi, near_lo = jnp.abs(at - limits.hi) <= found.noise, jnp.abs(at - limits.lo) <= found.noise
+    strong = (found.active != 0) & ~found.weak
+    inf = jnp.full_like(at, jnp.inf)
+    zero = jnp.zeros_like(ravel_pytree(found.y)[0])
+
+    def along(sign: int) -> Array:
+        moved = -sign * (limits.B @ d)
+        held_hi = strong | near_hi | (found.weak & (found.active > 0))
+        held_lo = strong | near_lo | (found.weak & (found.active < 0))
+        cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
+        slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
+        start = jnp.where(strong, 1, 0).astype(at.dtype)
+        model = solve_model(found.factor, cone, zero, slope, jnp.zeros_like(at), start, 200)
+        change = sign * (fx @ d) + fy @ model.p
+        return jnp.where(_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
+
+    return -along(-1), along(1)
