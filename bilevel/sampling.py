@@ -194,6 +194,45 @@ def near(set: Set, key: Array, num: int, points: PyTree, others: PyTree) -> PyTr
     return jax.vmap(lambda y: set.project(unravel(y)))(mixed)
 
 
+def smoothness(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, num: int = 32) -> tuple[Array, Array]:
+    """Estimates, from below, of the Lipschitz constants of grad f and grad g in (x, y), shapes [], on all of the data.
+
+    The largest difference quotients over `num` pairs of points a thousandth of the way between two samples of X x Y.
+    """
+    keys = jax.random.split(key, 4)
+    unravel = ravel_pytree((x, y))[1]
+
+    def points(key_x: Array, key_y: Array) -> Array:
+        xs, ys = starts(problem.x_set, key_x, num, x), starts(problem.y_set, key_y, num, y)
+        return jax.vmap(lambda x, y: ravel_pytree((x, y))[0])(xs, ys)
+
+    def gradients(z: Array) -> tuple[Array, Array]:
+        x, y = unravel(z)
+        f = oracles.upper_gradients(problem, x, y, problem.upper_data.full())
+        g = oracles.lower_gradients(problem, x, y, problem.lower_data.full())
+        return ravel_pytree(f)[0], ravel_pytree(g)[0]
+
+    here, there = points(*keys[:2]), points(*keys[2:])
+    near = here + 1e-3 * (there - here)
+    distance = jnp.linalg.norm(near - here, axis=1)
+    pairs = zip(jax.vmap(gradients)(here), jax.vmap(gradients)(near), strict=True)
+    quotients = [jnp.linalg.norm(b - a, axis=1) / jnp.where(distance > 0, distance, jnp.inf) for a, b in pairs]
+    L_f, L_g = (jnp.max(jnp.where(jnp.isfinite(q), q, 0)) for q in quotients)
+    return L_f, jnp.where(L_g > 0, L_g, 1)
+
+
+def projected_steps(problem: BilevelProblem, x: PyTree, y: PyTree, stepper: Any, num_steps: int) -> tuple[PyTree, Any]:
+    """(y, stepper) after `num_steps` of y <- Proj_Y(y - b g_y(x, y)), on all of the data; stepper: `step.Stepper`."""
+    batch = problem.lower_data.full()
+
+    def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
+        y, stepper = carry
+        y, stepper = stepper(y, oracles.residual(problem, x, y, batch))
+        return (problem.y_set.project(y), stepper), None
+
+    return lax.scan(step, (y, stepper), length=num_steps)[0]
+
+
 def unbounded(set: Set) -> bool:
     """Whether the set is known to have an infinite direction; a polyhedron is taken at its word. Not for tracers."""
     if isinstance(set, Product):
