@@ -1,7 +1,6 @@
-"""The command `bilevax`: list, run, show. Everything heavy is imported inside the commands, so that help is quick."""
+"""The command `bilevax`. Everything heavy is imported inside the commands, so that help is quick."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,18 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks import terminal as options
+from benchmarks.terminal import Json, console, examples, progress, usage_errors, use_compilation_cache
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-
-
-def _examples(*lines: str) -> str:
-    """The end of a help text, a line each; brackets are escaped, since rich reads them as markup."""
-    return "\n\n".join(["Examples:", *(line.replace("[", "\\[") for line in lines)])
 
 
 def _version(wanted: bool) -> None:
@@ -32,7 +28,7 @@ def _version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog=_examples(
+    epilog=examples(
         "bilevax run",
         "bilevax list",
         "bilevax run -p quadratic -s SOBA -s AID --seeds 3",
@@ -46,35 +42,16 @@ def root(
     """Bilevel optimisation: run solvers on problems, judge the results by a referee, print tables and draw plots."""
 
 
-@contextmanager
-def _usage_errors() -> Iterator[None]:
-    """Bad usage becomes a message on stderr and exit code 2."""
-    from benchmarks.registry import UsageError
-
-    try:
-        yield
-    except UsageError as error:
-        typer.echo(f"bilevax: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
-def _console() -> Any:
-    """As wide as the terminal, 120 columns where there is none."""
-    from rich.console import Console
-
-    return Console() if sys.stdout.isatty() else Console(width=120, highlight=False)
-
-
 @app.command(
     "list",
-    epilog=_examples(
+    epilog=examples(
         "bilevax list",
         "bilevax list --json | python -m json.tool",
     ),
 )
 def list_(as_json: Json = False) -> None:
     """List the solvers and problems that are found, a line each, with their parameters in --json."""
-    with _usage_errors():
+    with usage_errors():
         from benchmarks.registry import summaries
 
         found = summaries()
@@ -92,11 +69,11 @@ def list_(as_json: Json = False) -> None:
         table.add_column("what it is")
         for name, entry in found[kind].items():
             table.add_row(name, entry["summary"])
-        _console().print(table)
+        console().print(table)
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "bilevax run",
         "bilevax run --suite quickstart --out results/mine",
         "bilevax run -p quadratic -s SOBA -s AID --seeds 3 --max-steps 2000",
@@ -105,50 +82,53 @@ def list_(as_json: Json = False) -> None:
     )
 )
 def run(
-    problem: Annotated[
-        list[str] | None,
-        typer.Option("--problem", "-p", metavar="NAME[K=V,…]", help="A problem; may be repeated. Default: all."),
-    ] = None,
-    solver: Annotated[
-        list[str] | None,
-        typer.Option("--solver", "-s", metavar="NAME[K=V,…]", help="A solver; may be repeated. Default: all."),
-    ] = None,
-    suite: Annotated[
-        str | None,
-        typer.Option(help="A suite's name or TOML file, instead of -p and -s. Without any of the three: quickstart."),
-    ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Runs with seeds 0 to n-1. Default: 1, or the suite's.")
-    ] = None,
-    max_steps: Annotated[int | None, typer.Option(min=0, help="Steps at most. Default: 1000, or the suite's.")] = None,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps between measurements. Default: max-steps/20.")] = None,
-    tol: Annotated[
-        float | None, typer.Option(min=0, help="Stop when the referee's residuals are below; 0 never stops.")
-    ] = None,
-    time_limit: Annotated[float | None, typer.Option(min=0, help="Seconds of solver time for each run.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The folder for the results. Default: results/<time>-<suite>.")
-    ] = None,
-    precision: Annotated[int, typer.Option(help="Bits of the floats: 64 or 32.")] = 64,
-    plot: Annotated[bool, typer.Option("--plot/--no-plot", help="Draw a PNG for each problem.")] = True,
+    problem: options.Problems = None,
+    solver: options.Solvers = None,
+    suite: options.Suite = None,
+    seeds: options.Seeds = None,
+    max_steps: options.MaxSteps = None,
+    every: options.Every = None,
+    tol: options.Tol = None,
+    time_limit: options.TimeLimit = None,
+    out: options.Out = None,
+    precision: options.Precision = 64,
+    plot: options.Plot = True,
     as_json: Json = False,
 ) -> None:
     """Run solvers on problems: every problem x solver x seed; print the table, keep everything in a folder.
 
-    Exit code: 0 all ran (what a solver does not support is skipped with the reason), 1 a run failed, 2 bad usage,
-    130 interrupted.
+    Exit code: 0 all ran (what a solver does not support is skipped with the reason), 1 a run failed, 2 bad usage, or a
+    folder that cannot be read or written, 130 interrupted.
     """
+    limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
+    with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
+        from benchmarks import report, runner
+
+        with runner.open_folder(out, runner.settings_of(name, cells, precision)) as folder:
+            with progress(len(cells)) as on_cell:
+                complete = runner.execute(folder, cells, on_cell)
+            loaded = report.load(folder)
+            summary = report.write(folder, loaded, plot)
+    _print(folder, loaded, summary, as_json)
+    raise typer.Exit(report.exit_code(summary) if complete else 130)
+
+
+@contextmanager
+def _study(
+    problem: list[str] | None, solver: list[str] | None, suite: str | None, seeds: int | None, limits: dict[str, Any],
+    precision: int,
+) -> Iterator[tuple[str, Any]]:  # fmt: skip
+    """(name, cells) that the options ask for, checked; inside, floats have `precision` bits."""
     if precision not in (32, 64):
         raise typer.BadParameter(f"got {precision}; expected 64 or 32.", param_hint="--precision")
     if suite is not None and (problem or solver):
         raise typer.BadParameter("it says which problems and solvers run: leave out -p and -s.", param_hint="--suite")
-    _use_compilation_cache()
+    use_compilation_cache()
     import jax
 
-    from benchmarks import registry, report, runner
+    from benchmarks import registry
 
-    limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
-    with _usage_errors(), jax.enable_x64(precision == 64):
+    with usage_errors(), jax.enable_x64(precision == 64):
         if problem or solver:
             given = {key: value for key, value in limits.items() if value is not None}
             name, cells = "custom", registry.grid(problem or [], solver or [], seeds or 1, **given)
@@ -158,17 +138,11 @@ def run(
             registry.check_problem(text)
         for text in dict.fromkeys(cell.solver for cell in cells):
             registry.build_solver(text)
-        folder = runner.open_folder(out, runner.settings_of(name, cells, precision))
-        with _progress(len(cells)) as on_cell:
-            complete = runner.execute(folder, cells, on_cell)
-        loaded = report.load(folder)
-        summary = report.write(folder, loaded, plot)
-    _print(folder, loaded, summary, as_json)
-    raise typer.Exit(report.exit_code(summary) if complete else 130)
+        yield name, cells
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "bilevax show results/mine",
         "bilevax show results/mine --json",
     )
@@ -178,12 +152,46 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print the table of a run from its files, and say what is unfinished."""
-    with _usage_errors():
+    with usage_errors():
         from benchmarks import report
 
         loaded = report.load(folder)
         summary = report.summarise(loaded)
     _print(folder, loaded, summary, as_json)
+
+
+@app.command(
+    epilog=examples(
+        "bilevax compare results/mine",
+        "bilevax compare results/before results/after --tol 1e-5 --by gradient",
+        "bilevax compare results/mine -s SOBA -s AID --format latex > table.tex",
+    )
+)
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders of runs.")],
+    problem: options.Problems = None,
+    solver: options.Solvers = None,
+    by: Annotated[str, typer.Option(help="What must come down: value (F - F_L) or gradient (|grad F|).")] = "value",
+    tol: Annotated[float, typer.Option(help="The part of its start that it must come down to.")] = 1e-3,
+    spread: Annotated[str, typer.Option(help="quantiles (median and quartiles) or std (mean, deviation).")] = (
+        "quantiles"
+    ),
+    form: Annotated[
+        str, typer.Option("--format", metavar="FORMAT", help="text, csv, json, markdown or latex.")
+    ] = "text",
+    as_json: Json = False,
+) -> None:
+    """Compare solvers: oracle calls and time to a tolerance, performance and data profiles, rank tests."""
+    with usage_errors():
+        from benchmarks import compare as comparer
+        from benchmarks import registry, sheets
+
+        form = "json" if as_json else form
+        for what, value, known in (("--format", form, sheets.FORMATS), ("--spread", spread, sheets.SPREADS)):
+            if value not in known:
+                raise registry.UsageError(f"{what}: got {value!r}; expected {', '.join(known)}.")
+        found = comparer.compare(folders, by=by, tolerance=tol, problems=problem, solvers=solver)
+    typer.echo(sheets.FORMATS[form](found, spread), nl=False)
 
 
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:
@@ -202,38 +210,9 @@ def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> No
             )
         )
         return
-    console = _console()
-    console.print(report.tables(summary))
-    console.print(f"Results: {folder}", soft_wrap=True)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Any]:
-    """A function (index, cell) -> None that moves a bar on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda index, cell: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda index, cell: bar.update(
-            task, completed=index, description=f"{cell.problem} {cell.solver} seed {cell.seed}"
-        )
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs between runs in the user's cache folder; BILEVAX_CACHE=off switches it off."""
-    import os
-
-    import jax
-    import platformdirs
-
-    if os.environ.get("BILEVAX_CACHE", "") != "off" and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("bilevax")) / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    terminal = console()
+    terminal.print(report.tables(summary))
+    terminal.print(f"Results: {folder}", soft_wrap=True)
 
 
 def main() -> None:

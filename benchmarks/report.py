@@ -16,8 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.registry import Cell, UsageError
-from benchmarks.runner import FAILED, cell_path, instance_path, read_json, slug, write_json
-from bilevel.checkpoint import write_atomically
+from benchmarks.runner import FAILED, instance_path, read_cell, read_json, read_settings, slug, write_file, write_json
 from bilevel.record import Record
 
 WIDTH = 120
@@ -36,13 +35,13 @@ def load(folder: Path) -> Run:
     """Read a run's folder.
 
     Raises:
-        UsageError: the folder is no run.
+        UsageError: the folder is no run, or is damaged.
     """
-    settings = read_json(folder / "settings.json") if folder.is_dir() else None
+    settings = read_settings(folder)
     if settings is None:
         raise UsageError(f"{folder}: no settings.json in it; expected the folder of a run, as `bilevax run` names it.")
     cells = [Cell(**cell) for cell in settings["cells"]]
-    results = [(cell, read_json(cell_path(folder, k, cell))) for k, cell in enumerate(cells)]
+    results = [(cell, read_cell(folder, k, cell)) for k, cell in enumerate(cells)]
     keys = dict.fromkeys((cell.problem, cell.seed) for cell in cells)
     known = {key: read_json(instance_path(folder, *key)) for key in keys}
     return Run(settings, results, {key: value for key, value in known.items() if value is not None})
@@ -135,7 +134,8 @@ def _spread(metrics: list[dict[str, float]]) -> dict[str, dict[str, float | None
     return spread
 
 
-def _number(value: float | None, spec: str) -> str:
+def number_text(value: float | None, spec: str) -> str:
+    """`value` in the format `spec`, a dash for None."""
     return "-" if value is None else format(value, spec)
 
 
@@ -173,6 +173,14 @@ def _table(headings: list[str], left: Sequence[str], first_width: int) -> Table:
     return table
 
 
+def table_text(headings: list[str], rows: list[list[str]]) -> str:
+    """A table as text without colours, as wide as its numbers need: names to the left, numbers to the right."""
+    table = _table(headings, headings[:1], max((len(row[0]) for row in rows), default=6))
+    for row in rows:
+        table.add_row(*row)
+    return _plain(table, 1000)
+
+
 def _optimisation_table(problem: dict[str, Any], names: dict[str, str]) -> Table:
     gap = ["F - F*"] if problem["optimum"] is not None else []
     headings = ["solver", "F", *gap, "|grad F|", "lower res", "passes", "steps", "time s", "status", "referee"]
@@ -180,13 +188,13 @@ def _optimisation_table(problem: dict[str, Any], names: dict[str, str]) -> Table
     for row in problem["rows"]:
         table.add_row(
             names[row["solver"]],
-            _number(row["value"], ".7g"),
-            *[_number(row["gap"], ".1e") for _ in gap],
-            _number(row["hypergradient"], ".1e"),
-            _number(row["lower_residual"], ".1e"),
-            _number(row["oracles"], ".4g"),
-            _number(row["steps"], ".5g"),
-            _number(row["solve_time"], ".2f"),
+            number_text(row["value"], ".7g"),
+            *[number_text(row["gap"], ".1e") for _ in gap],
+            number_text(row["hypergradient"], ".1e"),
+            number_text(row["lower_residual"], ".1e"),
+            number_text(row["oracles"], ".4g"),
+            number_text(row["steps"], ".5g"),
+            number_text(row["solve_time"], ".2f"),
             _counts(row["statuses"]),
             _counts(row["referee"]),
         )
@@ -244,8 +252,12 @@ def _shorten(text: str, limit: int = 300) -> str:
 
 def as_text(summary: dict[str, Any]) -> str:
     """The printed report without colours, 120 columns wide."""
+    return _plain(tables(summary))
+
+
+def _plain(printed: Any, width: int = WIDTH) -> str:
     stream = io.StringIO()
-    Console(file=stream, width=WIDTH, force_terminal=False, color_system=None).print(tables(summary))
+    Console(file=stream, width=width, force_terminal=False, color_system=None).print(printed)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()) + "\n"
 
 
@@ -282,8 +294,8 @@ def write(folder: Path, run: Run, plot: bool = True) -> dict[str, Any]:
     """Write summary.txt, .csv, .json and a PNG per problem into `folder`; return the summary."""
     summary = summarise(run)
     write_json(folder / "summary.json", summary)
-    write_atomically(folder / "summary.txt", as_text(summary).encode())
-    write_atomically(folder / "summary.csv", as_csv(summary).encode())
+    write_file(folder / "summary.txt", as_text(summary).encode())
+    write_file(folder / "summary.csv", as_csv(summary).encode())
     if plot:
         for problem in summary["problems"]:
             _plot(folder, run, problem)

@@ -5,7 +5,8 @@
     cells/<id>.npz, .json    per cell: x and y; status, stats, metrics, referee, record. The .json comes last: finished
     summary.txt, .csv, .json and <problem>.png, made from these files
 
-Every file is written under a temporary name and renamed. Numbers that are not finite are null in JSON.
+Every file is written under a temporary name and renamed. Numbers that are not finite are null in JSON. One process
+writes into a folder at a time: it holds `run.lock`, which the system takes from it when it dies.
 """
 
 import dataclasses
@@ -16,13 +17,15 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 
 import bilevel
 from benchmarks import referee
@@ -33,6 +36,19 @@ PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
 ERROR, UNSUPPORTED = "ERROR", "UNSUPPORTED"
 FAILED = (ERROR, bilevel.Status.NONFINITE.name)
+FORMAT = 1
+LOCK = "run.lock"
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # of `write_atomically`
+EMPTY: dict[str, Any] = {"status": ERROR, "reason": None, "stats": {}, "metrics": {}, "referee": None, "record": []}
+
+
+@dataclasses.dataclass
+class Held:
+    """What cells share: solvers by their text, since a second one may compile again, and the last instance."""
+
+    solvers: dict[str, bilevel.Solver] = dataclasses.field(default_factory=dict)
+    key: tuple[str, int] | None = None
+    instance: Any = None
 
 
 def clean(value: Any) -> Any:
@@ -47,14 +63,87 @@ def clean(value: Any) -> Any:
     return number if not isinstance(number, float) or math.isfinite(number) else None
 
 
+class FolderError(UsageError):
+    """A folder of results that cannot be read or written: what is wrong, with which file, and what to do."""
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """`write_atomically` for results; raises `FolderError` on a full disk or a read-only folder."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise FolderError(
+            f"{path}: it cannot be written ({error.strerror or error}). What is finished is kept: make room, or make "
+            "the folder writable, and repeat the command to go on."
+        ) from error
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` to `path` atomically."""
-    write_atomically(path, (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode())
+    """Write `value` to `path` atomically.
+
+    Raises:
+        FolderError: a full disk, a folder that is read-only.
+    """
+    write_file(path, (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """The content of a file that `write_json` wrote, None where there is no file."""
-    return json.loads(path.read_text("utf8")) if path.exists() else None
+    """The content of a file that `write_json` wrote, None where there is no file.
+
+    Raises:
+        FolderError: a file that is damaged or cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise FolderError(f"{path}: it cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise FolderError(
+            f"{path}: it is damaged ({error}). Bring it back from a copy, or delete it and repeat the run's command."
+        ) from error
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """settings.json of a run's folder, None where there is none.
+
+    Raises:
+        FolderError: damaged, or of another format.
+    """
+    path = folder / "settings.json"
+    settings = read_json(path)
+    if settings is None:
+        return None
+    if not isinstance(settings, dict) or "format" not in settings:
+        raise FolderError(f"{path}: it is damaged (no format in it). Bring it back from a copy.")
+    if settings["format"] != FORMAT:
+        raise FolderError(
+            f"{path}: format {settings['format']}, expected {FORMAT}. Use the bilevax that wrote it: "
+            f"{settings.get('versions', {}).get('bilevax', 'unknown')}."
+        )
+    missing = sorted({"name", "started", "precision", "versions", "system", "cells"} - set(settings))
+    if missing:
+        raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Bring it back from a copy.")
+    return settings
+
+
+def read_cell(folder: Path, index: int, cell: Cell) -> dict[str, Any] | None:
+    """The result of cell number `index`, None where it is unfinished.
+
+    Raises:
+        FolderError: damaged, or another cell's.
+    """
+    path = cell_path(folder, index, cell)
+    result = read_json(path)
+    if result is None:
+        return None
+    missing = sorted({"cell", *EMPTY} - set(result)) if isinstance(result, dict) else ["result"]
+    if missing:
+        raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Delete it to run the cell again.")
+    if result["cell"] != dataclasses.asdict(cell):
+        raise FolderError(f"{path}: it is the result of another run's cell. Move it away to run this cell.")
+    return result
 
 
 def slug(text: str) -> str:
@@ -88,80 +177,134 @@ def settings_of(name: str, cells: list[Cell], precision: int) -> dict[str, Any]:
     started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     cells_as_dicts = [dataclasses.asdict(cell) for cell in cells]
     return {
-        "format": 1, "name": name, "started": started, "precision": precision, "versions": versions, "system": system,
-        "cells": cells_as_dicts,
+        "format": FORMAT, "name": name, "started": started, "precision": precision, "versions": versions,
+        "system": system, "cells": cells_as_dicts,
     }  # fmt: skip
 
 
-def open_folder(folder: Path | None, settings: dict[str, Any]) -> Path:
-    """Make the run's folder, or go on in it where it holds the same run.
+@contextmanager
+def open_folder(folder: Path | None, settings: dict[str, Any]) -> Iterator[Path]:
+    """Make the run's folder, or go on in it where it holds the same run; inside, no other process writes into it.
 
     Args:
         folder: None makes results/<time>-<name> below the working folder, always a new one.
         settings: what `settings_of` gives.
 
     Raises:
-        UsageError: the folder holds another run, or other things.
+        FolderError: the folder holds another run, or other things; another process writes into it; it is read-only.
     """
     if folder is None:
         stem = Path("results") / f"{time.strftime('%Y-%m-%dT%H-%M-%SZ', time.gmtime())}-{settings['name']}"
         folder, k = stem, 2
         while folder.exists():
             folder, k = stem.with_name(f"{stem.name}-{k}"), k + 1
-    elif folder.exists() and not folder.is_dir():
-        raise UsageError(f"--out {folder}: it is a file; expected a folder. Name another.")
-    elif folder.exists() and any(folder.iterdir()):
-        known = read_json(folder / "settings.json")
-        if known is None:
-            raise UsageError(f"--out {folder}: it holds files that are no run of bilevax. Name a new or empty folder.")
-        changed = [
-            key for key in ("format", "precision", "cells", "versions") if known.get(key) != clean(settings)[key]
+    _check_folder(folder, settings)
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise FolderError(
+            f"--out {folder}: another process is writing into it. Wait for it, or name another folder."
+        ) from error
+    except OSError as error:
+        raise FolderError(
+            f"--out {folder}: it cannot be written ({error.strerror or error}). Name another folder, or make it "
+            "writable; `bilevax show` reads a finished one as it is."
+        ) from error
+    try:
+        if not _check_folder(folder, settings):  # again: what was there before the lock may have changed
+            write_json(folder / "settings.json", settings)
+        for path in folder.rglob(".*"):
+            if TEMPORARY.fullmatch(path.name):  # a killed process left it half-written
+                path.unlink()
+        yield folder
+    finally:
+        lock.release()
+
+
+def _check_folder(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds this very run; false where it is new. Anything else raises `FolderError`."""
+    if folder.exists() and not folder.is_dir():
+        raise FolderError(f"--out {folder}: it is a file; expected a folder. Name another.")
+    if not folder.exists() or all(p.name == LOCK or TEMPORARY.fullmatch(p.name) for p in folder.iterdir()):
+        return False
+    known, own = read_settings(folder), clean(settings)
+    if known is None:
+        raise FolderError(f"--out {folder}: it holds files that are no run of bilevax. Name a new or empty folder.")
+    changed = [key for key in ("precision", "cells", "versions", "system") if known[key] != own[key]]
+    if changed:
+        details = [
+            f"{name} {known[key].get(name)} there, {own[key].get(name)} here"
+            for key in changed
+            if key in ("versions", "system")
+            for name in own[key]
+            if known[key].get(name) != own[key].get(name)
         ]
-        if changed:
-            raise UsageError(
-                f"--out {folder}: it holds another run ({', '.join(changed)} differ), which is not overwritten. "
-                "Name another folder, or repeat that run's command to go on with it."
-            )
-        return folder
-    write_json(folder / "settings.json", settings)
-    return folder
+        raise FolderError(
+            f"--out {folder}: it holds another run ({', '.join(changed)} differ), which is not overwritten. "
+            f"{'; '.join([*details, ''])}name another folder, or repeat that run's command to go on with it."
+        )
+    return True
+
+
+def unfinished(folder: Path, cells: list[Cell]) -> list[int]:
+    """The numbers of the cells that have no result yet, or an error that is worth another try."""
+    results = [read_cell(folder, index, cell) for index, cell in enumerate(cells)]
+    return [index for index, result in enumerate(results) if result is None or result["status"] == ERROR]
 
 
 def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None]) -> bool:
     """Run every cell that is not finished in `folder`; true when all were run, false after Ctrl-C.
 
     A cell that raised an error is tried again. `on_cell(index, cell)` is called before each cell.
+
+    Raises:
+        FolderError: a result that is there is damaged (before anything is run), or one cannot be written.
     """
-    solvers = {text: build_solver(text) for text in dict.fromkeys(cell.solver for cell in cells)}
-    held: tuple[tuple[str, int], Any] = (("", -1), None)  # the last instance: cells of one instance follow each other
-    for index, cell in enumerate(cells):
-        on_cell(index, cell)
-        path = cell_path(folder, index, cell)
-        before = read_json(path)
-        if before is not None and before["status"] != ERROR:
-            continue
-        result: dict[str, Any] = {
-            "status": ERROR,
-            "reason": None,
-            "stats": {},
-            "metrics": {},
-            "referee": None,
-            "record": [],
-        }
+    held = Held({text: build_solver(text) for text in dict.fromkeys(cell.solver for cell in cells)})
+    for index in unfinished(folder, cells):
+        on_cell(index, cells[index])
         try:
-            if held[0] != (cell.problem, cell.seed):
-                held = (cell.problem, cell.seed), build_instance(cell.problem, cell.seed)
-                _describe(instance_path(folder, cell.problem, cell.seed), held[1])
-            result |= _run(cell, held[1], solvers[cell.solver], path)
+            complete = run_cell(folder, index, cells[index], held)
         except KeyboardInterrupt:
             return False
-        except bilevel.Unsupported as error:
-            result |= {"status": UNSUPPORTED, "reason": str(error)}
-        except Exception as error:  # a cell that fails is a row with its reason
-            result |= {"reason": f"{type(error).__name__}: {error}"}
-        if result["status"] == bilevel.Status.INTERRUPTED.name:
+        if not complete:
             return False
-        write_json(path, {"cell": dataclasses.asdict(cell)} | result)
+    return True
+
+
+def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
+    """Run one cell and write its result; false when it was interrupted from the keyboard.
+
+    Args:
+        folder: of the run.
+        index: the cell's number.
+        cell: what to run.
+        held: of this process, the same at each call.
+
+    Raises:
+        FolderError: the result cannot be written.
+    """
+    path = cell_path(folder, index, cell)
+    result = dict(EMPTY)
+    try:
+        if cell.solver not in held.solvers:
+            held.solvers[cell.solver] = build_solver(cell.solver)
+        if held.key != (cell.problem, cell.seed):
+            held.key, held.instance = None, build_instance(cell.problem, cell.seed)
+            held.key = cell.problem, cell.seed
+        _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
+        result |= _run(cell, held.instance, held.solvers[cell.solver], path)
+    except FolderError:
+        raise
+    except bilevel.Unsupported as error:
+        result |= {"status": UNSUPPORTED, "reason": str(error)}
+    except Exception as error:  # a cell that fails is a row with its reason
+        result |= {"reason": f"{type(error).__name__}: {error}"}
+    if result["status"] == bilevel.Status.INTERRUPTED.name:
+        return False
+    write_json(path, {"cell": dataclasses.asdict(cell)} | result)
     return True
 
 
@@ -206,7 +349,7 @@ def save_point(path: Path, x: PyTree, y: PyTree) -> None:
     }
     buffer = io.BytesIO()
     np.savez(buffer, allow_pickle=False, **leaves)
-    write_atomically(path, buffer.getvalue())
+    write_file(path, buffer.getvalue())
 
 
 def load_point(path: Path, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:

@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -31,17 +31,20 @@ class CheckpointError(RuntimeError):
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write through a temporary file in the same folder, flushed to disk, then renamed over `path`."""
+    """Write through a temporary file in the same folder, flushed to disk, then renamed over `path`.
+
+    The file's mode follows the umask. What a killed process leaves is hidden: `.<name>.<16 hex digits>`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
