@@ -77,7 +77,8 @@ class NeuralIRL(Solver):
 
     Args:
         lower_step_size: eta > 0, an optax schedule or transformation. Default: 1/lambda, with lambda the largest
-            eigenvalue of the weighted tangent kernel at D = 0.
+            eigenvalue of the weighted tangent kernel at D = 0; with num_transitions 1/c^2 <= 1/|grad_D Q|^2, since
+            one pair may be the whole sample.
         upper_step_size: alpha > 0, an optax schedule or transformation. Default: 1/(curvature of F at x0).
         upper_decay: s >= 0; 1/2 as in the theory. radius: B > 0. weight_decay: >= 0.
         averaging: p >= 0; 0 is the plain average, large p the last iterate.
@@ -121,7 +122,10 @@ class NeuralIRL(Solver):
         network = TwoLayer.draw(key_network, self.width, z.shape[-1])
         D = network.origin
         upper = spec.default_step(problem, x, y) if self.upper_step_size is None else None
-        lower = 1 / _largest_eigenvalue(network, z, _scale(mdp)) if self.lower_step_size is None else None
+        lower = None
+        if self.lower_step_size is None:
+            sampled = self.num_transitions is not None
+            lower = 1 / (_scale(mdp) ** 2 if sampled else _largest_eigenvalue(network, z, _scale(mdp)))
         visits = jax.vmap(mdp.sample_start)(jax.random.split(key_visits, self.num_transitions or 1))
         return State(
             x, self._table(mdp, network, D), D, network, Mean(x, D), jnp.zeros((), D.dtype), visits,
