@@ -1,0 +1,117 @@
+"""The true lower gap against closed forms and dense grids; infeasible points and empty sets are named."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+import problems
+from bilevel.gap import lower_gap, measure_global
+
+
+def start(key):
+    return jnp.zeros(1), jnp.zeros(3)
+
+
+def linear(x, y, batch):
+    return batch @ y
+
+
+def nothing(x, y, batch):
+    return jnp.sum(x) * 0 + jnp.sum(y) * 0
+
+
+def over(y_set, c, **parts):
+    return bilevel.BilevelProblem(
+        nothing, bilevel.Minimize(linear), y_set=y_set, lower_data=bilevel.Full(jnp.asarray(c)), init=start, **parts
+    )
+
+
+def test_a_quartic_with_two_wells_against_the_roots_of_its_derivative():
+    problem = problems.make("nonconvex", case="mb_3_11").problem
+    rng = np.random.default_rng(0)
+    xs, ys = rng.uniform(-1, 1, 40), rng.uniform(-0.8, 1, 40)
+    found = jax.jit(jax.vmap(lambda x, y: lower_gap(problem, x, y)))(xs[:, None], ys[:, None])
+    q = np.poly1d([16, 2, -8, -1.5, 0.5])
+    candidates = np.concatenate([np.real(q.deriv().roots), [-0.8, 1.0]])
+    v = np.min(xs[:, None] * q(candidates)[None], axis=1)
+    np.testing.assert_allclose(found.value, v, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(found.gap, xs * q(ys) - v, rtol=1e-9, atol=1e-12)
+    assert (found.status == bilevel.Status.CONVERGED).all()
+
+
+C = np.array([0.3, -1.2, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("y_set", "least"),
+    [
+        (bilevel.Ball(2.0), -2 * np.linalg.norm(C)),
+        (bilevel.Simplex(3.0), 3 * C.min()),
+        (bilevel.Polyhedron(np.vstack([np.eye(3), -np.eye(3)]), np.ones(6)), -np.abs(C).sum()),
+    ],
+    ids=["ball", "simplex", "polyhedron"],
+)
+def test_linear_functions_over_sets(y_set, least):
+    found = lower_gap(over(y_set, C), jnp.zeros(1), y_set.project(jnp.ones(3)), num_points=256)
+    np.testing.assert_allclose(found.value, least, rtol=1e-8)
+
+
+def test_many_wells_in_four_dimensions():
+    """Zero only at y = x 1, among thousands of local minima."""
+    problem = problems.make("nonconvex_scaled", case="rastrigin", n=4).problem
+    x, y = jnp.array([[0.4], [-0.9]]), jnp.array([[1.4, 0.4, 0.4, 0.4], [-0.9, -0.9, -0.9, -0.9]])
+    found = jax.jit(jax.vmap(lambda x, y: lower_gap(problem, x, y)))(x, y)
+    np.testing.assert_allclose(found.value, 0, atol=1e-12)
+    np.testing.assert_allclose(found.gap, [1.0, 0.0], atol=1e-9)
+
+
+def test_linear_coupling_and_an_infeasible_point():
+    """The least y^3 - 3 y over y >= x in [-3, 3]: y = x for x < -2 or x > 1, else 1. A point below x is no solution."""
+    problem = problems.make("nonconvex", case="ye_zhu_4_2").problem
+    xs = np.array([-2.5, -1.0, 0.0, 1.5, 0.0])
+    ys = np.array([1.0, 1.0, 2.0, 1.5, -0.5])
+    found = jax.jit(jax.vmap(lambda x, y: lower_gap(problem, x, y)))(xs[:, None], ys[:, None])
+    v = np.where((xs < -2) | (xs > 1), xs**3 - 3 * xs, -2.0)
+    np.testing.assert_allclose(found.value, v, atol=1e-7)
+    np.testing.assert_allclose(found.gap, ys**3 - 3 * ys - v, atol=1e-7)
+    np.testing.assert_allclose(found.violation, [0, 0, 0, 0, 0.5], atol=1e-12)
+
+
+def test_equality_coupling():
+    """With 1'(x + y + z) = 0 the least of |y|^2/2 - x'y + 1'z is -|x + 1|^2/2 - 1'x, and z is free on a plane."""
+    problem = problems.make("nonconvex_scaled", case="lvhba_llc", n=2).problem
+    x = jnp.array([0.2, -0.7])
+    found = lower_gap(problem, x, jnp.array([1.2, 0.3, -0.5, -0.5]))
+    np.testing.assert_allclose(found.value, -np.sum((x + 1) ** 2) / 2 - np.sum(x), rtol=1e-7)
+    np.testing.assert_allclose(found.gap, 0, atol=1e-7)
+    np.testing.assert_allclose(found.violation, 0, atol=1e-12)
+
+
+def disc(x, y):
+    return jnp.stack([y @ y + x[0]])
+
+
+@pytest.mark.parametrize("x", [-1.0, 0.5])
+def test_an_empty_lower_set_is_a_status_and_no_number(x):
+    """|y|^2 <= -x is a ball of radius sqrt(-x) for x < 0 and empty for x > 0."""
+    problem = over(bilevel.Box(-2.0, 2.0), C, coupling=bilevel.SmoothCoupling(disc))
+    x, y = jnp.array([x]), jnp.zeros(3)
+    found, measured = lower_gap(problem, x, y), jax.jit(measure_global)(problem, x, y)
+    if x < 0:
+        np.testing.assert_allclose(found.value, -np.linalg.norm(C), rtol=1e-6)
+        assert measured.status == bilevel.Status.ESTIMATED
+        np.testing.assert_allclose(measured.lower_residual, np.linalg.norm(C), rtol=1e-6)
+    else:
+        assert found.status == measured.status == bilevel.Status.INFEASIBLE_LOWER
+        assert np.isnan([found.gap, found.value, measured.value, measured.lower_residual]).all()
+        np.testing.assert_allclose(measured.violation, 0.5)
+
+
+def test_bad_input_is_named():
+    fixed = bilevel.BilevelProblem(nothing, bilevel.FixedPoint(lambda x, y, batch: y / 2), init=start)
+    with pytest.raises(bilevel.InvalidInput, match="FixedPoint"):
+        lower_gap(fixed, jnp.zeros(1), jnp.zeros(3))
+    with pytest.raises(bilevel.InvalidInput, match="y: got"):
+        lower_gap(over(bilevel.Ball(1.0), C), jnp.zeros(1), jnp.zeros(2))
