@@ -162,6 +162,63 @@ def show(
 
 @app.command(
     epilog=examples(
+        "bilevax verify",
+        "bilevax verify soba certified --examples 1000",
+        "bilevax verify --seconds 60 --json",
+        "bilevax verify my_package.claims:MY_GUARANTEE",
+        "The last takes a Guarantee of your own, by module and attribute.",
+    )
+)
+def verify(
+    names: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[NAMES]", help="Guarantees, or beginnings of their names. Default: all."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Draws for each guarantee, of 64 instances each.")] = 200,
+    seconds: Annotated[float | None, typer.Option(min=0, help="Stop drawing after so many seconds in all.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where counterexamples are kept.")] = Path("counterexamples"),
+    replay: Annotated[Path | None, typer.Option(help="Try a saved counterexample again; with one NAME.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Try to break every theorem: draw instances, climb towards measured > bound, keep what breaks one.
+
+    Exit code: 0 nothing broke, 1 a counterexample was found, 2 bad usage.
+    """
+    use_compilation_cache()
+    import jax
+
+    from benchmarks import verify as verifier
+
+    with usage_errors(), jax.enable_x64(True):
+        chosen = verifier.choose(names or [])
+        if replay is not None:
+            if len(chosen) != 1:
+                raise typer.BadParameter("it needs the name of one guarantee.", param_hint="--replay")
+            ((name, guarantee),) = chosen.items()
+            path, broken = verifier.replay(guarantee, replay)
+            data = {"guarantee": name, "broken": broken, **verifier.path_data(path)}
+            typer.echo(json.dumps(data, indent=None if as_json else 1))
+            raise typer.Exit(1 if broken else 0)
+        with progress(len(chosen)) as advance:
+            findings = verifier.run(list(chosen.values()), examples, seconds, seed, advance)
+        commands = {
+            name: verifier.save(out, name, finding.guarantee, finding.counterexample)
+            for name, finding in zip(chosen, findings, strict=True)
+            if finding.counterexample is not None
+        }
+    if as_json:
+        typer.echo(json.dumps({"guarantees": [verifier.row(finding) for finding in findings], "replay": commands}))
+    else:
+        terminal = console()
+        terminal.print(verifier.table(findings))
+        for name, command in commands.items():
+            terminal.print(f"{name} is broken. Again: {command}", soft_wrap=True)
+    raise typer.Exit(1 if commands else 0)
+
+
+@app.command(
+    epilog=examples(
         "bilevax compare results/mine",
         "bilevax compare results/before results/after --tol 1e-5 --by gradient",
         "bilevax compare results/mine -s SOBA -s AID --format latex > table.tex",
@@ -192,6 +249,26 @@ def compare(
                 raise registry.UsageError(f"{what}: got {value!r}; expected {', '.join(known)}.")
         found = comparer.compare(folders, by=by, tolerance=tol, problems=problem, solvers=solver)
     typer.echo(sheets.FORMATS[form](found, spread), nl=False)
+
+
+@app.command(
+    "report",
+    epilog=examples(
+        "bilevax report results/mine",
+        "bilevax report results/mine --out page.html --tol 1e-5",
+    ),
+)
+def report_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run.")],
+    out: Annotated[Path | None, typer.Option(help="The page's file. Default: report.html in the folder.")] = None,
+    by: Annotated[str, typer.Option(help="As of compare: value or gradient.")] = "value",
+    tol: Annotated[float, typer.Option(help="As of compare.")] = 1e-3,
+) -> None:
+    """Write one HTML page about a run: tables, convergence, profiles, settings, the command that repeats it."""
+    with usage_errors():
+        from benchmarks import html
+
+        typer.echo(html.write(folder, out, by=by, tolerance=tol))
 
 
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:

@@ -53,12 +53,12 @@ def licq(rows: Array, active: Array, least: Any = 1e-8) -> Array:
 def strict_complementarity(multipliers: Array, slacks: Array, least: Any = 1e-8) -> Array:
     """Whether of each multiplier and slack, both [k] and >= 0, exactly one is at least `least` and the other is zero.
 
-    The margin is the smallest of max(multiplier, slack), less the largest of min(multiplier, slack) and `least`.
+    The margin is min over rows of max(multiplier, slack) - least, and of least - |min(multiplier, slack)|.
     """
     if not multipliers.size:
         return jnp.ones((), multipliers.dtype)
     high, low = jnp.maximum(multipliers, slacks), jnp.minimum(multipliers, slacks)
-    return jnp.min(high) - jnp.maximum(jnp.max(jnp.abs(low)), least)
+    return jnp.minimum(jnp.min(high) - least, least - jnp.max(jnp.abs(low)))
 
 
 def contraction(T: Callable[[Array], Array], y: Array, q: Any) -> Array:
@@ -74,6 +74,6 @@ def contraction(T: Callable[[Array], Array], y: Array, q: Any) -> Array:
 
 def bounded_variance(samples: PyTree, sigma: Any) -> Array:
     """Whether the mean over axis 0 of |sample - mean|^2, all leaves together, is at most sigma^2."""
-    deviation = jax.tree.map(lambda leaf: leaf - leaf.mean(axis=0), samples)
+    deviation = jax.tree.map(lambda leaf: leaf - leaf.mean(axis=0, keepdims=True), samples)
     flat = jnp.concatenate([leaf.reshape(leaf.shape[0], -1) for leaf in jax.tree.leaves(deviation)], axis=1)
     return sigma * (1 + SLACK) + 1e-12 - jnp.sqrt(jnp.mean(jnp.sum(flat**2, axis=1)))

@@ -94,14 +94,17 @@ class Guarantee:
         if self.rate not in ("", "geometric", "power"):
             invalid("rate (Guarantee)", repr(self.rate), "'geometric', 'power' or ''", "Leave it out without a rate.")
 
-    def trial(self, instance: Any) -> Trial:
+    def margins(self, instance: Any) -> dict[str, Array]:
+        """The assumptions' margins by name; pure."""
+        return {check.__name__: jnp.asarray(check(instance), float) for check in self.assumptions}
+
+    def trial(self, instance: Any, margins: dict[str, Array]) -> Trial:
         """Measure one instance; pure."""
         measured = self.measure(instance, self.horizon)
         bound = jnp.stack([jnp.asarray(self.bound(instance.constants, k), float) for k in self.horizon])
         if measured.shape != bound.shape:
             do = "Return one row per k of the horizon, and the same columns from both."
             invalid(f"measure ({self.name})", f"shape {measured.shape}", f"the bound's shape {bound.shape}", do)
-        margins = {check.__name__: jnp.asarray(check(instance), float) for check in self.assumptions}
         return Trial(measured, bound, jnp.asarray(self.rounding(instance.constants), float), margins)
 
     def try_on(self, drawn: Any, lanes: int = LANES) -> Trial:
@@ -115,12 +118,19 @@ class Guarantee:
 
 @partial(jax.jit, static_argnums=(0, 1))
 def _many(guarantee: Guarantee, build: Callable, seeds: Array, numbers: dict[str, Array]) -> Trial:
-    return jax.vmap(lambda seed: guarantee.trial(build(jax.random.key(seed), **numbers)))(seeds)
+    def make(seed: Array) -> tuple[Any, dict[str, Array]]:
+        instance = build(jax.random.key(seed), **numbers)
+        return instance, guarantee.margins(instance)
+
+    # One by one, for a batch of LAPACK calls that do not depend on each other (singular values, in most builds) can
+    # deadlock jaxlib's pool of two threads. Measuring, which takes the time, is vectorised.
+    instances, margins = jax.lax.map(make, seeds)
+    return jax.vmap(guarantee.trial)(instances, margins)
 
 
 @partial(jax.jit, static_argnums=0)
 def _one(guarantee: Guarantee, instance: Any) -> Trial:
-    return guarantee.trial(instance)
+    return guarantee.trial(instance, guarantee.margins(instance))
 
 
 def ratios(trial: Trial) -> np.ndarray:
@@ -234,7 +244,13 @@ def judge(guarantee: Guarantee, drawn: Any, trial: Trial) -> tuple[Path, Counter
 
 
 def search(
-    guarantee: Guarantee, *, examples: int = 200, seconds: float = math.inf, seed: int = 0, lanes: int = LANES
+    guarantee: Guarantee,
+    *,
+    examples: int = 200,
+    seconds: float = math.inf,
+    seed: int = 0,
+    lanes: int = LANES,
+    shrink: bool = True,
 ) -> Finding:
     """Try to break `guarantee`.
 
@@ -244,6 +260,7 @@ def search(
         seconds: stop drawing after so many; what is found is still shrunk.
         seed: makes the search repeatable.
         lanes: instances per recipe.
+        shrink: simplify a counterexample.
     """
     import hypothesis
     from hypothesis import HealthCheck, Phase, Verbosity
@@ -257,7 +274,7 @@ def search(
     @hypothesis.seed(seed)
     @hypothesis.settings(
         max_examples=examples, database=None, deadline=None, derandomize=False, report_multiple_bugs=False,
-        phases=(Phase.generate, Phase.target, Phase.shrink), verbosity=Verbosity.quiet, print_blob=False,
+        phases=(Phase.generate, Phase.target, *[Phase.shrink] * shrink), verbosity=Verbosity.quiet, print_blob=False,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
     )  # fmt: skip
     @hypothesis.given(guarantee.instances)

@@ -105,16 +105,22 @@ def aid_bias(constants: Constants, d: Any, linear_error: Any, v_norm: Any) -> An
     return (k.L_fx + k.L_gxy * v_norm) * d + k.C_gxy * u
 
 
-def single_loop_matrix(constants: Constants, mu_F: Any, L_F: Any, steps: Steps, v_bound: Any = 0.0) -> Array:
-    """Rows of (e, d, u)+ and of |x+ - x| as multiples of (e, d, u), shape [4, 3]; the first three are M."""
+def single_loop_matrix(
+    constants: Constants, mu_F: Any, L_F: Any, steps: Steps, v_bound: Any = 0.0, projected: bool = False
+) -> Array:
+    """Rows of (e, d, u)+ and of |x+ - x| as multiples of (e, d, u), shape [4, 3]; the first three are M.
+
+    With `projected`, X is any closed convex set, and |x+ - x| <= |x+ - x*| + e.
+    """
     a, b, c = steps
     X, Y, l_y, l_v = sensitivity(constants, v_bound)
     r, q_a = contraction(c, mu_F, L_F), contraction(a, constants.mu, constants.L_g)
     q_b = contraction(b, constants.mu, constants.L_g)
-    moved = c * _row(L_F, X, constants.C_gxy)
+    nearer = _row(r, c * X, c * constants.C_gxy)
+    moved = nearer + _row(1, 0, 0) if projected else c * _row(L_F, X, constants.C_gxy)
     return jnp.stack(
         [
-            _row(r, c * X, c * constants.C_gxy),
+            nearer,
             _row(0, q_a, 0) + l_y * moved,
             _row(0, b * Y, q_b) + l_v * moved,
             moved,
@@ -255,14 +261,14 @@ def expected_step(
     return Expected(after, tables, (moved, moved_y, moved_v))
 
 
-def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 150) -> tuple[Steps, Array]:
+def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 40) -> tuple[Steps, Array]:
     """(steps, factor): of a = b = 2^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
 
     It is positively homogeneous and monotone, so the largest component's growth over `rounds` steps from (1, …, 1),
     divided by them, is what it contracts by per step. A factor of one or more: no such steps contract, by this bound.
     """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(HALVINGS // 3)
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(HALVINGS)[::2]
+    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(HALVINGS // 4)
+    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(HALVINGS)[:20:2]
 
     def factor(a: Array, c: Array) -> Array:
         steps = Steps(a, a, c)

@@ -54,6 +54,11 @@ def sizes(largest: float = 3.0) -> SearchStrategy[float]:
     return st.sampled_from([0.0, 1.0, 0.1, 0.3, 0.01, largest])
 
 
+def terms() -> SearchStrategy[float]:
+    """Sizes of terms that are often absent, so that another one can be alone."""
+    return st.sampled_from([0.0, 1.0, 0.0, 0.1, 3.0])
+
+
 def scales() -> SearchStrategy[float]:
     """Units, from 1e-4 to 1e4."""
     return st.sampled_from([1.0, 0.01, 100.0, 1e-4, 1e4])

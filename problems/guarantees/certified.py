@@ -145,7 +145,7 @@ def certified(
 
 points = strategies.recipes(
     certified, dim=strategies.dims(DIM), condition=strategies.conditions(6), scale=strategies.scales(),
-    pull=strategies.sizes(), bend=strategies.sizes(), cross=strategies.sizes(), tau=strategies.sizes(),
+    pull=strategies.terms(), bend=strategies.terms(), cross=strategies.sizes(), tau=strategies.sizes(),
     reach=strategies.sizes(), offset=strategies.switches, away=strategies.scales(),
 )  # fmt: skip
 
@@ -187,7 +187,7 @@ def bound(name: str, settings: Callable[[int], dict[str, Any]], statement: str, 
 def unsolved(compute: Callable = hypergradient) -> Guarantee:
     """At any y, with k iterations of CG."""
     return bound(
-        "certified, unsolved", lambda k: {"lower": None, "method": CG(tol=0.0, max_iterations=k)},
+        "certified-unsolved", lambda k: {"lower": None, "method": CG(tol=0.0, max_iterations=k)},
         "|h - grad F| <= error_bound at any y, after k iterations of CG", compute,
     )  # fmt: skip
 
@@ -195,7 +195,7 @@ def unsolved(compute: Callable = hypergradient) -> Guarantee:
 def solved(compute: Callable = hypergradient) -> Guarantee:
     """After k steps of Newton's method, linear systems solved densely."""
     return bound(
-        "certified, Newton", lambda k: {"lower": Newton(max_steps=k), "method": Dense()},
+        "certified-newton", lambda k: {"lower": Newton(max_steps=k), "method": Dense()},
         "|h - grad F| <= error_bound after k Newton steps", compute,
     )  # fmt: skip
 
@@ -224,7 +224,7 @@ def aid_bias(make: Callable[..., Any] = AID) -> Guarantee:
         return theory.aid_bias(base, d, factor * start, known.v_norm)
 
     return Guarantee(
-        "AID bias", "Grazzi et al. 2020; constants ours, bilevel.theory", (lower_strongly_convex, lower_smooth), points,
+        "aid-bias", "ours, bilevel.theory", (lower_strongly_convex, lower_smooth), points,
         measure, bound, (1, 2, 5, 10, 20), lambda known: 4 * known.rounding,
         "|direction - grad F| after k lower steps and k CG iterations <= theory.aid_bias", "geometric",
     )  # fmt: skip

@@ -61,7 +61,7 @@ def strongly_convex(move: Callable = gradient_step) -> Guarantee:
         return theory.contraction(2 / (known.mu_F + known.L_F), known.mu_F, known.L_F) ** k * known.start.e
 
     return Guarantee(
-        "gradient descent, strongly convex", "Nesterov 2004, Theorem 2.1.15", (upper_strongly_convex, upper_smooth),
+        "gd-quadratic", "Nesterov 2004, 2.1.15", (upper_strongly_convex, upper_smooth),
         quadratics, measure, bound, HORIZON[1:7], rounding,
         "|x_k - x*| <= ((L - mu)/(L + mu))^k |x_0 - x*|, step 2/(mu + L), F quadratic", "geometric",
     )  # fmt: skip
@@ -155,7 +155,7 @@ def convex(move: Callable = gradient_step) -> Guarantee:
         return jax.vmap(lambda x: huber_upper(x, x, instance.data))(xs)  # the least value is 0
 
     return Guarantee(
-        "gradient descent, convex", "Drori, Teboulle 2014, Theorem 3.1", (smooth_at_start, convex_at_start),
+        "gd-convex", "Drori, Teboulle 2014", (smooth_at_start, convex_at_start),
         _hubers(strategies.just(0.0)), measure,
         lambda known, k: known.L * known.distance**2 / (4 * k + 2), (1, 2, 5, 10, 20, 50),
         lambda known: 1e4 * EPS * known.L, "F(x_k) - F* <= L |x_0 - x*|^2/(4 k + 2), step 1/L", "power",
@@ -174,7 +174,7 @@ def both(move: Callable = gradient_step) -> Guarantee:
         return theory.contraction(2 / (known.L + known.mu), known.mu, known.L) ** k * known.distance
 
     return Guarantee(
-        "gradient descent, smooth", "Nesterov 2004, Theorem 2.1.15", (smooth_at_start, convex_at_start),
+        "gd-smooth", "Nesterov 2004, 2.1.15", (smooth_at_start, convex_at_start),
         _hubers(strategies.fractions(0.001, 1.0)), measure, bound, (1, 2, 5, 10, 20, 50), lambda known: 1e4 * EPS,
         "|x_k - x*| <= ((L - mu)/(L + mu))^k |x_0 - x*|, step 2/(mu + L), F not quadratic", "geometric",
     )  # fmt: skip

@@ -116,8 +116,8 @@ def iterations(
 def neumann(make: Callable[..., Any] = Neumann) -> Guarantee:
     """The Neumann series with step s: (max |1 - s lambda|)^k."""
     return iterations(
-        "Neumann", lambda c, k: make(step_size=c.step, tol=0.0, max_iterations=k), _distance, "distance",
-        lambda c, k: theory.contraction(c.step, c.mu, c.L) ** k, "Saad 2003, Section 4.2 (Richardson)",
+        "neumann", lambda c, k: make(step_size=c.step, tol=0.0, max_iterations=k), _distance, "distance",
+        lambda c, k: theory.contraction(c.step, c.mu, c.L) ** k, "Saad 2003, 4.2",
         "|v_k - v*| <= max(|1 - s mu|, |1 - s L|)^k |v_0 - v*|, 0 < s <= 2/L",
     )  # fmt: skip
 
@@ -125,8 +125,8 @@ def neumann(make: Callable[..., Any] = Neumann) -> Guarantee:
 def cg(make: Callable[..., Any] = CG) -> Guarantee:
     """CG in the energy norm."""
     return iterations(
-        "CG", lambda c, k: make(tol=0.0, max_iterations=k), _energy, "energy",
-        lambda c, k: theory.chebyshev(c.L / c.mu, k), "Saad 2003, Section 6.11",
+        "cg", lambda c, k: make(tol=0.0, max_iterations=k), _energy, "energy",
+        lambda c, k: theory.chebyshev(c.L / c.mu, k), "Saad 2003, 6.11",
         "energy norm of v_k - v* <= 2 p^k/(1 + p^2k) of the first, p = (sqrt(L/mu) - 1)/(sqrt(L/mu) + 1)",
     )  # fmt: skip
 
@@ -135,12 +135,12 @@ def residuals(name: str, make: Callable[..., Any]) -> Guarantee:
     """MINRES and GMRES minimise the residual over the same polynomials."""
     return iterations(
         name, lambda c, k: make(tol=0.0, max_iterations=k), _residual, "residual",
-        lambda c, k: theory.chebyshev(c.L / c.mu, k), "Saad 2003, Section 6.11",
+        lambda c, k: theory.chebyshev(c.L / c.mu, k), "Saad 2003, 6.11",
         "|b - M v_k| <= 2 p^k/(1 + p^2k) |b - M v_0|",
     )  # fmt: skip
 
 
 NEUMANN = neumann()
 CONJUGATE_GRADIENTS = cg()
-MINIMAL_RESIDUALS = residuals("MINRES", MINRES)
-GENERALISED_MINIMAL_RESIDUALS = residuals("GMRES", GMRES)
+MINIMAL_RESIDUALS = residuals("minres", MINRES)
+GENERALISED_MINIMAL_RESIDUALS = residuals("gmres", GMRES)

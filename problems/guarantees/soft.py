@@ -118,7 +118,7 @@ def bellman(operator: Callable = soft.bellman) -> Guarantee:
         return known.discount**k * jnp.stack([known.apart, away])
 
     return Guarantee(
-        "soft Bellman", "Ziebart, Bagnell, Dey 2010; Haarnoja et al. 2017, Theorem 2", (bellman_contracts,), worlds,
+        "soft-bellman", "Haarnoja et al. 2017", (bellman_contracts,), worlds,
         measure, bound, (1, 2, 5, 10, 20, 50), rounding,
         "max |T^k Q1 - T^k Q2| <= gamma^k max |Q1 - Q2|, and max |T^k Q1 - Q*| likewise", "geometric",
     )  # fmt: skip
@@ -134,8 +134,8 @@ def value_iteration(solve: Callable = soft.value_iteration) -> Guarantee:
         return jnp.stack([jnp.max(jnp.abs(s.Q - Q_star)) / (s.error + rounding(known)) for s in found])
 
     return Guarantee(
-        "soft value iteration",
-        "Puterman 1994, Theorem 6.3.1",
+        "soft-value-iteration",
+        "Puterman 1994, 6.3.1",
         (bellman_contracts,),
         worlds,
         measure,
@@ -146,12 +146,12 @@ def value_iteration(solve: Callable = soft.value_iteration) -> Guarantee:
     )
 
 
-def reward_ball() -> Guarantee:
-    """What |x| <= B says about a linear reward's solution."""
+def reward_ball(solve: Callable = soft.value_iteration) -> Guarantee:
+    """What |x| <= B says about a linear reward's solution: T is monotone and T(Q + c) = T Q + gamma c."""
 
     def measure(instance: World, horizon: tuple[int, ...]) -> Array:
         mdp, reward = instance.mdp, instance.reward
-        Q, Q2 = (soft.value_iteration(mdp, reward.table(x)).Q for x in (instance.x, instance.x2))
+        Q, Q2 = (solve(mdp, reward.table(x)).Q for x in (instance.x, instance.x2))
         change = jnp.max(jnp.abs(soft.log_policy(Q) - soft.log_policy(Q2)))
         return jnp.stack([jnp.max(Q), -jnp.min(Q), jnp.max(jnp.abs(Q - Q2)), change])[None, :]
 
@@ -161,8 +161,8 @@ def reward_ball() -> Guarantee:
         return jnp.stack([(top + known.discount * jnp.log(known.num_actions)) / far, top / far, change, 2 * change])
 
     return Guarantee(
-        "reward ball",
-        "ours: T is monotone, T(Q + c) = T Q + gamma c",
+        "reward-ball",
+        "ours",
         (),
         worlds,
         measure,
@@ -190,7 +190,7 @@ def likelihood(gradient: Callable = irl.likelihood_gradient) -> Guarantee:
         return jnp.stack([jnp.zeros(()), jnp.zeros(()), 2 * known.features / (1 - known.discount)])
 
     return Guarantee(
-        "ML-IRL, linear reward", "Zeng et al. 2022, arXiv:2210.01282; irl.spec", (), worlds, measure, bound, (1,),
+        "ml-irl-linear", "Zeng et al. 2022; irl.spec", (), worlds, measure, bound, (1,),
         lambda known: 1e2 * rounding(known) * (1 + known.features) / (1 - known.discount),
         "F = -Lhat is convex: above its tangents, gradient monotone; |grad F| <= 2 max |features|/(1 - gamma)",
     )  # fmt: skip

@@ -197,7 +197,7 @@ def soba(make: Callable[..., Any] = SOBA.from_theory) -> Guarantee:
         return jnp.stack([*after.errors, *after.moved])
 
     return Guarantee(
-        "SOBA, batches", "ours, bilevel.theory.expected_step", ASSUMPTIONS, sums, measure, bound, (1,), rounding,
+        "soba-batches", "ours, bilevel.theory", ASSUMPTIONS, sums, measure, bound, (1,), rounding,
         "root mean square errors and step lengths after a step, over all pairs of blocks; the tower rule gives k steps",
     )  # fmt: skip
 
@@ -240,7 +240,7 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
         return jnp.concatenate([jnp.stack([*after.errors, *after.moved]), jnp.zeros(3), jnp.stack(after.tables)])
 
     return Guarantee(
-        "SABA", "ours, bilevel.theory.expected_step", ASSUMPTIONS, sums, measure, bound, (1,), rounding,
+        "saba", "ours, bilevel.theory", ASSUMPTIONS, sums, measure, bound, (1,), rounding,
         "as SOBA with batches; unbiased; the tables' distance to the optimum's values",
     )  # fmt: skip
 
