@@ -218,6 +218,9 @@ def _table(name: str, trials: list[Trial], costs: dict[str, dict]) -> dict[str, 
             column: [trial.column(column)[-1] if trial.column(column).size else math.nan for trial in done]
             for column in COLUMNS.values()
         }
+        optima = [trial.known["optimum"] for trial in done]
+        if optima and None not in optima:
+            last["gap"] = [value - optimum for value, optimum in zip(last["value"], optima, strict=True)]
         paid = {axis: [costs[axis][*trial.instance, solver] for trial in done] for axis in AXES}
         rows.append(
             {"solver": solver, "runs": len(done), "solved": sum(map(math.isfinite, paid["oracles"])),
@@ -230,27 +233,34 @@ def _table(name: str, trials: list[Trial], costs: dict[str, dict]) -> dict[str, 
 def _blocks(trials: list[Trial]) -> tuple[list[str], list[tuple[str, int]], list[str]]:
     """(solvers, instances that all of them were run on, what was left out).
 
-    While there is no such instance, the solver with the fewest instances is left out.
+    Of all such blocks with two solvers or more it is the one with the most runs; of equals, with the most solvers.
     """
-    ran: dict[str, set[tuple[str, int]]] = {}
-    for trial in trials:
-        ran.setdefault(trial.solver, set())
-        if trial.result is not None:
-            ran[trial.solver].add(trial.instance)
-    order, notes = list(ran), []
-    total = len({trial.instance for trial in trials})
-    while len(ran) > 1 and not set.intersection(*ran.values()):
-        fewest = min(reversed(order), key=lambda s: len(ran[s]) if s in ran else math.inf)
-        notes.append(
-            f"{fewest} is left out of profiles and tests: it was run on {len(ran[fewest])} of {total} instances, "
-            "none of them shared by all."
-        )
-        del ran[fewest]
-    common = set.intersection(*ran.values()) if ran else set()
-    instances = [i for i in dict.fromkeys(trial.instance for trial in trials) if i in common]
-    if len(instances) < total:
-        notes.append(f"Profiles and tests use the {len(instances)} of {total} instances that all their solvers ran on.")
-    return [solver for solver in order if solver in ran], instances, notes
+    order = list(dict.fromkeys(trial.solver for trial in trials))
+    total = list(dict.fromkeys(trial.instance for trial in trials))
+    ran = {
+        instance: frozenset(t.solver for t in trials if t.instance == instance and t.result is not None)
+        for instance in total
+    }
+    sets = set(ran.values())
+    while len(grown := sets | {a & b for a in sets for b in sets}) > len(sets):
+        sets = grown
+
+    def size(solvers: frozenset[str]) -> tuple[bool, int, int, list[int]]:
+        count = sum(solvers <= found for found in ran.values())
+        first = [-order.index(name) for name in order if name in solvers]  # of equals, the first named
+        return len(solvers) > 1, len(solvers) * count, len(solvers), first
+
+    best = max(sets, key=size)
+    instances = [instance for instance in total if best and best <= ran[instance]]
+    notes = [
+        f"{name} is left out of profiles and tests: it was run on {sum(name in found for found in ran.values())} of "
+        f"{len(total)} instances, and not on all of the {len(instances)} that are compared."
+        for name in order
+        if name not in best
+    ]
+    if len(instances) < len(total):
+        notes.append(f"Profiles and tests use {len(instances)} of {len(total)} instances: all their solvers ran there.")
+    return [name for name in order if name in best], instances, notes
 
 
 def _warnings(trials: list[Trial]) -> list[str]:

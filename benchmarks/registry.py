@@ -9,6 +9,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import re
 import sys
 import tomllib
@@ -238,6 +239,31 @@ def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str,
     if not cells:
         raise UsageError(f"suite {path}: no [[problem]] in it, nothing to run.")
     return path.stem, list(dict.fromkeys(cells))
+
+
+def suite_text(cells: list[Cell]) -> str:
+    """A suite's TOML that `read_suite` reads as these cells, which some suite or `grid` made."""
+    entries: list[list[Cell]] = []
+    for cell in cells:
+        last = entries[-1][-1] if entries else None
+        if last is None or last.problem != cell.problem or cell.seed < last.seed:
+            entries.append([])
+        entries[-1].append(cell)
+    lines = []
+    for entry in entries:
+        lines += [
+            "[[problem]]",
+            f"run = {json.dumps(entry[0].problem)}",
+            f"seeds = {entry[-1].seed + 1}",
+            "solvers = [",
+        ]
+        for cell in entry:
+            if cell.seed == 0:
+                limits = {name: getattr(cell, name) for name in LIMITS if getattr(cell, name) is not None}
+                fields = {"run": json.dumps(cell.solver)} | {name: repr(value) for name, value in limits.items()}
+                lines.append("    { " + ", ".join(f"{name} = {value}" for name, value in fields.items()) + " },")
+        lines += ["]", ""]
+    return "\n".join(lines)
 
 
 def _check_keys(where: str, table: dict[str, Any], accepted: tuple[str, ...]) -> None:

@@ -173,20 +173,24 @@ def _table(headings: list[str], left: Sequence[str], first_width: int) -> Table:
     return table
 
 
-def table_text(headings: list[str], rows: list[list[str]]) -> str:
-    """A table as text without colours, as wide as its numbers need: names to the left, numbers to the right."""
-    table = _table(headings, headings[:1], max((len(row[0]) for row in rows), default=6))
+def _filled(headings: list[str], left: Sequence[str], rows: list[list[str]]) -> Table:
+    table = _table(headings, left, max((len(row[0]) for row in rows), default=6))
     for row in rows:
         table.add_row(*row)
-    return _plain(table, 1000)
+    return table
 
 
-def _optimisation_table(problem: dict[str, Any], names: dict[str, str]) -> Table:
+def table_text(headings: list[str], rows: list[list[str]]) -> str:
+    """A table as text without colours, as wide as its numbers need: names to the left, numbers to the right."""
+    return _plain(_filled(headings, headings[:1], rows), 1000)
+
+
+def optimisation_rows(problem: dict[str, Any], names: dict[str, str]) -> tuple[list[str], list[list[str]]]:
+    """(headings, rows): a row a solver, where its runs ended."""
     gap = ["F - F*"] if problem["optimum"] is not None else []
     headings = ["solver", "F", *gap, "|grad F|", "lower res", "passes", "steps", "time s", "status", "referee"]
-    table = _table(headings, ("solver", "status", "referee"), max(map(len, names.values()), default=6))
-    for row in problem["rows"]:
-        table.add_row(
+    rows = [
+        [
             names[row["solver"]],
             number_text(row["value"], ".7g"),
             *[number_text(row["gap"], ".1e") for _ in gap],
@@ -197,11 +201,13 @@ def _optimisation_table(problem: dict[str, Any], names: dict[str, str]) -> Table
             number_text(row["solve_time"], ".2f"),
             _counts(row["statuses"]),
             _counts(row["referee"]),
-        )
-    return table
+        ]
+        for row in problem["rows"]
+    ]
+    return headings, rows
 
 
-def _metrics_table(problem: dict[str, Any], names: dict[str, str]) -> Table | None:
+def metrics_rows(problem: dict[str, Any], names: dict[str, str]) -> tuple[list[str], list[list[str]]] | None:
     """Solvers and baselines by what people look at; None where the problem has no metrics."""
     rows = [(names[row["solver"]], row["metrics"]) for row in problem["rows"] if row["metrics"]]
     rows += [(f"({row['baseline']})", row["metrics"]) for row in problem["baselines"]]
@@ -209,36 +215,51 @@ def _metrics_table(problem: dict[str, Any], names: dict[str, str]) -> Table | No
     if not columns:
         return None
     headings = ["solver or (baseline)", *[name.replace("_", " ") for name in columns]]
-    table = _table(headings, headings[:1], max(len(text) for text, _ in rows))
-    for text, metrics in rows:
-        table.add_row(text, *[_plus_minus(metrics.get(name)) for name in columns])
-    return table
+    return headings, [[text, *[_plus_minus(metrics.get(name)) for name in columns]] for text, metrics in rows]
+
+
+def facts(problem: dict[str, Any]) -> str:
+    """Sizes, seeds, optimum."""
+    sizes = problem["sizes"]
+    parts = [f"x {sizes['x']}, y {sizes['y']} unknowns"] if sizes else []
+    parts.append(f"{problem['seeds']} seed{'s' if problem['seeds'] > 1 else ''}")
+    if problem["optimum"] is not None:
+        parts.append(f"F* = {problem['optimum']:.7g}" + (" (mean)" if problem["seeds"] > 1 else ""))
+    return ", ".join(parts)
+
+
+def reasons(problem: dict[str, Any], names: dict[str, str]) -> list[str]:
+    """Why the referee skipped, and why runs failed or were refused."""
+    skipped = dict.fromkeys(reason for row in problem["rows"] for reason in row["skipped_by_referee"])
+    found = [f"referee skipped: {_shorten(reason)}" for reason in skipped]
+    return found + [f"{names[row['solver']]}: {_shorten(text)}" for row in problem["rows"] for text in row["reasons"]]
+
+
+def totals(summary: dict[str, Any]) -> str:
+    """Cells, statuses and verdicts in a line."""
+    statuses = ", ".join(f"{count} {name}" for name, count in summary["statuses"].items()) or "nothing finished"
+    verdicts = ", ".join(f"{count} {name}" for name, count in summary["referee"].items()) or "nothing to judge"
+    return f"{summary['cells']} cells: {statuses}. Referee: {verdicts}."
 
 
 def tables(summary: dict[str, Any]) -> Group:
     """The printed report: for every problem a heading, its tables and the reasons; then a line of totals."""
     parts: list[Any] = []
     for problem in summary["problems"]:
-        sizes = problem["sizes"]
-        facts = [f"x {sizes['x']}, y {sizes['y']} unknowns"] if sizes else []
-        facts.append(f"{problem['seeds']} seed{'s' if problem['seeds'] > 1 else ''}")
-        if problem["optimum"] is not None:
-            facts.append(f"F* = {problem['optimum']:.7g}" + (" (mean)" if problem["seeds"] > 1 else ""))
-        parts.append(Text(problem["problem"], style="bold") + Text(f"   {', '.join(facts)}", style="dim"))
+        parts.append(Text(problem["problem"], style="bold") + Text(f"   {facts(problem)}", style="dim"))
         names = short_names([row["solver"] for row in problem["rows"]])
-        parts.append(_optimisation_table(problem, names))
-        metrics = _metrics_table(problem, names)
+        headings, rows = optimisation_rows(problem, names)
+        parts.append(_filled(headings, ("solver", "status", "referee"), rows))
+        metrics = metrics_rows(problem, names)
         if metrics is not None:
-            parts.append(metrics)
+            parts.append(_filled(metrics[0], metrics[0][:1], metrics[1]))
         parts += [Text(f"  {name} = {text}", style="dim") for text, name in names.items() if name != text]
-        skipped = dict.fromkeys(reason for row in problem["rows"] for reason in row["skipped_by_referee"])
-        parts += [Text(f"  referee skipped: {_shorten(reason)}", style="dim") for reason in skipped]
-        for row in problem["rows"]:
-            parts += [Text(f"  {names[row['solver']]}: {_shorten(text)}", style="yellow") for text in row["reasons"]]
+        parts += [
+            Text(f"  {text}", style="dim" if text.startswith("referee skipped") else "yellow")
+            for text in reasons(problem, names)
+        ]
         parts.append(Text(""))
-    statuses = ", ".join(f"{count} {name}" for name, count in summary["statuses"].items()) or "nothing finished"
-    verdicts = ", ".join(f"{count} {name}" for name, count in summary["referee"].items()) or "nothing to judge"
-    parts.append(Text(f"{summary['cells']} cells: {statuses}. Referee: {verdicts}."))
+    parts.append(Text(totals(summary)))
     if summary["unfinished"]:
         listed = "; ".join(summary["unfinished"][:5]) + ("; …" if len(summary["unfinished"]) > 5 else "")
         parts.append(Text(f"{len(summary['unfinished'])} cells unfinished: {listed}", style="yellow"))

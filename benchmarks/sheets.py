@@ -12,7 +12,13 @@ from benchmarks.report import number_text, table_text
 from benchmarks.runner import clean
 
 STATISTICS = ("count", "mean", "std", "q25", "median", "q75")
-QUANTITIES = {"value": "F", "hypergradient": "|grad F|", "oracles": "passes to tol", "time": "seconds to tol"}
+QUANTITIES = {
+    "value": "F",
+    "gap": "F - F*",
+    "hypergradient": "|grad F|",
+    "oracles": "passes to tol",
+    "time": "seconds to tol",
+}
 SPREADS = ("quantiles", "std")
 
 
@@ -44,14 +50,18 @@ def sheets(comparison: dict[str, Any], spread: str = "quantiles") -> list[Sheet]
     target = f"{unit} down to {comparison['tolerance']:g} of its start"
     found = []
     for problem in comparison["problems"]:
+        known = all("gap" in row for row in problem["rows"])  # each seed has its own F*: F itself does not average
+        names = [name for name in QUANTITIES if name != ("value" if known else "gap")]
         rows = [
             [row["solver"], f"{row['solved']}/{row['runs']}"]
-            + [_spread(row[name], spread, ".5g" if name == "value" else ".3g") for name in QUANTITIES]
+            + [_spread(row[name], spread, ".5g" if name == "value" else ".3g") for name in names]
             for row in problem["rows"]
         ]
         plural = "s" if problem["seeds"] > 1 else ""
         about = f"{problem['seeds']} seed{plural}; {what}; tol: {target}"
-        found.append(Sheet(problem["problem"], about, ["solver", "solved", *QUANTITIES.values()], rows))
+        found.append(
+            Sheet(problem["problem"], about, ["solver", "solved", *[QUANTITIES[name] for name in names]], rows)
+        )
     solvers, count = comparison["solvers"], len(comparison["instances"])
     for axis, profile in comparison["profiles"].items():
         unit = "passes" if axis == "oracles" else "seconds"
@@ -166,7 +176,9 @@ def as_csv(comparison: dict[str, Any], spread: str) -> str:
         for row in problem["rows"]:
             begin = ["problem", problem["problem"], row["solver"]]
             lines += [[*begin, name, "count", row[name]] for name in ("runs", "solved", "refuted")]
-            lines += [[*begin, name, part, row[name][part]] for name in QUANTITIES for part in STATISTICS]
+            lines += [
+                [*begin, name, part, row[name][part]] for name in QUANTITIES if name in row for part in STATISTICS
+            ]
     for axis, profile in comparison["profiles"].items():
         for table, limits in (("within_ratio", profile["ratios"]), ("within_budget", profile["budgets"])):
             for limit, fractions in zip(limits, profile[table], strict=True):

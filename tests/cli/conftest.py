@@ -53,6 +53,6 @@ class Synthetic:
     rows, result, write = staticmethod(rows), staticmethod(result), staticmethod(write)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def synthetic():
     return Synthetic

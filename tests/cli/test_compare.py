@@ -62,6 +62,8 @@ def test_costs_and_spreads_by_hand(study):
     assert q["C"]["refuted"] == 1
     assert q["B"]["value"]["mean"] is None  # one seed has no number
     assert p["B"]["value"]["mean"] == 1.75
+    assert p["B"]["gap"]["mean"] == 0.75
+    assert "gap" not in q["A"]
     assert any("refuted" in note for note in found["notes"])
     assert any("1 runs failed (NONFINITE)" in note for note in found["notes"])
 
@@ -161,18 +163,19 @@ def test_folders_with_the_same_cells_are_told_apart(tmp_path, synthetic):
         compare([first, other])
 
 
-def test_solvers_without_common_instances_are_left_out_and_named(tmp_path, synthetic):
+def test_the_block_of_most_runs_is_compared_and_the_rest_named(tmp_path, synthetic):
     rows, result = synthetic.rows, synthetic.result
     done = result(rows([1.0, 0.0]))
     folder = synthetic.write(tmp_path / "a", {
-        ("p", "A", 0): done, ("p", "B", 0): done, ("p", "A", 1): done, ("p", "B", 1): None,
-        ("q", "A", 0): result([], "UNSUPPORTED", reason="no"), ("q", "C", 0): done,
+        ("p", "A", 0): done, ("p", "B", 0): done, ("p", "D", 0): done, ("p", "A", 1): done, ("p", "B", 1): None,
+        ("q", "A", 0): result([], "UNSUPPORTED", reason="no"), ("q", "C", 0): done, ("q", "B", 0): done,
     })  # fmt: skip
-    found = compare([folder])
+    found = compare([folder])  # A, B on two instances are 4 runs; A, B, D on one are 3, and so are A, B, C
     assert found["solvers"] == ["A", "B"]
-    assert found["instances"] == ["p seed 0"]
+    assert found["instances"] == ["p seed 0", "q seed 0"]
     notes = " ".join(found["notes"])
     assert "C is left out of profiles and tests: it was run on 1 of 3 instances" in notes
+    assert "D is left out" in notes
     assert "1 cells are unfinished" in notes
     assert "1 runs are not supported" in notes
     assert compare([folder], solvers=["C"])["ranks"] is None
