@@ -114,7 +114,12 @@ class Demonstrations:
                 do = "Install it: pip install minari; or give the data set itself, or arrays to Demonstrations.of."
                 invalid("dataset (from_minari)", f"the name {dataset!r}", "the package minari to load it with", do)
             dataset = minari.load_dataset(dataset)
-        pairs = [(np.asarray(e.observations)[:-1], np.asarray(e.actions)) for e in dataset.iterate_episodes()]
+        episodes = list(dataset.iterate_episodes())
+        kinds = {type(part).__name__ for e in episodes for part in (e.observations, e.actions)}
+        if kinds != {"ndarray"}:
+            do = "Flatten dictionaries and tuples to one array, or give arrays to Demonstrations.of."
+            invalid("dataset (from_minari)", f"{len(episodes)} episodes of {kinds or 'nothing'}", "arrays", do)
+        pairs = [(e.observations[:-1], e.actions) for e in episodes]
         pairs = [(seen if state is None else np.asarray(state(seen)), actions) for seen, actions in pairs]
         lengths = np.array([len(actions) for _, actions in pairs], int)
         stacked: dict[str, np.ndarray] = {}

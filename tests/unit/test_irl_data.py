@@ -133,6 +133,8 @@ class TestMinari:
         assert found.states.tolist() == [[1, 3]]
         with pytest.raises(InvalidInput, match=r"states \(from_minari\).*shape \(2, 2\).*state="):
             irl.Demonstrations.from_minari(points)
+        with pytest.raises(InvalidInput, match="0 episodes of nothing"):
+            irl.Demonstrations.from_minari(Dataset())
 
     def test_a_name_needs_minari(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "minari", None)
