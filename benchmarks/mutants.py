@@ -18,7 +18,7 @@ import irl
 from bilevel import AID, CG, GMRES, MINRES, SABA, SOBA, Neumann, hypergradient
 from bilevel.guarantees import Guarantee, search
 from irl import soft
-from problems.guarantees import certified, gradient, linear, sets, single_loop, stochastic
+from problems.guarantees import certified, gradient, linear, ml_irl, sampled, sets, single_loop, stochastic
 from problems.guarantees import soft as soft_guarantees
 
 
@@ -41,8 +41,8 @@ def faulty(solver: type, step: Callable[..., Any]) -> type:
 def longer(make: Callable[..., Any], name: str, factor: float = 3.0) -> Callable[..., Any]:
     """A solver whose step size `name` is too long."""
 
-    def made(*args: Any) -> Any:
-        solver = make(*args)
+    def made(*args: Any, **kw: Any) -> Any:
+        solver = make(*args, **kw)
         return dataclasses.replace(solver, **{name: factor * getattr(solver, name).value})
 
     return made
@@ -222,7 +222,27 @@ def soft_programs() -> Iterator[Mutant]:
     yield Mutant("dropped expert's term", soft_guarantees.likelihood(alone))
 
 
-FAMILIES = (solvers, hypergradients, linear_solvers, projections, soft_programs)
+def _through(true: Callable, problem: Any, state: Any, key: Any) -> Any:
+    """A step from x to the other side."""
+    after = true(problem, state, key)[0]
+    return after._replace(x=2 * state.x - after.x)
+
+
+def learners() -> Iterator[Mutant]:
+    """MLIRL and SampledPenalty."""
+    yield Mutant("step 3x", ml_irl.ml_irl(longer(irl.MLIRL, "upper_step_size")))
+    yield Mutant("Q is not updated", ml_irl.ml_irl(faulty(irl.MLIRL, _kept("y"))))
+    yield Mutant("wrong sign", ml_irl.ml_irl(faulty(irl.MLIRL, _through)))
+    theory = bilevel.SampledPenalty.from_theory
+    yield Mutant("step 3x", sampled.descent(longer(theory, "upper_step_size")))
+    yield Mutant("wrong sign", sampled.descent(faulty(bilevel.SampledPenalty, _through).from_theory))
+    least = lambda values, t, entropic: (jnp.min(values) + t / 2, values)  # noqa: E731
+    mean = lambda values, t, entropic: (jnp.mean(values), values)  # noqa: E731
+    yield Mutant("minimum plus t/2 for both smoothings", sampled.value(least))
+    yield Mutant("mean for minimum", sampled.value(mean))
+
+
+FAMILIES = (solvers, hypergradients, linear_solvers, projections, soft_programs, learners)
 
 
 def main(families: list[str], examples: int = 100) -> int:

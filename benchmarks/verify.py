@@ -77,7 +77,7 @@ def _rate(guarantee: Guarantee, fit: tuple[float, float] | None) -> str:
     if fit is None:
         return ""
     value, half = fit
-    text = f"{value:.6g}^k" if guarantee.rate == "geometric" else f"k^{value:.3g}"
+    text = f"{value:.5g}^k" if guarantee.rate == "geometric" else f"k^{value:.3g}"
     return text if half < 5e-5 * max(abs(value), 1e-9) else f"{text} ± {half:.1g}"
 
 
@@ -119,8 +119,8 @@ def table(findings: Sequence[Finding]) -> Table:
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     out.add_column("guarantee", style="bold", no_wrap=True)
     out.add_column("source", no_wrap=True)
-    for name in ("examples", "tightest measured/bound", "fitted rate", "claimed rate"):
-        out.add_column(name, justify="right", max_width=15)
+    for name in ("examples", "tightest\nmeasured/bound", "fitted rate", "claimed rate"):
+        out.add_column(name, justify="right", no_wrap=True)
     out.add_column("verdict")
     for finding in findings:
         data, guarantee = row(finding), finding.guarantee

@@ -293,7 +293,8 @@ def search(
                 best[:] = [path]
             last = np.where(ended(trial), ratios(trial)[:, -1], -1)
             if last.max() >= 0 and (not late or last.max() > late[0].ratio[-1]):
-                late[:] = [path_of(guarantee, drawn, trial, int(np.argmax(last)))]
+                end = path_of(guarantee, drawn, trial, int(np.argmax(last)))
+                late[:] = [end] if end.bound[-1] < 0.9 * end.bound.max() else late  # a bound that falls: it has a rate
         hypothesis.target(math.log(max(path.worst, 1e-30)), label="measured/bound")
 
     try:

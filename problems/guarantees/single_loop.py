@@ -137,7 +137,7 @@ def projected(make: Callable[..., Any] = SOBA.from_theory) -> Guarantee:
     numbers = {name: strategy for name, strategy in QUADRATIC.items() if name != "condition_x"}
     return Guarantee(
         "soba-projected", "ours, bilevel.theory", (), strategies.recipes(boxed, width=strategies.sizes(), **numbers),
-        measure, bound, (1, 2, 5, 10, 20), rounding, "as SOBA, x in a box and never outside of it", "geometric",
+        measure, bound, (1, 2, 5, 10, 20), rounding, "as SOBA, x in a box and never outside of it",
     )  # fmt: skip
 
 

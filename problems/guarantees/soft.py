@@ -75,7 +75,7 @@ worlds = strategies.recipes(
 )  # fmt: skip
 
 
-def exact(mdp: irl.MDP, r: Array) -> Array:
+def exact(mdp: irl.MDP, r: Array, start: Array | None = None, rounds: int = 60) -> Array:
     """Q* by Newton's method (soft policy iteration) on Q = r + gamma P logsumexp Q, dense; quadratic convergence."""
 
     def body(_: int, Q: Array) -> Array:
@@ -85,7 +85,7 @@ def exact(mdp: irl.MDP, r: Array) -> Array:
         V = jnp.linalg.solve(jnp.eye(S) - mdp.discount * moves, jnp.sum(pi * r, axis=-1) + entropy)
         return r + mdp.discount * jnp.einsum("sat,t->sa", mdp.transitions, V)
 
-    return jax.lax.fori_loop(0, 60, body, jnp.zeros_like(r))
+    return jax.lax.fori_loop(0, rounds, body, jnp.zeros_like(r) if start is None else start)
 
 
 def bellman_contracts(instance: World) -> Array:
