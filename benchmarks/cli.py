@@ -1,7 +1,7 @@
 """The command `bilevax`. Everything heavy is imported inside the commands, so that help is quick."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -102,13 +102,61 @@ def run(
     """
     limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
-        from benchmarks import report, runner
+        from benchmarks.runner import execute
 
-        with runner.open_folder(out, runner.settings_of(name, cells, precision)) as folder:
-            with progress(len(cells)) as on_cell:
-                complete = runner.execute(folder, cells, on_cell)
-            loaded = report.load(folder)
-            summary = report.write(folder, loaded, plot)
+        _carry_out(name, cells, precision, out, plot, as_json, execute)
+
+
+@app.command(
+    epilog=examples(
+        "bilevax sweep --suite quickstart --out results/mine",
+        "bilevax sweep -p quadratic -s SOBA -s AID --seeds 20 --workers 4",
+        "bilevax sweep --suite mine.toml --out /shared/mine --backend dask --scheduler tcp://head:8786",
+        "The same command and --out again runs what is not finished, and nothing else.",
+    )
+)
+def sweep(
+    problem: options.Problems = None,
+    solver: options.Solvers = None,
+    suite: options.Suite = None,
+    seeds: options.Seeds = None,
+    max_steps: options.MaxSteps = None,
+    every: options.Every = None,
+    tol: options.Tol = None,
+    time_limit: options.TimeLimit = None,
+    out: options.Out = None,
+    precision: options.Precision = 64,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
+    backend: Annotated[str, typer.Option(help="loky: processes of this machine; dask or ray: a cluster.")] = "loky",
+    scheduler: Annotated[str | None, typer.Option(metavar="ADDRESS", help="Of the cluster.")] = None,
+    plot: options.Plot = True,
+    as_json: Json = False,
+) -> None:
+    """Run a study as `bilevax run` does, many cells at a time; the results are the same.
+
+    Exit code: as of run.
+    """
+    limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
+    with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
+        from functools import partial
+
+        from benchmarks import sweep as sweeper
+
+        how = partial(sweeper.sweep, precision=precision, workers=workers, backend=backend, scheduler=scheduler)
+        _carry_out(name, cells, precision, out, plot, as_json, how)
+
+
+def _carry_out(
+    name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool]
+) -> None:
+    """Run the cells into a folder by `how`, print what came out and exit."""
+    from benchmarks import report, runner
+
+    with runner.open_folder(out, runner.settings_of(name, cells, precision)) as folder:
+        with progress(len(cells)) as on_cell:
+            complete = how(folder, cells, on_cell)
+        loaded = report.load(folder)
+        summary = report.write(folder, loaded, plot)
     _print(folder, loaded, summary, as_json)
     raise typer.Exit(report.exit_code(summary) if complete else 130)
 
