@@ -153,6 +153,9 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
     fixed = _set_rows(problem.y_set, y)
     by_x += [jnp.zeros((C.shape[0], flat_x.size), dtype) for C, _, _ in fixed]
     nothing = jnp.zeros((0, flat_y.size), dtype), jnp.zeros(0, dtype), jnp.zeros(0, dtype)
+    if not blocks and not fixed:  # one row that never binds, so that there always is one
+        never = jnp.full(1, jnp.inf, dtype)
+        return Rows(jnp.zeros((1, flat_y.size), dtype), -never, never, jnp.zeros((1, flat_x.size), dtype))
     C, lo, hi = (jnp.concatenate(parts) for parts in zip(nothing, *blocks, *fixed, strict=True))
     return Rows(C, lo, hi, jnp.concatenate(by_x))
 

@@ -16,6 +16,7 @@ from problems.hyper_cleaning import corrupt
 SMALL = {
     "quadratic": [{}, {"dim_x": 3, "dim_y": 1, "num_samples": 6, "batch_size": 2}],
     "ridge": [{}],
+    "constrained": [{"kind": "random"}, {"kind": "toy"}],
     "logistic": [{}, {"penalties": "feature", "batch_size": 50}, {"penalties": "one"}],
     "hyper_cleaning": [{}, {"batch_size": 64}, {"model": "mlp"}],
 }
@@ -83,6 +84,8 @@ def test_another_seed_compiles_nothing(name, params):
         ("quadratic", {"coupling": 0.0}, "coupling"),
         ("quadratic", {"num_samples": 2.5}, "num_samples"),
         ("ridge", {"train": 5}, "train"),
+        ("constrained", {"kind": "box"}, "kind"),
+        ("constrained", {"kind": "random", "dim": 3, "active": 4}, "active"),
         ("logistic", {"penalties": "pixel"}, "penalties"),
         ("logistic", {"train": 1000, "val": 797}, "1797"),
         ("hyper_cleaning", {"model": "cnn"}, "model"),

@@ -1,0 +1,223 @@
+"""Constrained lower level, solve and gradient, against qpax, jaxopt and cvxpylayers: `python -m
+benchmarks.peers.constrained`.
+
+    lower: y(x) = argmin y'H y/2 + (G x + c)'y  over  A y + B x <= b,    upper: t'y + |y|^2/2
+
+One process, one thread, float64; 50 unknowns, 30 rows, 10 parameters x; about half of the rows active. Each library
+returns F and grad F. Steady call: median and minimum over interleaved repetitions, each at another x near the last.
+"warm" starts from the last solution and active set. Error: worst relative error of the gradient over those x against
+NumPy's dense KKT system on the active rows. Then 256 perturbations q of g (g + q'y) by vmap. qpax runs with its
+default tolerances, and with tight ones (1e-10, target_kappa 1e-8), where its gradient is more exact. A library that is
+not installed is named and skipped; cvxpylayers' JAX layer runs outside of jit.
+"""
+
+import argparse
+import importlib.util
+import os
+import time
+
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import bilevel
+from bilevel import polyhedral
+
+DIM_X = 10
+
+
+def upper(x, y, batch):
+    """Upper level t'y + |y|^2/2, shape []."""
+    return batch["t"] @ y + 0.5 * jnp.sum(y**2)
+
+
+def lower(x, y, batch):
+    """Lower level y'H y/2 + (G x + c)'y, shape []."""
+    return 0.5 * y @ batch["H"] @ y + (batch["G"] @ x + batch["c"]) @ y
+
+
+def perturbed(x, y, batch):
+    """`lower` with its linear term moved by the parameter x, shaped like y."""
+    return 0.5 * y @ batch["H"] @ y + (x + batch["c"]) @ y
+
+
+def make_data(n: int, rows: int, seed: int = 0) -> tuple[dict, tuple]:
+    """Random g and rows, half of which are active at x = 0 with multipliers in [0.1, 1]."""
+    rng = np.random.default_rng(seed)
+    Z, A = rng.normal(size=(n, n)) / np.sqrt(n), rng.normal(size=(rows, n)) / np.sqrt(n)
+    y, lam = rng.normal(size=n), np.where(np.arange(rows) % 2 == 0, rng.uniform(0.1, 1, rows), 0)
+    H = Z @ Z.T + 0.1 * np.eye(n)
+    b = A @ y + np.where(lam > 0, 0, rng.uniform(0.1, 1, rows))
+    data = {"H": H, "G": rng.normal(size=(n, DIM_X)), "c": -H @ y - A.T @ lam, "t": rng.normal(size=n)}
+    return jax.tree.map(jnp.asarray, data), (
+        jnp.asarray(A),
+        jnp.asarray(rng.normal(size=(rows, DIM_X))),
+        jnp.asarray(b),
+    )
+
+
+def make_problem(data: dict, rows: tuple, g: Callable = lower, dim_x: int = DIM_X) -> bilevel.BilevelProblem:
+    """The bilevel problem of the data."""
+    n, full = len(data["c"]), bilevel.Full(data)
+    coupling = bilevel.LinearCoupling(rows[0], jnp.zeros((len(rows[2]), dim_x)) if g is perturbed else rows[1], rows[2])
+    init = lambda key: (jnp.zeros(dim_x), jnp.zeros(n))  # noqa: E731
+    return bilevel.BilevelProblem(
+        upper, bilevel.Minimize(g), coupling=coupling, upper_data=full, lower_data=full, init=init
+    )
+
+
+def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Grad F from the dense KKT system on the rows that y holds with equality."""
+    A, B, b = map(np.asarray, rows)
+    active = np.abs(A @ y + B @ x - b) <= 1e-9
+    A, B = A[active], B[active]
+    H, G, c = (np.asarray(data[name]) for name in "HGc")
+    M = np.block([[H, A.T], [A, np.zeros((len(A), len(A)))]])
+    y = np.linalg.solve(M, np.append(-G @ x - c, b[active] - B @ x))[: len(y)]
+    uv = np.linalg.solve(M, np.append(np.asarray(data["t"]) + y, np.zeros(len(A))))
+    return -G.T @ uv[: len(y)] - B.T @ uv[len(y) :]
+
+
+def qpax_call(data: dict, rows: tuple, **settings: float) -> Callable:
+    """Value and gradient by qpax."""
+    import qpax
+
+    A, B, b = rows
+    none = jnp.zeros((0, A.shape[1])), jnp.zeros(0)
+
+    def F(x):
+        y = qpax.solve_qp_primal(data["H"], data["G"] @ x + data["c"], *none, A, b - B @ x, **settings)
+        return upper(x, y, data)
+
+    return jax.value_and_grad(F)
+
+
+def jaxopt_call(data: dict, rows: tuple) -> Callable:
+    """Value and gradient by jaxopt.OSQP with its implicit differentiation."""
+    import jaxopt
+
+    A, B, b = rows
+    solver = jaxopt.OSQP(tol=1e-8, maxiter=20_000)
+
+    def F(x):
+        found = solver.run(params_obj=(data["H"], data["G"] @ x + data["c"]), params_ineq=(A, b - B @ x))
+        return upper(x, found.params.primal, data)
+
+    return jax.value_and_grad(F)
+
+
+def cvxpylayers_call(data: dict, rows: tuple) -> Callable:
+    """Value and gradient by cvxpylayers' JAX layer."""
+    import cvxpy as cp
+    from cvxpylayers.jax import CvxpyLayer
+
+    A, B, b = rows
+    y, linear, bound = cp.Variable(A.shape[1]), cp.Parameter(A.shape[1]), cp.Parameter(len(b))
+    objective = 0.5 * cp.quad_form(y, cp.psd_wrap(np.asarray(data["H"]))) + linear @ y
+    layer = CvxpyLayer(cp.Problem(cp.Minimize(objective), [np.asarray(A) @ y <= bound]), [linear, bound], [y])
+    return jax.value_and_grad(lambda x: upper(x, layer(data["G"] @ x + data["c"], b - B @ x)[0], data))
+
+
+def median_ms(times: list[float]) -> str:
+    """Median and minimum in milliseconds."""
+    return f"{1e3 * np.median(times):.2f} ({1e3 * np.min(times):.2f})"
+
+
+def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
+    """The table of single solves and gradients."""
+    data, rows = make_data(n, rows_count)
+    problem = make_problem(data, rows)
+    calls: dict[str, Callable] = {}
+    if importlib.util.find_spec("qpax"):
+        calls["qpax, default"] = jax.jit(qpax_call(data, rows))
+        calls["qpax, tight"] = jax.jit(qpax_call(data, rows, solver_tol=1e-10, target_kappa=1e-8))
+    if importlib.util.find_spec("jaxopt"):
+        calls["jaxopt OSQP"] = jax.jit(jaxopt_call(data, rows))
+    if importlib.util.find_spec("cvxpylayers"):
+        calls["cvxpylayers (no jit)"] = cvxpylayers_call(data, rows)
+    for name in ("qpax", "jaxopt", "cvxpylayers"):
+        if not importlib.util.find_spec(name):
+            console.print(f"skipped: {name} is not installed")
+    y0 = jnp.zeros(n)
+    slope = lambda h: (h.value, h.gradient)  # noqa: E731
+    calls["bilevax, cold"] = jax.jit(lambda x: slope(bilevel.hypergradient(problem, x, y0, estimate=False)))
+    calls["bilevax, cold, error estimate"] = jax.jit(lambda x: slope(bilevel.hypergradient(problem, x, y0)))
+    found = jax.jit(polyhedral.solve)(problem, jnp.zeros(DIM_X), y0, data)
+    settings = polyhedral.ActiveSet(start=found.active)
+    calls["bilevax, warm"] = jax.jit(
+        lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=settings, estimate=False))
+    )
+    points = [1e-3 * np.random.default_rng(k).normal(size=DIM_X) for k in range(repeats)]
+    first, times, errors = {}, {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
+    for name, call in calls.items():
+        begin = time.perf_counter()
+        jax.block_until_ready(call(jnp.asarray(points[0])))
+        first[name] = time.perf_counter() - begin
+    solve = jax.jit(polyhedral.solve)
+    for x in points:
+        truth = exact(data, rows, x, np.asarray(solve(problem, jnp.asarray(x), y0, data).y))
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            out = jax.block_until_ready(call(jnp.asarray(x)))
+            times[name].append(time.perf_counter() - begin)
+            errors[name] = max(errors[name], float(np.linalg.norm(out[1] - truth) / np.linalg.norm(truth)))
+    table = Table(title=f"Solve and gradient, {n} unknowns, {rows_count} rows, float64, one thread")
+    for column in ("library", "first call (s)", "steady: median (minimum), ms", "worst relative error"):
+        table.add_column(column, justify="left" if column == "library" else "right")
+    for name in calls:
+        table.add_row(name, f"{first[name]:.2f}", median_ms(times[name]), f"{errors[name]:.1e}")
+    console.print(table)
+
+
+def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 256) -> None:
+    """`number` perturbations q of g by vmap: y_q and the gradient in q."""
+    data, rows = make_data(n, rows_count)
+    problem = make_problem(data, rows, perturbed, n)
+    draws = jnp.asarray(0.05 * np.random.default_rng(0).normal(size=(number, n)))
+    y0 = jnp.zeros(n)
+    found = jax.jit(polyhedral.solve)(problem, jnp.zeros(n), y0, data)
+    settings = polyhedral.ActiveSet(start=found.active)
+    one = lambda q: bilevel.hypergradient(problem, q, found.y, lower=settings, estimate=False).gradient  # noqa: E731
+    calls = {"bilevax": jax.jit(jax.vmap(one))}
+    if importlib.util.find_spec("qpax"):
+        shifted = lambda q: data | {"G": jnp.eye(n)}  # noqa: E731
+        rest = (rows[0], jnp.zeros((rows_count, n)), rows[2])
+        for name, more in (("qpax, default", {}), ("qpax, tight", {"solver_tol": 1e-10, "target_kappa": 1e-8})):
+            calls[name] = jax.jit(jax.vmap(lambda q, more=more: qpax_call(shifted(q), rest, **more)(q)[1]))
+    times = {name: [] for name in calls}
+    for call in calls.values():
+        jax.block_until_ready(call(draws))
+    for k in range(repeats):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            jax.block_until_ready(call(draws * (1 + 1e-6 * k)))
+            times[name].append(time.perf_counter() - begin)
+    table = Table(title=f"{number} perturbations by vmap, {n} unknowns, {rows_count} rows")
+    table.add_column("library")
+    table.add_column("steady: median (minimum), ms", justify="right")
+    for name in calls:
+        table.add_row(name, median_ms(times[name]))
+    console.print(table)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--repeats", type=int, default=101)
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    console = Console(width=120)
+    single(console, 50, 30, options.repeats)
+    for n, rows_count in ((10, 8), (50, 20)):
+        many(console, n, rows_count, max(3, options.repeats // 10))
+
+
+if __name__ == "__main__":
+    main()

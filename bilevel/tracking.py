@@ -1,0 +1,127 @@
+"""What solvers for polyhedral lower levels share: a lower solution tracked from step to step, and smoothing.
+
+With a perturbation q, g_q(x, y) = g(x, y) + q'y and F_q(x) = f(x, y_q(x)). For a random q with a density, strict
+complementarity holds at each fixed x with probability one, so that F_q is differentiable there, and the mean of F_q is
+smooth, with |mean F_q - F| <= L_f sup|q|/mu.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles, polyhedral
+from bilevel.active_set import Factor, factorize, kkt_solve, masked_factor, solve_model
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.struct import invalid
+
+PyTree = Any
+DISTRIBUTIONS = ("gaussian", "sphere", "ball")
+
+
+class Tracked(NamedTuple):
+    """Shaped like y; [rows]; scalars. active: as `PolyhedralSolution.active`. margin: the smallest of slacks and
+    multipliers, rows in the norm of H^-1. independent: the active rows are. definite: g_yy was found positive definite.
+    """
+
+    y: PyTree
+    active: Array
+    margin: Array
+    feasible: Array
+    independent: Array
+    definite: Array
+
+
+def perturbation(key: Array, like: PyTree, distribution: str, sigma: Any) -> PyTree:
+    """A random q shaped like `like`: N(0, sigma^2 I), or uniform on the sphere or in the ball of radius sigma."""
+    flat, unravel = ravel_pytree(like)
+    key_direction, key_length = jax.random.split(key)
+    q = jax.random.normal(key_direction, flat.shape, flat.dtype)
+    if distribution != "gaussian":
+        q = q / jnp.linalg.norm(q)
+    if distribution == "ball":
+        q = q * jax.random.uniform(key_length, (), flat.dtype) ** (1.0 / flat.size)
+    return unravel(jnp.asarray(sigma, flat.dtype) * q)
+
+
+def check_distribution(name: str, distribution: str) -> None:
+    """Raise `InvalidInput` for an unknown distribution."""
+    if distribution not in DISTRIBUTIONS:
+        invalid(name, repr(distribution), f"one of {DISTRIBUTIONS}", "Choose the law of the perturbation q.")
+
+
+def no_rows_active(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """The active set to start from: equalities only."""
+    limits = polyhedral.rows(problem, x, y)
+    return (limits.lo == limits.hi).astype(limits.lo.dtype)
+
+
+def _factor_at(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, C: Array) -> tuple[Factor, Array]:
+    """(factor of g_yy, or of its absolute row sums where it is not positive definite; whether it is)."""
+    H = oracles.lower_hessian(problem, x, y, batch)
+    definite = jnp.isfinite(lax.linalg.cholesky(H, symmetrize_input=False)[-1, -1])
+    size = jnp.sum(jnp.abs(H), axis=1)
+    safe = jnp.diag(jnp.where(size > 0, size, 1) + jnp.where(definite, 0, 0 * H[0, 0]))
+    return factorize(jnp.where(definite, H, safe), C), definite
+
+
+def track(
+    problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
+) -> tuple[Tracked, Factor, Array]:
+    """`num_steps` SQP steps on g_q from the warm start (y, active), and the factors at the end, for `gradient`.
+
+    Full steps, without a line search: one is exact for a quadratic g; else Newton's method near the solution. Where the
+    rows contradict each other, y is NaN.
+    """
+    limits = polyhedral.rows(problem, x, y)
+    flat, unravel = ravel_pytree(y)
+    flat_q = ravel_pytree(q)[0]
+    constant = oracles.constant_hessian(problem, x, y, batch)
+    factor, definite = _factor_at(problem, x, y, batch, limits.C)
+
+    def body(_: int, carry: tuple) -> tuple:
+        flat, active, lam, factor, definite = carry[:5]
+        R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + flat_q + limits.C.T @ lam
+        model = solve_model(factor, limits, flat, R, lam, active, polyhedral.ActiveSet().max_changes)
+        feasible = ~(model.empty | model.unsolved)
+        flat = jnp.where(feasible, flat + model.p, jnp.nan)
+        if not constant:
+            factor, definite = _factor_at(problem, x, unravel(flat), batch, limits.C)
+        margin = jnp.min(model.room, initial=jnp.inf)
+        return flat, model.active, model.multipliers, factor, definite, feasible, ~model.dependent, margin
+
+    yes, far = jnp.array(True), jnp.full((), jnp.inf, flat.dtype)
+    carry = flat, active, jnp.zeros_like(active), factor, definite, yes, yes, far
+    flat, active, _, factor, definite, feasible, independent, margin = lax.fori_loop(0, num_steps, body, carry)
+    K = masked_factor(factor.S + 0 * flat[0], active)  # one chain of LAPACK calls: see `active_set`
+    return Tracked(unravel(flat), active, margin, feasible, independent, definite), factor, K
+
+
+def gradient(
+    problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Factor, Array], upper: PyTree, lower: PyTree
+) -> PyTree:
+    """Grad F_q(x) of `track`'s result, shaped like x, with f on the batch `upper`."""
+    tracked, factor, K = found
+    unravel_y = ravel_pytree(tracked.y)[1]
+    fx, fy = oracles.upper_gradients(problem, x, tracked.y, upper)
+    u, v = kkt_solve(factor, K, tracked.active, ravel_pytree(fy)[0], jnp.zeros_like(tracked.active))
+    cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
+    flat, unravel_x = ravel_pytree(fx)
+    return unravel_x(flat - cross - polyhedral.rows(problem, x, tracked.y).B.T @ v)
+
+
+def track_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:
+    """Oracle calls of one `track`: the Hessian is formed once where it is constant, else after each step again."""
+    x, y = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
+    x, y = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part) for part in (x, y))
+    hessians = 1 if oracles.constant_hessian(problem, x, y, problem.lower_data.full()) else 1 + num_steps
+    return OracleCount(lower_gradients=num_steps, hvps=hessians * ravel_pytree(y)[0].size)
+
+
+def refuse_not_polyhedral(solver: Any, problem: BilevelProblem) -> str | None:
+    """The reason for methods that differentiate through the active rows."""
+    reason = polyhedral.refuse(problem)
+    return None if reason is None else f"{type(solver).__name__} needs a polyhedral lower level: {reason}."
