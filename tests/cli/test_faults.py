@@ -1,0 +1,245 @@
+"""Faults: what is finished stays, nothing is overwritten, and each is a message that names the file or folder."""
+
+import errno
+import json
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from benchmarks import runner
+from benchmarks.cli import app
+from bilevel.checkpoint import write_atomically
+
+STUDY = ["-p", "quadratic[dim_x=2,dim_y=2]", "-s", "SOBA", "--seeds", "3", "--max-steps", "20", "--no-plot"]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def content(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def quick(synthetic, monkeypatch):
+    """`bilevax run` whose cells end at once, so that nothing but the files is tested; gives the seeds that ran."""
+    ran = []
+
+    def run(cell, instance, solver, path):
+        ran.append(cell.seed)
+        runner.save_point(path.with_suffix(".npz"), np.zeros(2), np.zeros(2))
+        return {"status": "MAX_STEPS"} | {
+            name: synthetic.result(synthetic.rows([1.0, 0.5]))[name] for name in ("stats", "record", "referee")
+        }
+
+    known = {"sizes": {"x": 2, "y": 2}, "optimum": None, "tags": [], "baselines": {}}
+    monkeypatch.setattr(runner, "_run", run)
+    monkeypatch.setattr(runner, "build_instance", lambda text, seed: None)
+    monkeypatch.setattr(runner, "_describe", lambda path, instance: runner.write_json(path, known))
+    return ran
+
+
+@pytest.fixture
+def folder(quick, tmp_path):
+    """A finished run's."""
+    assert call("run", *STUDY, "--out", tmp_path / "done").exit_code == 0
+    quick.clear()
+    return tmp_path / "done"
+
+
+def test_files_follow_the_umask(tmp_path):
+    for mask in (0o022, 0o077, 0o002):
+        before = os.umask(mask)
+        try:
+            write_atomically(tmp_path / "file", b"x")
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o666 & ~mask
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(quick, tmp_path, monkeypatch):
+    real, calls = os.fsync, []
+
+    def full(handle):
+        calls.append(handle)
+        if len(calls) > 5:  # settings; instance, point and result of seed 0; instance of seed 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    failed = call("run", *STUDY, "--out", tmp_path / "out")
+    assert failed.exit_code == 2
+    assert "No space left on device" in failed.stderr
+    assert "repeat the command to go on" in failed.stderr
+    assert [path.name[-10:] for path in (tmp_path / "out/cells").iterdir() if path.suffix == ".json"] == ["seed0.json"]
+    assert not [path for path in (tmp_path / "out").rglob(".*") if path.is_file()]
+    monkeypatch.setattr(os, "fsync", real)
+    quick.clear()
+    assert call("run", *STUDY, "--out", tmp_path / "out").exit_code == 0
+    assert quick == [1, 2]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: b"[1]\xff"])
+@pytest.mark.parametrize("name", ["settings.json", "cells/001-quadratic_dim_x=2_dim_y=2-SOBA-seed1.json"])
+def test_a_damaged_result_is_named_and_kept(folder, quick, name, damage):
+    path = folder / name
+    path.write_bytes(damage(path.read_bytes()))
+    before = content(folder)
+    commands = (
+        ["run", *STUDY, "--out"],
+        ["sweep", *STUDY, "--workers", "2", "--out"],
+        ["show"],
+        ["compare"],
+        ["report"],
+    )
+    for command in commands:
+        called = call(*command, folder)
+        assert called.exit_code == 2, command
+        assert name in called.stderr
+        assert "damaged" in called.stderr
+    assert content(folder) == before
+    assert quick == []
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "expected"),
+    [
+        ("versions", {"jax": "0.0.1"}, "jax 0.0.1 there"),
+        ("system", {"cpus": 4096}, "cpus 4096 there"),
+        ("precision", 32, "precision differ"),
+        ("format", 2, "format 2, expected 1. Use the bilevax that wrote it"),
+    ],
+)
+def test_another_version_or_machine_s_results_are_not_overwritten(folder, quick, key, change, expected):
+    path = folder / "settings.json"
+    settings = json.loads(path.read_text())
+    settings[key] = settings[key] | change if isinstance(change, dict) else change
+    path.write_text(json.dumps(settings))
+    before = content(folder)
+    called = call("run", *STUDY, "--out", folder)
+    assert called.exit_code == 2
+    assert expected in called.stderr
+    assert content(folder) == before
+    assert quick == []
+    assert call("show", folder).exit_code == (2 if key == "format" else 0)
+
+
+def test_another_run_s_result_in_the_folder_is_noticed(folder, quick):
+    first, second = sorted(folder.glob("cells/*.json"))[:2]
+    second.write_bytes(first.read_bytes())
+    called = call("run", *STUDY, "--out", folder)
+    assert called.exit_code == 2
+    assert f"{second.name}: it is the result of another run's cell" in called.stderr
+
+
+def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(folder, quick):
+    code = "import filelock, sys\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\n"
+    arguments = [sys.executable, "-c", code + "input()", str(folder / runner.LOCK)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        before = content(folder)
+        for command in ("run", "sweep"):
+            called = call(command, *STUDY, "--out", folder)
+            assert called.exit_code == 2
+            assert "another process is writing into it" in called.stderr
+        assert content(folder) == before
+        assert call("show", folder).exit_code == 0  # reading is free
+        other.kill()
+    (folder / "cells/.half-written.json.0123456789abcdef").write_text("{")
+    assert call("run", *STUDY, "--out", folder).exit_code == 0
+    assert not list(folder.rglob(".half*"))
+
+
+# A user without rights writes into a folder; then a study is run in forks, which share the imports' cost, and killed.
+READ_ONLY = """
+import os, pathlib, sys
+from benchmarks import runner
+if os.geteuid() == 0:
+    os.setuid(65534)
+settings = {"name": "x", "precision": 64, "cells": [], "versions": {}, "system": {}}
+for folder in map(pathlib.Path, sys.argv[1:]):
+    try:
+        with runner.open_folder(folder, settings):
+            print("opened")
+    except runner.FolderError as error:
+        print(error)
+"""
+
+
+def test_a_read_only_folder_is_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path, *tmp_path.parents[:3]):  # readable by others, where the test is run by root
+        if path.stat().st_uid == os.geteuid() and path.name.startswith(("test_", "pytest-")):
+            path.chmod(0o755)
+    for path in (tmp_path / "empty", tmp_path):
+        path.chmod(0o555)
+    folders = [str(tmp_path / "empty"), str(tmp_path / "new")]
+    done = subprocess.run([sys.executable, "-c", READ_ONLY, *folders], capture_output=True, text=True, check=True)
+    tmp_path.chmod(0o755)
+    first, second = done.stdout.splitlines()
+    for line, folder in ((first, folders[0]), (second, folders[1])):
+        assert line.startswith(f"--out {folder}: it cannot be written (Permission denied")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+KILLS = """
+import os, pathlib, random, signal, sys, time, warnings
+warnings.simplefilter("ignore")
+from benchmarks import cli, compare, report, runner, sweep  # before the forks; JAX makes its threads at first use
+kills, study, whole, broken = int(sys.argv[1]), sys.argv[4:], *map(pathlib.Path, sys.argv[2:4])
+def start(folder):
+    child = os.fork()
+    if child:
+        return child
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        cli.app(["run", *study, "--out", str(folder)])
+    except SystemExit as end:
+        os._exit(end.code or 0)
+begin = time.monotonic()
+assert os.waitpid(start(whole), 0)[1] == 0
+length, seen, random_time = time.monotonic() - begin, {}, random.Random(int(sys.argv[1]))
+for _ in range(kills):
+    child = start(broken)
+    time.sleep(random_time.uniform(0, length))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    if (broken / "settings.json").exists():
+        report.load(broken)
+    now = {path: path.stat().st_mtime_ns for path in broken.glob("cells/*.json")}
+    assert seen.items() <= now.items(), (seen, now)
+    seen = now
+print(len(seen), "finished before the last")
+assert os.waitpid(start(broken), 0)[1] == 0
+assert seen.items() <= {path: path.stat().st_mtime_ns for path in broken.glob("cells/*.json")}.items()
+"""
+
+
+def test_kill_9_at_random_moments_loses_nothing(tmp_path):
+    """BILEVAX_KILLS=100 makes it a job of its own."""
+    kills = os.environ.get("BILEVAX_KILLS", "5")
+    arguments = [kills, tmp_path / "whole", tmp_path / "broken", *STUDY]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLS, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    paths = sorted((tmp_path / "whole/cells").iterdir())
+    assert len(paths) == 6
+    assert [path.name for path in paths] == sorted(path.name for path in (tmp_path / "broken/cells").iterdir())
+    for path in paths:
+        other = tmp_path / "broken/cells" / path.name
+        if path.suffix == ".npz":
+            assert path.read_bytes() == other.read_bytes()
+            continue
+        first, second = (json.loads(p.read_text()) for p in (path, other))
+        for row in [*first["record"], *second["record"]]:
+            del row["time"]
+        assert first["record"] == second["record"]
+        assert first["status"] == second["status"]
+    assert not [path for path in (tmp_path / "broken").rglob(".*") if path.is_file()]
