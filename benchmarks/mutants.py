@@ -18,7 +18,7 @@ import irl
 from bilevel import AID, CG, GMRES, MINRES, SABA, SOBA, Neumann, hypergradient
 from bilevel.guarantees import Guarantee, search
 from irl import soft
-from problems.guarantees import certified, gradient, linear, ml_irl, sampled, sets, single_loop, stochastic
+from problems.guarantees import certified, ds_blo, gradient, linear, ml_irl, sampled, sets, single_loop, stochastic
 from problems.guarantees import soft as soft_guarantees
 
 
@@ -228,6 +228,25 @@ def _through(true: Callable, problem: Any, state: Any, key: Any) -> Any:
     return after._replace(x=2 * state.x - after.x)
 
 
+def _same_noise(true: Callable, problem: Any, state: Any, key: Any) -> Any:
+    return true(problem, state, jax.random.key(7))[0]
+
+
+def _without_noise(**kw: Any) -> Any:
+    return bilevel.DSBLO(**(kw | {"sigma": 1e-12 * kw["sigma"]}))
+
+
+def constrained() -> Iterator[Mutant]:
+    """DSBLO."""
+    yield Mutant("stale q", ds_blo.lemmas(faulty(bilevel.DSBLO, _same_noise)))
+    yield Mutant("q never passed on", ds_blo.lemmas(_without_noise))
+    yield Mutant("q 3x too large", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))))
+    yield Mutant("step 3x", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {
+        "gamma1": kw["gamma1"] / 3, "gamma2": kw["gamma2"] / 3}))))  # fmt: skip
+    yield Mutant("stale momentum", ds_blo.lemmas(faulty(bilevel.DSBLO, _kept("m"))))
+    yield Mutant("wrong sign of the step", ds_blo.lemmas(faulty(bilevel.DSBLO, _through)))
+
+
 def learners() -> Iterator[Mutant]:
     """MLIRL and SampledPenalty."""
     yield Mutant("step 3x", ml_irl.ml_irl(longer(irl.MLIRL, "upper_step_size")))
@@ -242,7 +261,7 @@ def learners() -> Iterator[Mutant]:
     yield Mutant("mean for minimum", sampled.value(mean))
 
 
-FAMILIES = (solvers, hypergradients, linear_solvers, projections, soft_programs, learners)
+FAMILIES = (solvers, hypergradients, linear_solvers, projections, soft_programs, learners, constrained)
 
 
 def main(families: list[str], examples: int = 100) -> int:
