@@ -27,7 +27,9 @@ from bilevel.data import Full, Minibatch, Source
 from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient, implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import Newton
+from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.projected import ProjectedNewton
 from bilevel.record import OracleCount, Record, Solution, SolveError, Status
 from bilevel.run import advance, solve, solve_many
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex

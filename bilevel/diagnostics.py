@@ -10,6 +10,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, polyhedral
+from bilevel.goldstein import goldstein as goldstein
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import Newton
 from bilevel.problem import BilevelProblem
@@ -56,10 +57,13 @@ def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None 
     `lower=None` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
     """
     h = hypergradient(problem, x, y, lower=lower)
-    if problem.constrained_lower:
+    if problem.coupling is not None:
         residual = polyhedral.natural_residual(problem, x, y, problem.lower_data.full())
     else:
         residual = oracles.residual(problem, x, y, problem.lower_data.full())
+        if problem.constrained_lower:
+            moved = problem.y_set.project(jax.tree.map(operator.sub, y, residual))
+            residual = jax.tree.map(operator.sub, y, moved)
     violation = problem.x_set.violation(x) + problem.y_set.violation(y)
     return Measurement(
         value=h.value,

@@ -28,15 +28,17 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
-from bilevel import oracles, polyhedral, polyhedral_gradient
+from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
 from bilevel.linear import LinearSolver, default_solver, refine
 from bilevel.lower import Newton, pack_scalars, row_norms
 from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
+from bilevel.projected import ProjectedNewton
 from bilevel.record import Status
 from bilevel.struct import static, struct
 
 PyTree = Any
+LowerSettings = Newton | ActiveSet | ProjectedNewton
 
 
 @struct
@@ -110,7 +112,7 @@ def hypergradient(
     y: PyTree = None,
     *,
     method: LinearSolver | Unrolled | None = None,
-    lower: Newton | ActiveSet | None = Newton(),  # noqa: B008
+    lower: LowerSettings | None = Newton(),  # noqa: B008
     v: PyTree = None,
     constants: Constants | None = None,
     estimate: bool = True,
@@ -118,7 +120,8 @@ def hypergradient(
     """Grad F(x) with its error. Pure; use it under jit and vmap.
 
     Args:
-        problem: any; a constrained lower level must be polyhedral (`polyhedral`). All of its data is used.
+        problem: any; a constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices
+            (`projected`). All of its data is used.
         x: the point, shaped like init's x0.
         y: warm start of the lower level; default init's y0.
         method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
@@ -130,13 +133,19 @@ def hypergradient(
         estimate: without constants, estimate the error (two more linear solves); False gives error_bound = NaN.
 
     Raises:
-        NotImplementedError: for a lower level with `SmoothCoupling` or a `Ball`, and for `method` with constraints.
+        NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
+            with constraints.
         InvalidInput: where x, y or v is not shaped like init's x0, y0.
     """
     y = start_y(problem, x, y)
     if problem.constrained_lower:
-        settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
-        return Hypergradient(**polyhedral_gradient.differentiate(problem, x, y, settings, estimate)._asdict())
+        large = None if method is not None else projected.settings_for(problem, y, lower)
+        if large is not None:
+            found = projected_gradient.differentiate(problem, x, y, large, estimate)
+        else:
+            settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
+            found = polyhedral_gradient.differentiate(problem, x, y, settings, estimate)
+        return Hypergradient(**found._asdict())
     if v is not None:
         check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
@@ -334,28 +343,30 @@ def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, s
 
 
 def implicit_objective(
-    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: Newton | ActiveSet | None = None
+    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: LowerSettings | None = None
 ) -> Callable[..., Array]:
     """F: x -> f(x, y(x)), shape [], differentiable in forward and reverse mode, and again.
 
-    Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level
-    from y,
-    without a derivative with respect to y. F is NaN where the lower level cannot be solved at all; `hypergradient` says
-    why, and how exact an answer is.
+    Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level from
+    y, without a derivative with respect to y. F is NaN where the lower level cannot be solved at all; `hypergradient`
+    says why, and how exact an answer is.
 
     Raises:
         NotImplementedError: as `hypergradient`.
     """
     if problem.constrained_lower:
-        settings = polyhedral.settings_for(problem, "implicit_objective", lower or Newton(), method)
-        return lambda x, y=None: _implicit_constrained(problem, x, y, settings)
+        return lambda x, y=None: _implicit_constrained(problem, x, start_y(problem, x, y), method, lower or Newton())
     assert lower is None or isinstance(lower, Newton)
     return lambda x, y=None: _implicit_value(problem, x, y, method, lower)
 
 
 @jax.jit
-def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet) -> Array:
-    return polyhedral_gradient.implicit_value(problem, x, start_y(problem, x, y), settings)
+def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, method: Any, lower: LowerSettings) -> Array:
+    large = None if method is not None else projected.settings_for(problem, y, lower)
+    if large is not None:
+        return projected_gradient.implicit_value(problem, x, y, large)
+    settings = polyhedral.settings_for(problem, "implicit_objective", lower, method)
+    return polyhedral_gradient.implicit_value(problem, x, y, settings)
 
 
 @jax.jit

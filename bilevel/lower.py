@@ -1,7 +1,7 @@
 """Solve the lower level: y with R(x, y) = 0, and a certificate.
 
 Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-free beyond; with sets or linear coupling
-the active-set method of `polyhedral`.
+the active-set method of `polyhedral`, and on balls or for large y the projected Newton method of `projected`.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, polyhedral
+from bilevel import oracles, polyhedral, projected
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
@@ -63,15 +63,18 @@ class Newton:
     dense: bool | None = static(default=None)
 
 
-def solve(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton | polyhedral.ActiveSet | None = None
-) -> LowerSolution:
-    """The lower-level solution from the warm start y; for a constrained level `polyhedral.solve` tells more.
+def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Any = None) -> LowerSolution:
+    """The lower-level solution from the warm start y; settings: `Newton`, or for a constrained level also `ActiveSet`
+    or `ProjectedNewton`, whose own `solve` tells more.
 
     Raises:
-        NotImplementedError: for a lower level with `SmoothCoupling` or a `Ball`.
+        NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints.
     """
     settings = Newton() if settings is None else settings
+    large = projected.settings_for(problem, y, settings)
+    if large is not None:
+        found = projected.solve(problem, x, y, batch, large)
+        return LowerSolution(found.y, found.residual, found.steps, found.status, ())
     if problem.constrained_lower:
         found = polyhedral.solve(problem, x, y, batch, polyhedral.settings_for(problem, "lower.solve", settings))
         return LowerSolution(found.y, found.residual, found.steps, found.status, ())

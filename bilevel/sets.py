@@ -193,10 +193,7 @@ class Simplex(Set):
 
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
-        flat = flat - jnp.max(flat)  # changes nothing but rounding: far points keep their digits
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer positions and floats
-            moved = optax.projections.projection_simplex(flat, jnp.asarray(self.scale, flat.dtype))
-        return unravel(jnp.asarray(moved, flat.dtype))
+        return unravel(_on_simplex(flat, jnp.asarray(self.scale, flat.dtype)))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -208,6 +205,22 @@ class Simplex(Set):
     def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
             invalid(f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0.")
+
+
+@jax.custom_jvp
+def _on_simplex(flat: Array, scale: Array) -> Array:
+    flat = flat - jnp.max(flat)  # changes nothing but rounding: far points keep their digits
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer positions and floats, in its derivative as well
+        moved = jnp.asarray(optax.projections.projection_simplex(flat, scale), flat.dtype)
+    return jnp.where(moved > 8 * jnp.finfo(flat.dtype).eps * scale, moved, 0)  # rounding is no positive weight
+
+
+@_on_simplex.defjvp
+def _on_simplex_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    moved = _on_simplex(*primals)
+    free = (moved > 0).astype(moved.dtype)
+    change, by_scale = tangents
+    return moved, free * (change + (by_scale - free @ change) / jnp.sum(free))
 
 
 @struct

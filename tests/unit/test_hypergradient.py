@@ -267,10 +267,12 @@ def test_errors_are_named():
         bilevel.hypergradient(problem, x[:2])
     with pytest.raises(bilevel.InvalidInput, match="y: got"):
         bilevel.hypergradient(problem, x, {"y": jnp.zeros(5)})
-    with pytest.raises(NotImplementedError, match="hypergradient: y_set must be .*got Ball"):
-        bilevel.hypergradient(dataclasses.replace(problem, y_set=bilevel.Ball(1.0)), x)
+    row = bilevel.LinearCoupling(jnp.ones((1, 5)), jnp.ones((1, 3)), jnp.ones(1))
+    mixed = dataclasses.replace(problem, y_set=bilevel.Ball(1.0), coupling=row)
+    with pytest.raises(NotImplementedError, match=r"hypergradient: y_set must be .*got Ball"):
+        bilevel.hypergradient(mixed, x)
     with pytest.raises(NotImplementedError, match="implicit_objective"):
-        bilevel.implicit_objective(dataclasses.replace(problem, y_set=bilevel.Ball(1.0)))
+        bilevel.implicit_objective(mixed)(x)
 
 
 def test_an_estimate_by_a_solver_that_has_not_solved_is_infinite():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 
-from bilevel import Ball, BilevelProblem, FixedPoint, Minimize, Newton, Status, lower, oracles
+from bilevel import Ball, BilevelProblem, FixedPoint, LinearCoupling, Minimize, Newton, Status, lower, oracles
 
 rng = np.random.default_rng(0)
 FEATURES = jnp.asarray(rng.normal(size=(40, 5)))
@@ -299,9 +299,10 @@ def test_pytrees():
     np.testing.assert_allclose(found.y["b"][0], 2, atol=1e-14)
 
 
-def test_constrained_levels_that_are_not_polyhedral_are_refused():
-    problem = BilevelProblem(nothing, Minimize(logistic), y_set=Ball(1.0))
-    with pytest.raises(NotImplementedError, match="lower.solve: y_set must be .*got Ball"):
+def test_a_ball_beside_other_constraints_is_refused():
+    row = LinearCoupling(jnp.ones((1, 5)), jnp.ones((1, 1)), jnp.ones(1))
+    problem = BilevelProblem(nothing, Minimize(logistic), y_set=Ball(1.0), coupling=row)
+    with pytest.raises(NotImplementedError, match=r"lower.solve: y_set must be .*got Ball"):
         lower.solve(problem, jnp.array(0.0), jnp.zeros(5), None)
 
 
