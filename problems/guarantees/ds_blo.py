@@ -7,7 +7,8 @@ From (x, m), one step must give |x+ - x| <= min(1/gamma1, |m|/gamma2); a momentu
 grad F_q(xbar), from which xbar = x + s (x+ - x) is read off with *one* s in [0, 1]; and y = y_q(xbar), where
 |y_q - y_0| <= |q|/h and so |F_q - F| <= L_f |q|/h, L_f = slope dim^(1/2), tested with q on a sphere. With
 q ~ N(0, sigma^2 I) fresh in each step, the indicators at x are independent, with P = Phi(h x/sigma)
-- Phi(h (x - 1)/sigma): by Hoeffding their mean over n draws is off by more than (log(2/level)/(2 n))^(1/2) with probability at most `LEVEL`.
+- Phi(h (x - 1)/sigma): by Hoeffding their mean over n draws is off by more than (log(2/level)/(2 n))^(1/2) with
+probability at most `LEVEL`.
 """
 
 from collections.abc import Callable
