@@ -14,6 +14,7 @@ import dataclasses
 import os
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
@@ -29,18 +30,22 @@ from benchmarks.registry import Cell, UsageError
 from benchmarks.runner import EMPTY, ERROR, Held, cell_path, execute, read_cell, run_cell, unfinished, write_json
 
 BREAKS = 3
+ORPHANED = 3  # exit code of a worker whose parent has ended
 LOCAL = "loky"
 BACKENDS = (LOCAL, "dask", "ray")
 
 
 class Place(NamedTuple):
-    """What a worker must know: folder, precision, compilation cache, and where shares of the cores are taken."""
+    """What a worker must know: folder, precision, compilation cache; on this machine where shares of the cores are
+    taken, the shares, and the process whose end is the worker's.
+    """
 
     folder: Path
     precision: int
     cache: str | None
     slots: Path | None = None
     shares: tuple[tuple[int, ...], ...] = ()
+    parent: int | None = None
 
 
 def cores() -> list[int]:
@@ -58,7 +63,7 @@ def shares(available: list[int], workers: int) -> tuple[tuple[int, ...], ...]:
 
 
 _own = threading.local()  # of a worker: some backends run a worker's cells in threads
-_taken: dict[Path, FileLock] = {}
+_taken: dict[Path, FileLock | None] = {}
 
 
 def _task(place: Place, index: int, cell: Cell) -> int:
@@ -66,7 +71,10 @@ def _task(place: Place, index: int, cell: Cell) -> int:
     if place.cache is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", place.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    _take_share(place)
+    if place.slots is not None and place.slots not in _taken:  # this process's first cell
+        _taken[place.slots] = None
+        _end_with(place.parent)
+        _take_share(place)
     with jax.enable_x64(place.precision == 64):
         key = place.folder, place.precision
         if getattr(_own, "key", None) != key:
@@ -75,9 +83,21 @@ def _task(place: Place, index: int, cell: Cell) -> int:
     return index
 
 
+def _end_with(parent: int | None) -> None:
+    """End this process within a second of its parent's end: a killed sweep's workers would wait for minutes."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(ORPHANED)
+
+    if hasattr(os, "getppid") and parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
+
+
 def _take_share(place: Place) -> None:
     """Bind all threads of this process to a share of the cores that no living worker has; once."""
-    if place.slots is None or place.slots in _taken or not hasattr(os, "sched_setaffinity"):
+    if place.slots is None or not hasattr(os, "sched_setaffinity"):
         return
     jax.devices()  # now, before fewer cores are seen: the pools are made as wide as in `bilevax run`
     for k, share in enumerate(place.shares):
@@ -129,7 +149,7 @@ def sweep(
     with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler):
         place = Place(folder.resolve(), precision, jax.config.jax_compilation_cache_dir)
         if backend == LOCAL:
-            place = place._replace(slots=Path(slots), shares=shares(cores(), workers))
+            place = place._replace(slots=Path(slots), shares=shares(cores(), workers), parent=os.getpid())
         while todo:
             alone = lost >= BREAKS
             batch = todo[:1] if alone else list(todo)

@@ -76,7 +76,7 @@ def study(tmp_path, synthetic, monkeypatch):
 
     `deadly` maps a cell's number to how many times it kills. The tasks need no JAX, so that workers start quickly.
     """
-    place = namedtuple("Place", sweep.Place._fields, defaults=(None, ()))  # classes of here travel by value
+    place = namedtuple("Place", sweep.Place._fields, defaults=(None, (), None))  # classes of here travel by value
     monkeypatch.setattr(sweep, "Place", place)
     text = {"problem": "quadratic", "solver": "SOBA"}
     cells = [dataclasses.make_dataclass("Cell", [*text, "seed"])(**text, seed=seed) for seed in range(6)]
@@ -132,18 +132,22 @@ def test_shares_of_the_cores_are_disjoint_and_whole():
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind threads to cores")
-def test_a_worker_binds_all_its_threads_to_a_free_share(tmp_path):
+def test_a_worker_binds_all_its_threads_to_a_free_share_and_ends_with_its_parent(tmp_path):
     first, *_, last = sweep.cores() * 2
     code = (
-        "import os, pathlib, sys\n"
+        "import os, pathlib, sys, time\n"
         "from benchmarks import sweep\n"
+        "sweep._end_with(os.getppid())\n"
         "place = sweep.Place(None, 64, None, pathlib.Path(sys.argv[1]), tuple((int(c),) for c in sys.argv[2:]))\n"
         "sweep._take_share(place)\n"
-        "print({tuple(os.sched_getaffinity(int(t))) for t in os.listdir('/proc/self/task')})\n"
+        "print({tuple(os.sched_getaffinity(int(t))) for t in os.listdir('/proc/self/task')}, flush=True)\n"
+        "sweep._end_with(-1)\n"  # no such parent
+        "time.sleep(60)\n"
     )
     with FileLock(tmp_path / "0"):  # as another worker holds its share
         arguments = [sys.executable, "-c", code, str(tmp_path), str(first), str(last)]
-        done = subprocess.run(arguments, capture_output=True, text=True, check=True)
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == sweep.ORPHANED, done.stderr
     assert done.stdout.strip() == str({(last,)})
 
 
