@@ -128,7 +128,8 @@ def thresholds(trials: list[Trial], by: str, tolerance: float) -> dict[tuple[str
         curves = [trial.inside(COLUMNS[by]) for trial in trials if trial.instance == instance and not trial.refuted]
         curves = [curve for curve in curves if curve.size]
         start = max((curve[0] for curve in curves if math.isfinite(curve[0])), default=math.inf)
-        optimum = next(trial.known["optimum"] for trial in trials if trial.instance == instance)
+        optima = [trial.known["optimum"] for trial in trials if trial.instance == instance]
+        optimum = next((value for value in optima if value is not None), None)  # an unfinished folder may not know it
         least = min((curve.min() for curve in curves), default=math.inf) if optimum is None else optimum
         if not (math.isfinite(start) and math.isfinite(least)):
             found[instance] = -math.inf

@@ -37,7 +37,8 @@ def finished(tmp_path_factory):
 def test_help_and_version_import_nothing_heavy():
     code = (
         "import sys, benchmarks.cli as c\n"
-        "for arguments in (['--help'], ['list', '--help'], ['run', '--help'], ['show', '--help']):\n"
+        "names = 'list run sweep show compare report'.split()\n"
+        "for arguments in [['--help'], *[[name, '--help'] for name in names]]:\n"
         "    try: c.app(arguments)\n"
         "    except SystemExit as end: assert end.code == 0\n"
         "heavy = {'jax', 'numpy', 'matplotlib', 'scipy', 'bilevel', 'problems'} & set(sys.modules)\n"
@@ -45,7 +46,7 @@ def test_help_and_version_import_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Examples:") == 4
+    assert done.stdout.count("Examples:") == 7
     assert "[upper_step_size=adam(0.05)]" in done.stdout  # not swallowed as markup
 
 
