@@ -118,10 +118,10 @@ def table(findings: Sequence[Finding]) -> Table:
     """The table; the tightest ratio of a broken guarantee is that of its counterexample."""
     out = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     out.add_column("guarantee", style="bold", no_wrap=True)
-    out.add_column("source", no_wrap=True)
+    out.add_column("source")
     for name in ("examples", "tightest\nmeasured/bound", "fitted rate", "claimed rate"):
         out.add_column(name, justify="right", no_wrap=True)
-    out.add_column("verdict")
+    out.add_column("verdict", no_wrap=True)
     for finding in findings:
         data, guarantee = row(finding), finding.guarantee
         claimed = None if data["claimed_rate"] is None else (data["claimed_rate"], 0.0)

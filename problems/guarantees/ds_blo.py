@@ -148,7 +148,7 @@ def lemmas(make: Callable[..., Any] = DSBLO) -> Guarantee:
         return 1e3 * EPS * size / ((1 - known.beta) * known.kink.mu)
 
     return Guarantee(
-        "ds-blo", "ours (lemmas; theorem vacuous)", (), steps, measure, bound, (1,), rounding,
+        "ds-blo", "lemmas: theorem vacuous", (), steps, measure, bound, (1,), rounding,
         "|x+ - x| <= min(1/gamma1, |m|/gamma2); grad F_q on the segment; |F_q - F| <= L_f |q|/mu; fresh q (level 1e-9)",
     )  # fmt: skip
 

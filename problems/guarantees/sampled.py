@@ -167,7 +167,7 @@ def descent(make: Callable[..., Any] = SampledPenalty.from_theory) -> Guarantee:
         return jnp.array([1.0, 0.0])
 
     return Guarantee(
-        "sampled-penalty", "ours, SampledPenalty.from_theory", (smooth_enough,), waves, measure, bound, (1, 4, 16, 64),
+        "sampled-penalty", "ours, bilevel.solvers", (smooth_enough,), waves, measure, bound, (1, 4, 16, 64),
         lambda known: 1e3 * EPS, "min_k |G_k|^2 <= 2 L (P_0 - inf P)/K, and P falls by L |x+ - x|^2/2 at each step",
     )  # fmt: skip
 
