@@ -142,7 +142,8 @@ def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a:
         """The dual method in z = L'p, from the unconstrained step."""
         free = reach + S @ base
         slack, allow = jnp.concatenate([hi - free, free - lo]), jnp.concatenate([noise, noise])
-        exact = nearest(jnp.concatenate([W.T, -W.T]), slack, allow)
+        # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
+        exact = nearest(jnp.concatenate([W.T, -W.T]), slack, allow, skip=~c[-1])
         a = exact.active[:m].astype(lam.dtype) - exact.active[m:].astype(lam.dtype)
         *rest, independent = solve_on(a)
         return a, *rest, ~independent, exact.empty, jnp.isnan(exact.d).any(), no

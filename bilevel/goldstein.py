@@ -38,14 +38,14 @@ def minimum_norm(gradients: Array, used: Array | None = None) -> Goldstein:
 
     Distances below eps^(2/3) of the longest row count as zero, and have zero weights: no plane separates.
     """
-    used = jnp.ones(len(gradients), bool) if used is None else jnp.asarray(used)
-    size = jnp.max(jnp.where(used, jnp.linalg.norm(gradients, axis=1), 0))
+    kept: Array = jnp.ones(len(gradients), bool) if used is None else used
+    size = jnp.max(jnp.where(kept, jnp.linalg.norm(gradients, axis=1), 0))
     size = jnp.where(size > 0, size, 1)
-    found = nearest(-gradients / size, jnp.where(used, -jnp.ones_like(gradients[:, 0]), jnp.inf))
+    found = nearest(-gradients / size, jnp.where(kept, -jnp.ones_like(gradients[:, 0]), jnp.inf))
     total = jnp.sum(found.multipliers)
     weights = jnp.where(found.empty, 0, found.multipliers / jnp.where(total > 0, total, 1))
     distance = jnp.where(found.empty, 0, jnp.linalg.norm(weights @ gradients))
-    bad = ~jnp.isfinite(jnp.where(used[:, None], gradients, 0)).all() | (jnp.isnan(found.d).any() & ~found.empty)
+    bad = ~jnp.isfinite(jnp.where(kept[:, None], gradients, 0)).all() | (jnp.isnan(found.d).any() & ~found.empty)
     return Goldstein(jnp.where(bad, jnp.nan, distance), jnp.where(bad, jnp.nan, weights))
 
 

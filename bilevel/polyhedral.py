@@ -40,12 +40,15 @@ class ActiveSet:
         tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
         max_steps: steps of the outer (SQP) loop; a quadratic g takes two.
         max_changes: passes of the primal-dual search, after which the finite dual method takes over.
+        factor: a solution's `factor`, to be used again for a quadratic g whose g_yy depends on x as little as the rows'
+            normals do; nothing checks that.
         start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
             holds with equality, and those that the unconstrained step violates.
     """
 
     tol: Any = None
     start: Any = None
+    factor: Any = None
     max_steps: int = static(default=100)
     max_changes: int = static(default=200)
 
@@ -215,7 +218,7 @@ def solve(
     nobody = jnp.zeros(m, dtype)
     if constant:
         grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
-        factor = factor_at(flat)
+        factor = factor_at(flat) if settings.factor is None else settings.factor
         a = guess(grad, factor) if start is None else jnp.asarray(start, dtype)
         model = solve_model(factor, limits, flat, grad, nobody, a, settings.max_changes)
         point, lam = flat + model.p, model.multipliers

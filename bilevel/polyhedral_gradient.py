@@ -82,14 +82,17 @@ def differentiate(
         sizes = jnp.stack([jnp.linalg.norm(part) for part in (jnp.append(R, off), jnp.append(r_u, r_v), fx, implicit)])
         return (flat + d, lam + dlam, u + du, v + dv), (flat, u, value, fx - implicit, sizes)
 
-    m, nothing = limits.C.shape[0], jnp.zeros_like(flat)
-    start = flat, jnp.where(inside, found.multipliers, 0), nothing, jnp.zeros(m, flat.dtype)
-    ys, us, values, slopes, sizes = lax.scan(look, start, length=3 if estimate else 2)[1]
-    eps = jnp.finfo(flat.dtype).eps
+    eps, nothing = jnp.finfo(flat.dtype).eps, jnp.zeros_like(found.multipliers)
+    lam = jnp.where(inside, found.multipliers, 0)
     if estimate:
+        start = flat, lam, jnp.zeros_like(flat), nothing
+        ys, us, values, slopes, sizes = lax.scan(look, start, length=3)[1]
         error = 2 * jnp.linalg.norm(slopes[2] - slopes[1]) + eps * flat.size * jnp.sum(sizes[1, 2:])
         good = jnp.array(Status.ESTIMATED)
-    else:
+    else:  # the adjoint solved once, without refinement
+        fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
+        once = look((flat, lam, *solve(fy, nothing)), None)[1]
+        ys, us, values, slopes, sizes = (jnp.stack([part, part]) for part in once)
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
     failed = _failed(found.status)
     finite = jnp.isfinite(slopes[1]).all() & jnp.isfinite(values[1])

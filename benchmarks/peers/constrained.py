@@ -5,8 +5,9 @@ benchmarks.peers.constrained`.
 
 One process, one thread, float64; 50 unknowns, 30 rows, 10 parameters x; about half of the rows active. Each library
 returns F and grad F. Steady call: median and minimum over interleaved repetitions, each at another x near the last.
-"warm" starts from the last solution and active set. Error: worst relative error of the gradient over those x against
-NumPy's dense KKT system on the active rows. Then 256 perturbations q of g (g + q'y) by vmap. qpax runs with its
+"warm" starts from the solution and active set at x = 0; "factors kept" also from its factors of H and of the rows,
+which do not depend on x. Error: worst relative error of the gradient over those x against NumPy's dense KKT system on
+the active rows. Then 256 perturbations q of g (g + q'y) by vmap. qpax runs with its
 default tolerances, and with tight ones (1e-10, target_kappa 1e-8), where its gradient is more exact. A library that is
 not installed is named and skipped; cvxpylayers' JAX layer runs outside of jit.
 """
@@ -153,6 +154,10 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
     settings = polyhedral.ActiveSet(start=found.active)
     calls["bilevax, warm"] = jax.jit(
         lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=settings, estimate=False))
+    )
+    kept = polyhedral.ActiveSet(start=found.active, factor=found.factor)
+    calls["bilevax, warm, factors kept"] = jax.jit(
+        lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=kept, estimate=False))
     )
     points = [1e-3 * np.random.default_rng(k).normal(size=DIM_X) for k in range(repeats)]
     first, times, errors = {}, {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
