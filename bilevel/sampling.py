@@ -387,7 +387,7 @@ def descend(set: Set, look: Callable, y: PyTree, num_steps: int, size: Any = 0.0
         bend, length = moved @ (slope - gradient), moved @ moved
         long = jnp.where(bend > 0, length / jnp.where(bend > 0, bend, 1), 4 * size)
         shorter = jnp.where((bend > 0) & (long < size), long, size / 5)
-        size = jnp.where(kept & (length > 0), jnp.clip(long, 1e-3 * size, 1e3 * size), shorter)
+        size = jnp.where(kept & (length > 0), jnp.clip(long, 1e-8 * size, 1e8 * size), shorter)
         here = jnp.where(kept, trial, y), jnp.where(kept, value, g), jnp.where(kept, slope, gradient)
         return (*here, size), None
 

@@ -35,7 +35,7 @@ from bilevel.step import require_number, step_sizes
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
-LENGTHS = (8.0, 2.0, 0.5, 0.125)  # of a line search, all tried at once, as multiples of the last one that was taken
+LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of a line search, times the last one, beside a random one
 FIRST_TEMPERATURE, FIRST_PENALTY, LAST_PENALTY = 0.1, 1e-2, 1e4  # in units of the objectives' spreads at the start
 TRACK = 4  # descent steps by which the two best samples follow x in a line search
 CHECK, BLOCKS = 512, 4  # points of Y where `output` looks for lower values of g; how many of them it polishes
@@ -98,12 +98,12 @@ class SampledPenalty(Solver):
 
     Assumptions: f and g smooth, Y bounded and of low dimension (1 to about 10; more, where g is separable or has few
     minima). Guarantee, with `from_theory`: min_k |G_k|^2 <= 2 L (P_0 - inf P)/K for the gradient mapping G of P.
-    Cost per step: L (5 N + 2 num_slots) values and L (N + 2 num_slots + 40) gradients of f and of g, with N samples a
-    lane; 40, of four trials that follow two samples, and four of the 5 N are the line search's.
+    Cost per step: L (7 N + 2 num_slots) values and L (N + 2 num_slots + 60) gradients of f and of g, with N samples a
+    lane; 60, of six trials that follow two samples, and six of the 7 N are the line search's.
 
     Args:
-        upper_step_size: s > 0, an optax schedule or an optax transformation. Default: the best of four lengths at once,
-            among them longer ones, and none where P does not fall.
+        upper_step_size: s > 0, an optax schedule or an optax transformation. Default: the best of five lengths, one of
+            them random, and of staying, all tried at once.
         penalty: rho > 0 at the foot of the lowest ladder. Default: 1/100 of the spread (standard deviation over the
             samples) of f over that of g, at the starts.
         max_penalty: rho > 0 at the top. Default: 1e4 times that ratio.
@@ -283,15 +283,13 @@ class SampledPenalty(Solver):
 
                 length = norm(direction)
                 reach = (1 + norm(x)) / jnp.where(length > 0, length, 1)
+                chance = reach * 10 ** jax.random.uniform(jax.random.fold_in(key, 1), (1,), size.dtype, -6, 0)
                 tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
+                tries = jnp.concatenate([chance, tries])
                 tried = oracles.batched(attempt)(tries)
                 k = jnp.argmin(tried[-1])
-                falls = tried[-1][k] < objective
-                chosen = jax.tree.map(
-                    lambda t, old: jnp.where(falls, t[k], old), tried, (x, y, samples, f, g, objective)
-                )
-                x, y, samples, f, g, objective = chosen
-                size = jnp.clip(jnp.where(falls, tries[k], tries[-1] / 8), 1e-9 * reach, reach)
+                x, y, samples, f, g, objective = take(tried, k)
+                size = jnp.clip(jnp.where(tries[k] > 0, tries[k], tries[-2] / 8), 1e-9 * reach, reach)
             best = jnp.argmin(f + rho * g)
             if not joint:
                 y = take(samples, best)
@@ -335,8 +333,9 @@ class SampledPenalty(Solver):
         f, g = values(x, join(new, slots, trial))
         (f, fs, ft), (g, gs, gt) = (jnp.split(part, [len(part) - 2 * count, len(part) - count]) for part in (f, g))
         margin = -1e3 * jnp.finfo(f.dtype).eps * (jnp.abs(a * fs) + jnp.abs(b * gs))  # so that rounding decides nothing
-        falls = a * (ft - fs) + b * (gt - gs) < margin
-        sizes = jnp.where(falls, 2 * sizes, sizes / 4)
+        change = a * (ft - fs) + b * (gt - gs)
+        falls = change < margin
+        sizes = jnp.where(falls, 2 * sizes, jnp.where(change > -margin, sizes / 4, sizes))
         slots, fs, gs = where(falls, trial, slots), jnp.where(falls, ft, fs), jnp.where(falls, gt, gs)
 
         share = len(f) // count * count  # slot j is challenged by the new points j, j + count, …
@@ -353,7 +352,7 @@ class SampledPenalty(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         lanes, slots = self.num_starts * self.num_ladders, 2 * self.num_slots if self.refresh else 0
-        searches = len(LENGTHS) if self.upper_step_size is None else 0
+        searches = 1 + len(LENGTHS) if self.upper_step_size is None else 0
         tracked = (1 + (self.form == "lifted")) * (1 + TRACK) * self.refresh
         values, gradients = self._count * (1 + searches) + slots, self._count + slots + searches * tracked
         values, gradients = lanes * values, lanes * gradients
