@@ -175,7 +175,7 @@ def test_what_is_not_supported_says_so():
     smooth = dataclasses.replace(make(*data), coupling=bilevel.SmoothCoupling(lambda x, y: x))
     x, _ = start(None)
     for problem, words in ((ball, "Ball"), (smooth, "SmoothCoupling")):
-        for function in (bilevel.hypergradient, lambda problem, x: bilevel.implicit_objective(problem)):
+        for function in (bilevel.hypergradient, lambda problem, x: bilevel.implicit_objective(problem)(x)):
             with pytest.raises(NotImplementedError, match=words):
                 function(problem, x)
     with pytest.raises(NotImplementedError, match="method must be None"):
