@@ -302,7 +302,7 @@ def _drive(
             within = all(number <= tol for number in (gap, m.lower_residual, m.lower_distance, m.violation))
             if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED, step
-            elif not np.isfinite(m.value):  # a finite iterate so far out that F is not
+            elif not np.isfinite(m.value) and m.status != Status.INFEASIBLE_LOWER:  # so far out that F overflows
                 finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE, step
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
@@ -348,6 +348,8 @@ def _drive(
         so_far = _lane(state, many, k), _lane(info, many, k), ending, step
         at_state, at_info, status, at = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
+        if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] == Status.INFEASIBLE_LOWER:
+            status = Status.INFEASIBLE_LOWER  # a run may pass through such x, but not end there
         stats = {
             "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
             "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,

@@ -96,6 +96,38 @@ def test_non_finite_stops_at_the_last_finite_step(instance, key):
             assert last - 70 < k == solution.record["step"][-1] < last
 
 
+def test_an_infeasible_lower_level_does_not_stop_a_run_but_is_its_end(key):
+    """0 <= y <= x + 1 is empty at the start, x = -3, and feasible at the optimum, x = 1 and y = 1."""
+    row = bilevel.LinearCoupling(jnp.ones((1, 1)), -jnp.ones((1, 1)), jnp.ones(1))
+    problem = bilevel.BilevelProblem(
+        squares, bilevel.Minimize(distance), y_set=bilevel.Box(0.0, 10.0), coupling=row,
+        init=lambda key: (jnp.full(1, -3.0), jnp.zeros(1)),
+    )  # fmt: skip
+
+    class Ahead(SOBA):  # x moves towards 1 whatever y is
+        def step(self, problem, state, key):
+            x = state.x + 0.1 * (1 - state.x)
+            return state._replace(x=x, y=jnp.maximum(x, 0)), jnp.zeros(())
+
+        def unsupported(self, problem):
+            return None
+
+    jax.tree_util.register_dataclass(Ahead, [field.name for field in dataclasses.fields(SOBA)], [])
+    short, long = (bilevel.solve(problem, Ahead(**STEPS), key=key, max_steps=n, every=5, tol=1e-6) for n in (5, 300))
+    assert short.status == Status.INFEASIBLE_LOWER
+    assert np.isnan(short.record["value"][-1])
+    assert long.status == Status.CONVERGED
+    np.testing.assert_allclose(long.x, 1, atol=1e-5)
+
+
+def squares(x, y, batch):
+    return jnp.sum((x - 1) ** 2 + (y - 1) ** 2)
+
+
+def distance(x, y, batch):
+    return jnp.sum((y - x) ** 2)
+
+
 def test_time_limit(instance, key):
     begin = time.monotonic()
     solution = bilevel.solve(
