@@ -1,6 +1,7 @@
 """Test settings: float64, no silent broadcasting or promotion, a compilation cache; warnings are errors."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -17,6 +18,13 @@ if os.environ.get("BILEVAX_CACHE", "") != "off":
 
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_functions() -> Iterator[None]:
+    """Free what a file has compiled: with thousands of executables alive, XLA runs out of memory maps and crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture
