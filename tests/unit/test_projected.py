@@ -32,7 +32,6 @@ def curved(x, y, batch):
 
 SETS = {
     "box": Box(-0.4, jnp.linspace(0.1, 1.0, N)),
-    "ball inactive": Ball(50.0),
     "ball": Ball(0.7, 0.1),
     "simplex": Simplex(1.5),
 }
