@@ -38,7 +38,8 @@ class Differentiated(NamedTuple):
     v: PyTree
 
 
-def _failed(status: Array) -> Array:
+def lower_failed(status: Array) -> Array:
+    """Whether a constrained lower level has no usable solution; a weakly active one has."""
     return (status != Status.CONVERGED) & (status != Status.WEAKLY_ACTIVE)
 
 
@@ -66,7 +67,6 @@ def differentiate(
     inside = found.active != 0
     bound = jnp.where(found.active > 0, limits.hi, limits.lo)
     flat, unravel = ravel_pytree(found.y)
-    unravel_x = ravel_pytree(x)[1]
     solve = lambda r, s: kkt_solve(found.factor, found.K, found.active, r, s)  # noqa: E731
 
     def look(carry: tuple, _: None) -> tuple:
@@ -94,19 +94,28 @@ def differentiate(
         once = look((flat, lam, *solve(fy, nothing)), None)[1]
         ys, us, values, slopes, sizes = (jnp.stack([part, part]) for part in once)
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
-    failed = _failed(found.status)
-    finite = jnp.isfinite(slopes[1]).all() & jnp.isfinite(values[1])
-    status = jnp.where(found.status == Status.CONVERGED, good, found.status)
-    return Differentiated(
-        value=jnp.where(failed, jnp.nan, values[1]),
-        gradient=unravel_x(jnp.where(failed | ~finite, jnp.nan, slopes[1])),  # a failure is never a number
-        y=unravel(ys[1]),
-        lower_residual=sizes[1, 0],
-        linear_residual=sizes[1, 1],
-        error_bound=jnp.where(failed | ~finite, jnp.inf, error),
-        active_margin=found.margin,
-        status=jnp.where(failed | finite, status, Status.NONFINITE),
+    return conclude(
+        found.status, good, x, values[1], slopes[1], error,
+        y=unravel(ys[1]), lower_residual=sizes[1, 0], linear_residual=sizes[1, 1], active_margin=found.margin,
         v=unravel(us[1]),
+    )  # fmt: skip
+
+
+def conclude(
+    solved: Array, good: Array, x: PyTree, value: Array, gradient: Array, error: Array, **rest: Any
+) -> Differentiated:
+    """The answer where the lower level ended as `solved`: with status `good` where that is CONVERGED and all is finite.
+
+    gradient [dim x]; a failure is never a number.
+    """
+    failed = lower_failed(solved)
+    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
+    return Differentiated(
+        value=jnp.where(failed, jnp.nan, value),
+        gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),
+        error_bound=jnp.where(failed | ~finite, jnp.inf, error),
+        status=jnp.where(failed | finite, jnp.where(solved == Status.CONVERGED, good, solved), Status.NONFINITE),
+        **rest,
     )
 
 
@@ -140,7 +149,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Acti
         return lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
 
     start = jnp.concatenate([flat, jnp.where(inside, found.multipliers, 0)])
-    start = jnp.where(_failed(found.status), jnp.nan, start)
+    start = jnp.where(lower_failed(found.status), jnp.nan, start)
     z = lax.custom_root(residual, start, lambda _, z: z, tangent)
     return oracles.upper_value(problem, x, unravel(z[:n]), upper_batch)
 
@@ -179,6 +188,6 @@ def directional(
         start = jnp.where(strong, 1, 0).astype(at.dtype)
         model = solve_model(found.factor, cone, zero, slope, jnp.zeros_like(at), start, 200)
         change = sign * (fx @ d) + fy @ model.p
-        return jnp.where(_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
+        return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
 
     return -along(-1), along(1)

@@ -7,16 +7,12 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, projected
-from bilevel.polyhedral_gradient import Differentiated
+from bilevel.polyhedral_gradient import Differentiated, conclude, lower_failed
 from bilevel.problem import BilevelProblem
 from bilevel.projected import ProjectedNewton
 from bilevel.record import Status
 
 PyTree = Any
-
-
-def _failed(status: Array) -> Array:
-    return (status != Status.CONVERGED) & (status != Status.WEAKLY_ACTIVE)
 
 
 def differentiate(
@@ -32,7 +28,6 @@ def differentiate(
     found = projected.solve(problem, x, y, lower_batch, settings)
     face = found.face
     flat, unravel = ravel_pytree(found.y)
-    unravel_x = ravel_pytree(x)[1]
     solve = projected.tangent_solve(problem, x, found.y, lower_batch, face)
 
     def look(carry: tuple, _: None) -> tuple:
@@ -56,20 +51,11 @@ def differentiate(
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
-    failed = _failed(found.status)
-    finite = jnp.isfinite(slopes[1]).all() & jnp.isfinite(values[1])
-    status = jnp.where(found.status == Status.CONVERGED, good, found.status)
-    return Differentiated(
-        value=jnp.where(failed, jnp.nan, values[1]),
-        gradient=unravel_x(jnp.where(failed | ~finite, jnp.nan, slopes[1])),  # a failure is never a number
-        y=unravel(ys[1]),
-        lower_residual=found.residual,
-        linear_residual=sizes[1, 1],
-        error_bound=jnp.where(failed | ~finite, jnp.inf, error),
-        active_margin=face.margin,
-        status=jnp.where(failed | finite, status, Status.NONFINITE),
+    return conclude(
+        found.status, good, x, values[1], slopes[1], error,
+        y=unravel(ys[1]), lower_residual=found.residual, linear_residual=sizes[1, 1], active_margin=face.margin,
         v=unravel(us[1]),
-    )
+    )  # fmt: skip
 
 
 def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ProjectedNewton) -> Array:
@@ -103,6 +89,6 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Proj
     def tangent(matvec: Any, b: Array) -> Array:
         return lax.custom_linear_solve(matvec, b, forward, transpose_solve=backward)
 
-    start = jnp.where(_failed(found.status), jnp.nan, flat)
+    start = jnp.where(lower_failed(found.status), jnp.nan, flat)
     solution = lax.custom_root(residual, start, lambda _, y: y, tangent)
     return oracles.upper_value(problem, x, unravel(solution), upper_batch)

@@ -16,13 +16,24 @@ from bilevel import (
     Full,
     Minimize,
     Newton,
-    assumptions,
     hypergradient,
     theory,
 )
 from bilevel.guarantees import Guarantee
 from problems import strategies
-from problems.guarantees.instances import DIM, EPS, basis, mask, normal, of_length, of_norm, origin, spectrum
+from problems.guarantees.instances import (
+    DIM,
+    EPS,
+    basis,
+    lower_smooth,
+    lower_strongly_convex,
+    mask,
+    normal,
+    of_length,
+    of_norm,
+    origin,
+    spectrum,
+)
 
 THIRD = 4 / 3**1.5  # the largest |third derivative| of log cosh
 
@@ -148,18 +159,6 @@ points = strategies.recipes(
     pull=strategies.terms(), bend=strategies.terms(), cross=strategies.sizes(), tau=strategies.sizes(),
     reach=strategies.sizes(), offset=strategies.switches, away=strategies.scales(),
 )  # fmt: skip
-
-
-def lower_strongly_convex(instance: Certified) -> Array:
-    """Assumption: R_y >= mu at y."""
-    jacobian = assumptions.lower_jacobian(instance.problem, instance.x, instance.y)
-    return assumptions.strongly_convex(jacobian, instance.constants.base.mu)
-
-
-def lower_smooth(instance: Certified) -> Array:
-    """Assumption: |R_y| <= L_g at y."""
-    jacobian = assumptions.lower_jacobian(instance.problem, instance.x, instance.y)
-    return assumptions.smooth(jacobian, instance.constants.base.L_g)
 
 
 def _excess(instance: Certified, h: Any) -> Array:

@@ -4,7 +4,7 @@ All are padded to DIM unknowns a level; `dim` (1 to DIM) is how many take part. 
 which is where inequalities between norms are tight.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -154,14 +154,14 @@ def quadratic(
     return Quadratic(f, g, A, c, W, w, M, x_star, x, y, v, known)
 
 
-def lower_strongly_convex(instance: Quadratic) -> Array:
-    """Assumption: R_y >= mu."""
+def lower_strongly_convex(instance: Any) -> Array:
+    """Assumption: R_y >= mu at the instance's (x, y)."""
     jacobian = assumptions.lower_jacobian(instance.problem, instance.x, instance.y)
     return assumptions.strongly_convex(jacobian, instance.constants.base.mu)
 
 
-def lower_smooth(instance: Quadratic) -> Array:
-    """Assumption: |R_y| <= L_g."""
+def lower_smooth(instance: Any) -> Array:
+    """Assumption: |R_y| <= L_g at the instance's (x, y)."""
     jacobian = assumptions.lower_jacobian(instance.problem, instance.x, instance.y)
     return assumptions.smooth(jacobian, instance.constants.base.L_g)
 
