@@ -125,8 +125,7 @@ def _face(y_set: Set, y: PyTree, R: PyTree, s: Array) -> tuple[Array, Array, Arr
         normal = jnp.where(free, 1 / jnp.sqrt(count), 0)
         return free, normal[None], nothing, jnp.min(jnp.abs(z - level)) if n > 1 else inf
     if isinstance(y_set, Ball):
-        centre = jax.tree.map(lambda leaf, point: jnp.broadcast_to(leaf, jnp.shape(point)), *_aligned(y_set.center, y))
-        centre = jnp.asarray(ravel_pytree(centre)[0], flat.dtype)
+        centre = ravel_pytree(y_set.middle(y))[0]
         radius = jnp.asarray(y_set.radius, flat.dtype)
         length = jnp.linalg.norm(z - centre)
         outside = length > radius
@@ -143,12 +142,6 @@ def _face(y_set: Set, y: PyTree, R: PyTree, s: Array) -> tuple[Array, Array, Arr
             offset += block.shape[1]
         return jnp.concatenate(free), jnp.concatenate(rows), jnp.concatenate(mu), jnp.min(jnp.stack(margin))
     return all_free, nothing[None], nothing, inf
-
-
-def _aligned(prefix: PyTree, tree: PyTree) -> tuple[PyTree, PyTree]:
-    """`prefix` with its leaves repeated to the structure of `tree`."""
-    spread = jax.tree.map(lambda leaf, part: jax.tree.map(lambda _: leaf, part), prefix, tree)
-    return spread, tree
 
 
 def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:

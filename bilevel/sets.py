@@ -153,8 +153,12 @@ class Ball(Set):
     radius: Any = 1.0
     center: PyTree = 0.0
 
+    def middle(self, z: PyTree) -> PyTree:
+        """The center, broadcast to z's leaves."""
+        return _like(self.center, z)
+
     def project(self, z: PyTree) -> PyTree:
-        center = _like(self.center, z)
+        center = self.middle(z)
         flat, unravel = ravel_pytree(jax.tree.map(operator.sub, z, center))
         radius, largest = jnp.asarray(self.radius, flat.dtype), jnp.max(jnp.abs(flat))
         unit = flat / jnp.where(largest > 0, largest, 1)  # squares of far points would overflow
@@ -169,10 +173,10 @@ class Ball(Set):
         normal = jax.random.normal(direction, flat.shape, flat.dtype)
         uniform = jax.random.uniform(length, (), flat.dtype)
         scale = self.radius * uniform ** (1.0 / flat.size) / jnp.linalg.norm(normal)
-        return self.project(jax.tree.map(operator.add, _like(self.center, like), unravel(scale * normal)))
+        return self.project(jax.tree.map(operator.add, self.middle(like), unravel(scale * normal)))
 
     def active(self, z: PyTree, tol: float = 0.0) -> Array:
-        return _norm(jax.tree.map(operator.sub, z, _like(self.center, z))) >= self.radius - tol
+        return _norm(jax.tree.map(operator.sub, z, self.middle(z))) >= self.radius - tol
 
     def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
