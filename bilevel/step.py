@@ -38,7 +38,7 @@ class StepRule:
                 updates, state = self.transformation.update(direction, state, params)
             return jax.tree.map(lambda p, u: p + jnp.asarray(u, p.dtype), params, updates), state
         size, state = self.at(state)
-        return jax.tree.map(lambda p, d: p - jnp.asarray(size, p.dtype) * d, params, direction), state
+        return move(params, direction, size), state
 
     def at(self, state: PyTree) -> tuple[Array | float, PyTree]:
         """(the step size now, next state); for a float or a schedule."""
@@ -63,6 +63,11 @@ class Stepper(NamedTuple):
         """(the step size now, next stepper); for rules without an optax transformation."""
         size, state = self.rule.at(self.state)
         return size, Stepper(self.rule, state)
+
+
+def move(params: PyTree, direction: PyTree, size: Any) -> PyTree:
+    """params - size direction, in the dtypes of params."""
+    return jax.tree.map(lambda p, d: p - jnp.asarray(size, p.dtype) * d, params, direction)
 
 
 def stepper(rule: StepRule | None, default: Any, params: PyTree) -> Stepper:
@@ -92,8 +97,10 @@ def require_size(name: str, rule: StepRule | None) -> None:
         )
 
 
-def require_number(name: str, rule: StepRule) -> None:
+def require_number(name: str, rule: StepRule | None) -> None:
     """Raise `InvalidInput` where a setting that was checked by `step_sizes` is a schedule or a transformation."""
+    if rule is None:
+        return
     if rule.transformation is not None or rule.schedule is not None:
         kind = "an optax schedule" if rule.schedule is not None else "an optax transformation"
         invalid(name, kind, "a number > 0", "It stays constant during a run.")

@@ -14,7 +14,8 @@ F* = n (C - 2 a)^2/(1 + n). bvfsm_constrained: x + y_i = t, the minimiser of sin
 F* = n (t - 2 a)^2/(1 + n). lvhba_llc: eliminating 1'z leaves y = x + 1 and z free on a plane; by symmetry F is n times
 that of n = 1, (3 x + 1)^2/2 + x^2/2, and F* = n/20 at x = -3/10. bicgaffa: y = x + 1 turns f into
 |x - 1|^2 + |z + 3|^2, which is 0 at the feasible (1, 2, -3). bome_degenerate: y = x, z free: 0 at 1.
-meha_lasso: y_i = soft(b_i, x_i), so that the best is x_i >= 1/n where b_i > 0 and x_i = 0 elsewhere: F* = -1/2.
+meha_lasso: y_i = soft(b_i, x_i), so that the best is x_i >= 1/n where b_i > 0 and x_i = 0 elsewhere: F* = -1/2. F is
+flat where x_i >= 1/n: a run that meets b_i < 0 there may stay.
 rastrigin: g >= 0 with equality only at y = x 1, one basin of about 4^n, so that F* = n (4/5)^2/(1 + n). ring: the
 minimisers are a sphere of radius x, nearest to p at x e_1: F* = 1/2 at x = 3/2. The last two are of this project.
 
@@ -91,8 +92,18 @@ def _lasso_upper(x: Array, y: Array, batch: None) -> Array:
     return jnp.sum(y)
 
 
+def weighted_l1(x: Array, y: Array) -> Array:
+    """The non-smooth part sum_i x_i |y_i| of meha_lasso's g, shape []."""
+    return x @ jnp.abs(y)
+
+
+def soft_threshold(x: Array, y: Array, t: Any) -> Array:
+    """Its proximal point argmin_z t sum_i x_i |z_i| + |z - y|^2/2 over the box [-1, 1]^n of meha_lasso, shape [n]."""
+    return jnp.clip(jnp.sign(y) * jnp.maximum(jnp.abs(y) - jnp.asarray(t, y.dtype) * x, 0), -1, 1)
+
+
 def _lasso_lower(x: Array, y: Array, batch: Array) -> Array:
-    return jnp.sum((y - batch) ** 2) / 2 + x @ jnp.abs(y)
+    return jnp.sum((y - batch) ** 2) / 2 + weighted_l1(x, y)
 
 
 def _rastrigin_upper(x: Array, y: Array, batch: None) -> Array:

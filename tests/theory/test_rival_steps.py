@@ -1,0 +1,129 @@
+"""Two steps of each single-loop rival against a transcription of its paper's update in NumPy, written apart."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevel
+
+KEY = jax.random.key(0)
+a, b = 0.03, 0.05
+rng = np.random.default_rng(5)
+S, Q, P, s, p = (rng.normal(size=shape) for shape in ((3, 3), (3, 4), (4, 4), (3,), (4,)))
+H, G, h = (rng.normal(size=shape) for shape in ((4, 4), (3, 4), (4,)))
+S, P, H = (matrix @ matrix.T for matrix in (S, P, H))
+A, B, c = (rng.normal(size=shape) for shape in ((3, 4), (3, 3), (3,)))  # two inequalities, then an equality
+
+
+def upper(x, y, batch):
+    return x @ S @ x / 2 + x @ Q @ y + y @ P @ y / 2 + s @ x + p @ y
+
+
+def lower(x, y, batch):
+    return y @ H @ y / 2 + x @ G @ y + h @ y + jnp.sum(y**4) / 4 + jnp.sum(x**2 * y[:3])
+
+
+def init(key):
+    return jnp.array([0.3, -0.2, 0.5]), jnp.array([0.4, -0.6, 0.1, 0.7])
+
+
+class f:
+    x = staticmethod(lambda x, y: S @ x + Q @ y + s)
+    y = staticmethod(lambda x, y: Q.T @ x + P @ y + p)
+
+
+class g:
+    x = staticmethod(lambda x, y: G @ y + 2 * x * y[:3])
+    y = staticmethod(lambda x, y: H @ y + G.T @ x + h + y**3 + np.concatenate([x**2, [0]]))
+
+
+def in_x(x):
+    return np.clip(x, -0.5, 0.5)
+
+
+def in_y(y):
+    return np.clip(y, -0.7, 0.7)
+
+
+def rows(x, y):
+    return A @ y + B @ x - c
+
+
+def multipliers(m, most=np.inf):
+    """Onto [0, most] for the inequalities, [-most, most] for the equality."""
+    return np.concatenate([np.clip(m[:2], 0, most), np.clip(m[2:], -most, most)])
+
+
+BOXES = {"x_set": bilevel.Box(-0.5, 0.5), "y_set": bilevel.Box(-0.7, 0.7)}
+SIMPLE = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), init=init, **BOXES)
+COUPLING = bilevel.LinearCoupling(*map(jnp.asarray, (A[:2], B[:2], c[:2], A[2:], B[2:], c[2:])))
+COUPLED = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), coupling=COUPLING, init=init, **BOXES)
+
+
+def compare(problem, solver, by_hand, **start):
+    """Two steps of `solver` from init's (x, y) and `start`, and `by_hand`: (k, values by name) -> the next values."""
+    state = solver.init(problem, KEY)
+    state = state._replace(**{name: jnp.asarray(value) for name, value in start.items()})
+    names = ("x", "y", *start)
+    values = {name: np.asarray(getattr(state, name)) for name in names}
+    step = jax.jit(solver.step)
+    for k in range(2):
+        state, _ = step(problem, state, KEY)
+        values = by_hand(k, **values)
+        for name in names:
+            np.testing.assert_allclose(getattr(state, name), values[name], rtol=1e-12, atol=1e-14, err_msg=name)
+
+
+def test_meha():
+    gamma, w = 0.4, np.array([0.2, 0.1, -0.3, 0.5])
+
+    def by_hand(k, x, y, w):
+        ck = 3.0 + k
+        w = in_y(w - a * (g.y(x, w) + (w - y) / gamma))
+        new = in_x(x - b * (f.x(x, y) / ck + g.x(x, y) - g.x(x, w)))
+        y = in_y(y - b * (f.y(new, y) / ck + g.y(new, y) - (y - w) / gamma))
+        return {"x": new, "y": y, "w": w}
+
+    solver = bilevel.MEHA(a, b, penalty=optax.linear_schedule(3.0, 5.0, 2), gamma=gamma)
+    compare(SIMPLE, solver, by_hand, w=w)
+
+
+def test_meha_with_a_non_smooth_part():
+    """The part weights_i |y_i| of g leaves the gradient in y, stays in that of x, and acts through its prox."""
+
+    def nonsmooth(x, y):
+        return jnp.sum((1 + x**2) * jnp.abs(y[:3]))
+
+    def soft(x, y, t):
+        shrunk = np.sign(y[:3]) * np.maximum(np.abs(y[:3]) - t * (1 + x**2), 0)
+        return np.concatenate([shrunk, y[3:]])
+
+    def prox(x, y, t):
+        shrunk = jnp.sign(y[:3]) * jnp.maximum(jnp.abs(y[:3]) - t * (1 + x**2), 0)
+        return jnp.concatenate([shrunk, y[3:]])
+
+    def by_hand(k, x, y, w):
+        w = soft(x, w - a * (g.y(x, w) + (w - y) / 0.4), a)
+        dx = f.x(x, y) / 3 + g.x(x, y) - g.x(x, w) + 2 * x * (np.abs(y[:3]) - np.abs(w[:3]))
+        new = in_x(x - b * dx)
+        y = soft(new, y - b * (f.y(new, y) / 3 + g.y(new, y) - (y - w) / 0.4), b)
+        return {"x": new, "y": y, "w": w}
+
+    problem = bilevel.BilevelProblem(
+        upper, bilevel.Minimize(lambda x, y, batch: lower(x, y, batch) + nonsmooth(x, y)),
+        x_set=BOXES["x_set"], init=init,
+    )  # fmt: skip
+    solver = bilevel.MEHA(a, b, penalty=3.0, gamma=0.4, nonsmooth=nonsmooth, prox=prox)
+    compare(problem, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]))
+
+
+@pytest.mark.parametrize("name", ["MEHA"])
+def test_settings_are_checked(name):
+    kind = getattr(bilevel, name)
+    for field in ("penalty", "lower_step_size"):
+        with pytest.raises(bilevel.InvalidInput, match=rf"{name}\.{field}: got an optax transformation"):
+            kind(**{field: optax.sgd(1.0)})
+    with pytest.raises(bilevel.InvalidInput, match=rf"{name}\.penalty: got -1\.0"):
+        kind(penalty=-1.0)
