@@ -66,7 +66,7 @@ class Stepper(NamedTuple):
 
 
 def move(params: PyTree, direction: PyTree, size: Any) -> PyTree:
-    """params - size direction, in the dtypes of params."""
+    """`params` minus size times direction, in the dtypes of params."""
     return jax.tree.map(lambda p, d: p - jnp.asarray(size, p.dtype) * d, params, direction)
 
 

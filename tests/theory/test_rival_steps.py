@@ -56,10 +56,10 @@ def multipliers(m, most=np.inf):
     return np.concatenate([np.clip(m[:2], 0, most), np.clip(m[2:], -most, most)])
 
 
-BOXES = {"x_set": bilevel.Box(-0.5, 0.5), "y_set": bilevel.Box(-0.7, 0.7)}
-SIMPLE = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), init=init, **BOXES)
+X, Y = bilevel.Box(-0.5, 0.5), bilevel.Box(-0.7, 0.7)
+SIMPLE = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), x_set=X, y_set=Y, init=init)
 COUPLING = bilevel.LinearCoupling(*map(jnp.asarray, (A[:2], B[:2], c[:2], A[2:], B[2:], c[2:])))
-COUPLED = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), coupling=COUPLING, init=init, **BOXES)
+COUPLED = bilevel.BilevelProblem(upper, bilevel.Minimize(lower), coupling=COUPLING, x_set=X, y_set=Y, init=init)
 
 
 def compare(problem, solver, by_hand, **start):
@@ -113,7 +113,7 @@ def test_meha_with_a_non_smooth_part():
 
     problem = bilevel.BilevelProblem(
         upper, bilevel.Minimize(lambda x, y, batch: lower(x, y, batch) + nonsmooth(x, y)),
-        x_set=BOXES["x_set"], init=init,
+        x_set=X, init=init,
     )  # fmt: skip
     solver = bilevel.MEHA(a, b, penalty=3.0, gamma=0.4, nonsmooth=nonsmooth, prox=prox)
     compare(problem, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]))
