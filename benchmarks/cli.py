@@ -90,6 +90,7 @@ def run(
     every: options.Every = None,
     tol: options.Tol = None,
     time_limit: options.TimeLimit = None,
+    max_passes: options.MaxPasses = None,
     out: options.Out = None,
     precision: options.Precision = 64,
     plot: options.Plot = True,
@@ -101,6 +102,7 @@ def run(
     folder that cannot be read or written, 130 interrupted.
     """
     limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
+    limits["max_passes"] = max_passes
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
         from benchmarks.runner import execute
 
@@ -124,6 +126,7 @@ def sweep(
     every: options.Every = None,
     tol: options.Tol = None,
     time_limit: options.TimeLimit = None,
+    max_passes: options.MaxPasses = None,
     out: options.Out = None,
     precision: options.Precision = 64,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. Default: one a core.")] = None,
@@ -137,6 +140,7 @@ def sweep(
     Exit code: as of run.
     """
     limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
+    limits["max_passes"] = max_passes
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
         from functools import partial
 
@@ -149,12 +153,16 @@ def sweep(
 def _carry_out(
     name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool]
 ) -> None:
-    """Run the cells into a folder by `how`, print what came out and exit."""
-    from benchmarks import report, runner
+    """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
+    from benchmarks import report, runner, tuning
 
+    trials = tuning.trials(cells)
     with runner.open_folder(out, runner.settings_of(name, cells, precision)) as folder:
-        with progress(len(cells)) as on_cell:
-            complete = how(folder, cells, on_cell)
+        with progress(len(trials) + len(cells)) as on_cell:
+            complete = not trials or how(folder / tuning.FOLDER, trials, on_cell)
+            if complete and trials:
+                tuning.choose(folder, cells)
+            complete = complete and how(folder, cells, lambda k, cell: on_cell(len(trials) + k, cell))
         loaded = report.load(folder)
         summary = report.write(folder, loaded, plot)
     _print(folder, loaded, summary, as_json)

@@ -29,16 +29,45 @@ class UsageError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True)
+class Search:
+    """How a solver's settings are chosen before its runs: `trials` settings, as many for each solver, on other seeds.
+
+    space: (setting, values) pairs; two numbers are a range, drawn evenly in the logarithm, words are choices. score:
+    "value" or "gradient", what is compared at the end of a trial. `benchmarks.tuning` carries it out.
+    """
+
+    trials: int
+    seeds: tuple[int, ...]
+    score: str
+    space: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Cell:
-    """One run: a problem, a solver, a seed (of the instance and of the solver's key), and `solve`'s limits."""
+    """One run: a problem, a solver, a seed (of the instance and of the solver's key), and its budget.
+
+    max_passes counts oracle calls in passes over the data. The first limit that is reached ends the run; without any
+    of the three it is 1000 steps. search: how the solver's settings were chosen, None where they are as written.
+    """
 
     problem: str
     solver: str
     seed: int
-    max_steps: int = 1000
+    max_steps: int | None = None
     every: int | None = None
     tol: float | None = None
     time_limit: float | None = None
+    max_passes: float | None = None
+    search: Search | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Cell":
+        """The cell that `dataclasses.asdict` and JSON have been through."""
+        search: Any = fields.get("search")
+        if isinstance(search, dict):
+            space = tuple((name, tuple(values)) for name, values in search["space"])
+            search = Search(search["trials"], tuple(search["seeds"]), search["score"], space)
+        return cls(**{**fields, "search": search})
 
 
 def nearest(kind: str, name: str, names: Iterable[str]) -> UsageError:
@@ -191,7 +220,8 @@ def build_instance(text: str, seed: int) -> Any:
     return problems.make(name, seed=seed, **params)
 
 
-LIMITS = ("max_steps", "every", "tol", "time_limit")
+LIMITS = ("max_steps", "every", "tol", "time_limit", "max_passes")
+SCORES = ("value", "gradient")
 
 
 def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **limits: Any) -> list[Cell]:
@@ -199,7 +229,17 @@ def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **li
     chosen = [label(text) for text in problem_texts or _families()]
     solvers = [label(text) for text in solver_texts or _solvers()]
     cells = [Cell(p, s, seed, **limits) for p in chosen for seed in range(seeds) for s in solvers]
-    return list(dict.fromkeys(cells))
+    return _checked(list(dict.fromkeys(cells)))
+
+
+def _checked(cells: list[Cell]) -> list[Cell]:
+    for cell in cells:
+        if cell.time_limit is not None and cell.max_steps is None and cell.max_passes is None and cell.every is None:
+            raise UsageError(
+                f"{cell.solver} on {cell.problem}: a budget of time alone says nothing of when to measure. Give every "
+                "(steps between measurements), or max_steps."
+            )
+    return cells
 
 
 def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str, list[Cell]]:
@@ -219,26 +259,79 @@ def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str,
         content = tomllib.loads(path.read_text("utf8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"suite {path}: {error}") from error
-    _check_keys(f"suite {path}", content, ("problem",))
+    _check_keys(f"suite {path}", content, ("problem", "tuning"))
     cells: list[Cell] = []
-    given = {key: value for key, value in limits.items() if value is not None}
+    given = _one_budget({key: value for key, value in limits.items() if value is not None})
     for entry in content.get("problem", []):
         _check_keys(f"suite {path}, [[problem]]", entry, ("run", "seeds", "solvers", *LIMITS))
         if not entry.get("run") or not entry.get("solvers"):
             raise UsageError(f'suite {path}: every [[problem]] needs run = "name[…]" and solvers = ["name[…]", …].')
         common = {key: entry[key] for key in LIMITS if key in entry}
-        by_solver = []
-        for item in entry["solvers"]:
-            item = {"run": item} if isinstance(item, str) else item
-            _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", *LIMITS))
-            own = {key: value for key, value in item.items() if key != "run"}
-            by_solver.append((item["run"], common | own | given))
         count = entry.get("seeds", 1) if seeds is None else seeds
+        items = [{"run": item} if isinstance(item, str) else item for item in entry["solvers"]]
+        by_solver = []
+        for item in items:
+            _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", "tune", *LIMITS))
+            own = _one_budget({key: value for key, value in item.items() if key in LIMITS})
+            by_solver.append((label(item["run"]), common | own | given))
+        searches = _searches(f"suite {path}, {entry['run']}", content.get("tuning"), items, count)
         for seed in range(count):
-            cells += [Cell(label(entry["run"]), label(run), seed, **settings) for run, settings in by_solver]
+            cells += [
+                Cell(label(entry["run"]), run, seed, search=search, **settings)
+                for (run, settings), search in zip(by_solver, searches, strict=True)
+            ]
     if not cells:
         raise UsageError(f"suite {path}: no [[problem]] in it, nothing to run.")
-    return path.stem, list(dict.fromkeys(cells))
+    return path.stem, _checked(list(dict.fromkeys(cells)))
+
+
+def _one_budget(limits: dict[str, Any]) -> dict[str, Any]:
+    """Limits that take the place of others: a budget in steps replaces one in passes, and the other way round."""
+    steps = ("max_steps", "max_passes")
+    return {name: None for name in steps if any(other in limits for other in steps)} | limits
+
+
+def _searches(where: str, rule: dict[str, Any] | None, items: list[dict[str, Any]], count: int) -> list[Search | None]:
+    """Each solver's search; equal trials for all of them, or none for any."""
+    tuned = [item["run"] for item in items if "tune" in item]
+    if not tuned:
+        return [None] * len(items)
+    if len(tuned) < len(items):
+        left = next(item["run"] for item in items if "tune" not in item)
+        raise UsageError(
+            f"{where}: {tuned[0]} is tuned and {left} is not. Give all of its solvers tune = {{…}}, or none."
+        )
+    if not isinstance(rule, dict):
+        raise UsageError(f"{where}: tune needs the rule of the search: [tuning] with trials = … and seeds = […].")
+    _check_keys(f"{where}, [tuning]", rule, ("trials", "seeds", "score"))
+    trials, seeds, score = rule.get("trials"), rule.get("seeds", []), rule.get("score", "value")
+    whole = isinstance(seeds, list) and seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not (isinstance(trials, int) and trials >= 1 and whole and score in SCORES):
+        raise UsageError(
+            f"{where}, [tuning]: got {rule}; expected trials >= 1, seeds = [whole numbers], score = value or gradient."
+        )
+    shared = [seed for seed in seeds if seed < count]
+    if shared:
+        raise UsageError(f"{where}: seed {shared[0]} is tuned on and reported. Tune on seeds from {count} on.")
+    found = []
+    for item in items:
+        name, _ = parse(item["run"])
+        defaults = _solver_fields(_solvers()[name]) if name in _solvers() else {}
+        _check_names(name, item["tune"], defaults)
+        for key, values in item["tune"].items():
+            _check_range(f"{where}, tune of {name}: {key}", values)
+        found.append(Search(trials, tuple(seeds), score, tuple((k, tuple(v)) for k, v in item["tune"].items())))
+    return found
+
+
+def _check_range(what: str, values: Any) -> None:
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+    if isinstance(values, list) and values:
+        if all(isinstance(value, str) for value in values):
+            return
+        if len(values) == 2 and all(map(number, values)) and 0 < values[0] < values[1] < float("inf"):
+            return
+    raise UsageError(f"{what}: got {values!r}; expected a range [low, high] of positive numbers, or a list of words.")
 
 
 def suite_text(cells: list[Cell]) -> str:
@@ -250,6 +343,15 @@ def suite_text(cells: list[Cell]) -> str:
             entries.append([])
         entries[-1].append(cell)
     lines = []
+    search = next((cell.search for cell in cells if cell.search is not None), None)
+    if search is not None:
+        lines += [
+            "[tuning]",
+            f"trials = {search.trials}",
+            f"seeds = {list(search.seeds)}",
+            f'score = "{search.score}"',
+            "",
+        ]
     for entry in entries:
         lines += [
             "[[problem]]",
@@ -261,6 +363,9 @@ def suite_text(cells: list[Cell]) -> str:
             if cell.seed == 0:
                 limits = {name: getattr(cell, name) for name in LIMITS if getattr(cell, name) is not None}
                 fields = {"run": json.dumps(cell.solver)} | {name: repr(value) for name, value in limits.items()}
+                if cell.search is not None:
+                    space = ", ".join(f"{name} = {json.dumps(list(values))}" for name, values in cell.search.space)
+                    fields["tune"] = f"{{ {space} }}"
                 lines.append("    { " + ", ".join(f"{name} = {value}" for name, value in fields.items()) + " },")
         lines += ["]", ""]
     return "\n".join(lines)

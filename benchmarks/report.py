@@ -40,7 +40,7 @@ def load(folder: Path) -> Run:
     settings = read_settings(folder)
     if settings is None:
         raise UsageError(f"{folder}: no settings.json in it; expected the folder of a run, as `bilevax run` names it.")
-    cells = [Cell(**cell) for cell in settings["cells"]]
+    cells = [Cell.of(cell) for cell in settings["cells"]]
     results = [(cell, read_cell(folder, k, cell)) for k, cell in enumerate(cells)]
     keys = dict.fromkeys((cell.problem, cell.seed) for cell in cells)
     known = {key: read_json(instance_path(folder, *key)) for key in keys}
@@ -60,6 +60,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "referee": dict(Counter(result["referee"]["verdict"] for result in done if result["referee"])),
         "failed": sum(result["status"] in FAILED for result in done),
         "cells": len(run.results),
+        "rule": settings_rule([cell for cell, _ in run.results]),
         "unfinished": [f"{c.problem} {c.solver} seed {c.seed}" for c, result in run.results if result is None],
     }
 
@@ -109,9 +110,14 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
         **{name: _mean(values) for name, values in stats.items()},
         "statuses": dict(Counter(result["status"] for _, result in found)),
         "referee": dict(Counter(result["referee"]["verdict"] for _, result in found if result["referee"])),
-        "skipped_by_referee": list(
-            dict.fromkeys(r["referee"]["reason"] for _, r in found if (r["referee"] or {}).get("reason"))
+        "referee_reasons": list(
+            dict.fromkeys(
+                f"{r['referee']['verdict']}: {r['referee']['reason']}"
+                for _, r in found
+                if (r["referee"] or {}).get("reason")
+            )
         ),
+        "tuned": list(dict.fromkeys(r["tuned"] for _, r in found if r.get("tuned"))),
         "reasons": list(dict.fromkeys(f"{r['status']}: {r['reason']}" for _, r in found if r["reason"])),
         "metrics": _spread([result["metrics"] for _, result in found if result["metrics"]]),
     }
@@ -229,10 +235,27 @@ def facts(problem: dict[str, Any]) -> str:
 
 
 def reasons(problem: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """Why the referee skipped, and why runs failed or were refused."""
-    skipped = dict.fromkeys(reason for row in problem["rows"] for reason in row["skipped_by_referee"])
-    found = [f"referee skipped: {_shorten(reason)}" for reason in skipped]
+    """Why the referee skipped, what settings were chosen, and why runs failed or were refused."""
+    found = []
+    for row in problem["rows"]:
+        for reason in row["referee_reasons"]:  # a skip is the problem's, a disagreement the row's
+            whose = "" if reason.startswith("skipped") else f"{names[row['solver']]}: "
+            found.append(f"{whose}referee {_shorten(reason)}")
+    found = list(dict.fromkeys(found))
+    found += [f"{names[row['solver']]}: tuned to {text}" for row in problem["rows"] for text in row["tuned"]]
     return found + [f"{names[row['solver']]}: {_shorten(text)}" for row in problem["rows"] for text in row["reasons"]]
+
+
+def settings_rule(cells: list[Cell]) -> str:
+    """Where the settings of `cells` come from, a sentence; the search is that of `benchmarks.tuning`."""
+    search = next((cell.search for cell in cells if cell.search is not None), None)
+    if search is None:
+        return "Settings: fixed, as written in the suite."
+    plural = "s" if len(search.seeds) > 1 else ""
+    return (
+        f"Settings: the best of {search.trials} trials a solver by {search.score}, with the same budget, on "
+        f"seed{plural} {', '.join(map(str, search.seeds))}; the runs here have other seeds."
+    )
 
 
 def totals(summary: dict[str, Any]) -> str:
@@ -259,7 +282,7 @@ def tables(summary: dict[str, Any]) -> Group:
             for text in reasons(problem, names)
         ]
         parts.append(Text(""))
-    parts.append(Text(totals(summary)))
+    parts += [Text(totals(summary)), Text(summary["rule"], style="dim")]
     if summary["unfinished"]:
         listed = "; ".join(summary["unfinished"][:5]) + ("; …" if len(summary["unfinished"]) > 5 else "")
         parts.append(Text(f"{len(summary['unfinished'])} cells unfinished: {listed}", style="yellow"))

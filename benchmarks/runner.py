@@ -3,6 +3,7 @@
     settings.json            the cells, versions and system; written first; its cells and versions are the run's
     identity instances/<id>.json      per problem and seed: sizes, optimum, baselines' metrics
     cells/<id>.npz, .json    per cell: x and y; status, stats, metrics, referee, record. The .json comes last: finished
+    tuning/, tuning.json     where settings are searched: the trials' cells, and what they chose
     summary.txt, .csv, .json and <problem>.png, made from these files
 
 Every file is written under a temporary name and renamed. Numbers that are not finite are null in JSON. One process
@@ -31,6 +32,7 @@ import bilevel
 from benchmarks import referee
 from benchmarks.registry import Cell, UsageError, build_instance, build_solver
 from bilevel.checkpoint import write_atomically
+from bilevel.run import passes_per_step
 
 PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
@@ -141,7 +143,7 @@ def read_cell(folder: Path, index: int, cell: Cell) -> dict[str, Any] | None:
     missing = sorted({"cell", *EMPTY} - set(result)) if isinstance(result, dict) else ["result"]
     if missing:
         raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Delete it to run the cell again.")
-    if result["cell"] != dataclasses.asdict(cell):
+    if Cell.of(result["cell"]) != cell:
         raise FolderError(f"{path}: it is the result of another run's cell. Move it away to run this cell.")
     return result
 
@@ -274,6 +276,19 @@ def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None
     return True
 
 
+def chosen_settings(folder: Path, cell: Cell) -> str:
+    """The solver with the settings that the search of `benchmarks.tuning` chose for it.
+
+    Raises:
+        FolderError: the search is not finished.
+    """
+    path = folder / "tuning.json"
+    found = (read_json(path) or {}).get("chosen", {}).get(cell.problem, {}).get(cell.solver)
+    if found is None:
+        raise FolderError(f"{path}: {cell.solver} on {cell.problem} is not in it. Repeat the run's command to tune it.")
+    return found["solver"]
+
+
 def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
     """Run one cell and write its result; false when it was interrupted from the keyboard.
 
@@ -287,15 +302,16 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
         FolderError: the result cannot be written.
     """
     path = cell_path(folder, index, cell)
-    result = dict(EMPTY)
+    text = cell.solver if cell.search is None else chosen_settings(folder, cell)
+    result = EMPTY | ({} if cell.search is None else {"tuned": text})
     try:
-        if cell.solver not in held.solvers:
-            held.solvers[cell.solver] = build_solver(cell.solver)
+        if text not in held.solvers:
+            held.solvers[text] = build_solver(text)
         if held.key != (cell.problem, cell.seed):
             held.key, held.instance = None, build_instance(cell.problem, cell.seed)
             held.key = cell.problem, cell.seed
         _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
-        result |= _run(cell, held.instance, held.solvers[cell.solver], path)
+        result |= _run(cell, held.instance, held.solvers[text], path)
     except FolderError:
         raise
     except bilevel.Unsupported as error:
@@ -319,10 +335,27 @@ def _describe(path: Path, instance: Any) -> None:
     write_json(path, {"sizes": sizes, "optimum": optimum, "tags": sorted(instance.tags), "baselines": baselines})
 
 
+def step_limit(cell: Cell, problem: bilevel.BilevelProblem, solver: bilevel.Solver) -> int:
+    """Steps at most: the cell's max_steps, and as many as its max_passes pay for; 1000 where it has no limit at all.
+
+    Raises:
+        Unsupported: one step costs more than the whole budget.
+    """
+    limits = [] if cell.max_steps is None else [cell.max_steps]
+    if cell.max_passes is not None:
+        price = passes_per_step(problem, solver)
+        if price > cell.max_passes:
+            raise bilevel.Unsupported(
+                f"a step costs {price:g} passes, more than the whole budget of {cell.max_passes:g}."
+            )
+        limits.append(int(cell.max_passes / price))
+    return min(limits, default=1000 if cell.time_limit is None else 2**31 - 2)
+
+
 def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[str, Any]:
     solution = bilevel.solve(
-        instance.problem, solver, key=jax.random.key(cell.seed), max_steps=cell.max_steps, every=cell.every,
-        tol=cell.tol, time_limit=cell.time_limit, progress=False, measure=instance.measure,
+        instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),
+        every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=False, measure=instance.measure,
     )  # fmt: skip
     result = {"status": solution.status.name, "stats": solution.stats, "record": solution.record.rows}
     if solution.status == bilevel.Status.INTERRUPTED:

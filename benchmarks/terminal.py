@@ -27,6 +27,9 @@ MaxSteps = Annotated[int | None, typer.Option(min=0, help="Steps at most. Defaul
 Every = Annotated[int | None, typer.Option(min=1, help="Steps between measurements. Default: max-steps/20.")]
 Tol = Annotated[float | None, typer.Option(min=0, help="Stop when the referee's residuals are below; 0 never stops.")]
 TimeLimit = Annotated[float | None, typer.Option(min=0, help="Seconds of solver time for each run.")]
+MaxPasses = Annotated[
+    float | None, typer.Option(min=0, help="Oracle calls at most, in passes over the data: a budget instead of steps.")
+]
 Out = Annotated[Path | None, typer.Option(help="The folder for the results. Default: results/<time>-<suite>.")]
 Precision = Annotated[int, typer.Option(help="Bits of the floats: 64 or 32.")]
 Plot = Annotated[bool, typer.Option("--plot/--no-plot", help="Draw a PNG for each problem.")]

@@ -5,14 +5,15 @@ gradients of F by finite differences of values. Use float64 and problems of a fe
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import oracles, polyhedral
 from bilevel.problem import BilevelProblem, Minimize
+from bilevel.sets import Ball, Box, Reals
 
 PyTree = Any
 
@@ -38,6 +39,29 @@ def _jacobians(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, Any]
 @jax.jit
 def _upper(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, tuple[PyTree, PyTree]]:
     return oracles.upper_value_and_gradients(problem, x, y, problem.upper_data.full())
+
+
+@jax.jit
+def _coupling(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, Any]:
+    return oracles.coupling_values(problem, x, y)
+
+
+def lower_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> float:
+    """|R(x, y)|, or |y - Proj(y - grad_y g)| on a lower level's polyhedron, by a quadratic program."""
+    R = np.asarray(_residual(problem, x, y), float)
+    if not problem.constrained_lower:
+        return float(np.linalg.norm(R))
+    reason = polyhedral.refuse(problem)
+    if reason is not None:
+        raise RuntimeError(f"reference.lower_residual: {reason}")
+    z = np.asarray(ravel_pytree(y)[0], float)
+    C, lo, hi, _ = (np.asarray(part, float) for part in polyhedral.rows(problem, x, y))
+    return float(np.linalg.norm(_model(np.eye(z.size), R, z, C, lo, hi) - z))
+
+
+def lower_gap(problem: BilevelProblem, x: PyTree, y: PyTree, solved: PyTree) -> float:
+    """g(x, y) - g(x, solved): how far y is from solving the lower level in g's own unit; only for `Minimize`."""
+    return float(_lower_value(problem, x, y)) - float(_lower_value(problem, x, solved))
 
 
 def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
@@ -112,3 +136,148 @@ def finite_differences(function: Callable[[PyTree], float], x: PyTree, step: flo
         ab, bc = (4 * b - a) / 3, (4 * c - b) / 3
         gradient[i] = (16 * bc - ab) / 15
     return unravel(np.asarray(gradient, flat.dtype))
+
+
+class Constrained(NamedTuple):
+    """A lower level on rows lo <= C y <= hi: y(x), F(x), grad F(x), and the margin to a kink.
+
+    margin: the least of the active rows' multipliers (in size) and the other rows' slacks. Near zero F has a kink, or
+    one within rounding, and `gradient` is that of one side.
+    """
+
+    y: PyTree
+    value: float
+    gradient: PyTree
+    margin: float
+
+
+def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
+    """The same for a lower level on a polyhedron: cvxpy's quadratic programs, then dense KKT systems in NumPy.
+
+    Sequential quadratic programming from y with backtracking on g, Clarabel for the models; rows with a slack below
+    1e-6 and a multiplier above 1e-6 are active; Newton's method on the equations of the active rows ends it. Only the
+    reading of the sets into rows (`polyhedral.rows`) is shared with the fast path.
+
+    Raises:
+        RuntimeError: not a polyhedron, no convergence, or a residual above 1e-8 at the end.
+    """
+    from scipy import optimize
+
+    reason = polyhedral.refuse(problem)
+    if reason is not None:
+        raise RuntimeError(f"reference.constrained: {reason}")
+    (flat_x, unravel_x), (flat, unravel) = ravel_pytree(x), ravel_pytree(y)
+    C, lo, hi, B = (np.asarray(part, float) for part in polyhedral.rows(problem, x, y))
+    at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
+    residual = lambda z: np.asarray(_residual(problem, x, at(z)), float)  # noqa: E731
+    hessian = lambda z: np.asarray(_jacobians(problem, x, at(z))[1], float)  # noqa: E731
+    value = lambda z: float(_lower_value(problem, x, at(z)))  # noqa: E731
+
+    z = _model(
+        np.eye(flat.size), np.zeros(flat.size), np.asarray(flat, float), C, lo, hi
+    )  # feasible: the nearest point
+    for _ in range(100):
+        H, R = hessian(z), residual(z)
+        step = _model(H, R, z, C, lo, hi) - z
+        if np.linalg.norm(step) <= 1e-8 * (1 + np.linalg.norm(z)):
+            break
+        length, before, slope = 1.0, value(z), R @ step
+        while value(z + length * step) > before + 1e-4 * length * slope and length > 1e-9:
+            length /= 2
+        z = z + length * step
+    R = residual(z)
+    above, below = hi - C @ z, C @ z - lo
+    near = np.minimum(above, below) <= 1e-6
+    sign = np.where(above <= below, 1.0, -1.0)
+    fixed = lo == hi
+    columns = np.concatenate([(C[near] * sign[near, None]).T, -C[near & fixed].T], axis=1)
+    found = optimize.nnls(columns, -R, maxiter=100 * flat.size)[0] if near.any() else np.zeros(0)
+    multipliers = np.zeros(len(C))
+    multipliers[near] = found[: near.sum()]
+    active = fixed | (multipliers > 1e-6)
+    slack = np.minimum(above, below)[~active]
+    margin = min(multipliers[active & ~fixed].min(initial=np.inf), slack.min(initial=np.inf))
+    A, bound, size = C[active], np.where(sign > 0, hi, lo)[active], int(active.sum())
+    for _ in range(5):  # Newton in NumPy on the equations of the active rows
+        H, R = hessian(z), residual(z)
+        M = np.block([[H, A.T], [A, np.zeros((size, size))]])
+        z = z + np.linalg.lstsq(M, np.concatenate([-R, bound - A @ z]), rcond=None)[0][: flat.size]
+    R = residual(z)
+    rest = R + A.T @ np.linalg.lstsq(A.T, -R, rcond=None)[0] if size else R
+    outside = np.maximum(C @ z - hi, lo - C @ z).max(initial=0.0)
+    if not max(float(np.linalg.norm(rest)), outside) <= 1e-8 * (1 + float(np.linalg.norm(R))):
+        raise RuntimeError(f"reference.constrained: residual {np.linalg.norm(rest):.1e}, outside by {outside:.1e}")
+    by_x, by_y = (np.asarray(part, float) for part in _jacobians(problem, x, at(z)))
+    F, (fx, fy) = _upper(problem, x, at(z))
+    fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
+    M = np.block([[by_y, A.T], [A, np.zeros((size, size))]])
+    uw = np.linalg.lstsq(M, np.concatenate([fy, np.zeros(size)]), rcond=None)[0]
+    gradient = fx - by_x.T @ uw[: flat.size] - B[active].T @ uw[flat.size :]
+    return Constrained(at(z), float(F), unravel_x(np.asarray(gradient, flat_x.dtype)), float(margin))
+
+
+def _model(H: np.ndarray, R: np.ndarray, z: np.ndarray, C: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """The minimiser of R'(w - z) + (w - z)'H (w - z)/2 over lo <= C w <= hi, by Clarabel."""
+    import cvxpy as cp
+
+    H = (H + H.T) / 2
+    lowest = np.linalg.eigvalsh(H)[0]
+    root = np.linalg.cholesky(H + max(0.0, 1e-8 - lowest) * np.eye(len(z)))
+    w = cp.Variable(len(z))
+    limits = [C[rows] @ w <= hi[rows] for rows in [np.isfinite(hi)] if rows.any()]
+    limits += [C[rows] @ w >= lo[rows] for rows in [np.isfinite(lo)] if rows.any()]
+    program = cp.Problem(cp.Minimize(cp.sum_squares(root.T @ (w - z)) / 2 + R @ (w - z)), limits)
+    tight = {"tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
+    program.solve(solver=cp.CLARABEL, **tight)
+    if w.value is None or program.status not in ("optimal", "optimal_inaccurate"):
+        raise RuntimeError(f"reference.constrained: the quadratic program is {program.status}")
+    return np.asarray(w.value, float)
+
+
+def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts: int = 20, seed: int = 0) -> float:
+    """The least g(x, .) that SciPy's SLSQP finds on Y(x), from y and from random points: an upper bound of v(x).
+
+    Raises:
+        RuntimeError: for a y_set that is neither the whole space, a box nor a ball, or where no start ends feasible.
+    """
+    from scipy import optimize
+
+    flat, unravel = ravel_pytree(y)
+    n, lo, hi = flat.size, np.full(flat.size, -np.inf), np.full(flat.size, np.inf)
+    at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
+    limits: list[Any] = []
+    if isinstance(problem.y_set, Box):
+        lo, hi = (np.asarray(ravel_pytree(part)[0], float) for part in problem.y_set.bounds(y))
+    elif isinstance(problem.y_set, Ball):
+        middle = np.asarray(ravel_pytree(problem.y_set.middle(y))[0], float)
+        radius = float(problem.y_set.radius)
+        limits.append({"type": "ineq", "fun": lambda z: radius**2 - np.sum((z - middle) ** 2)})
+    elif not isinstance(problem.y_set, Reals):
+        raise RuntimeError(f"reference.least_lower_value: y_set is a {type(problem.y_set).__name__}")
+    if problem.coupling is not None:
+        values = lambda z, part: np.asarray(_coupling(problem, x, at(z))[part], float)  # noqa: E731
+        limits.append({"type": "ineq", "fun": lambda z: -values(z, 0)})
+        if values(np.asarray(flat), 1).size:
+            limits.append({"type": "eq", "fun": lambda z: values(z, 1)})
+
+    def both(z: np.ndarray) -> tuple[float, np.ndarray]:
+        return float(_lower_value(problem, x, at(z))), np.asarray(_residual(problem, x, at(z)), float)
+
+    box: Any = optimize.Bounds(lo, hi)  # pyright: ignore[reportArgumentType]
+    rng, least = np.random.default_rng(seed), np.inf
+    around = np.where(np.isfinite(lo) & np.isfinite(hi), 0.0, 3.0)
+    for k in range(num_starts):
+        start = np.clip(np.asarray(flat, float), lo, hi)
+        if k > 0:
+            spread = rng.uniform(np.where(around == 0, lo, -1), np.where(around == 0, hi, 1))
+            start = np.clip(np.where(around == 0, spread, start + around * rng.normal(size=n)), lo, hi)
+        found = optimize.minimize(both, start, jac=True, method="SLSQP", bounds=box,
+                                  constraints=limits, options={"maxiter": 200, "ftol": 1e-12})  # fmt: skip
+        z = np.clip(found.x, lo, hi)
+        outside = max([0.0, *(-float(np.min(limit["fun"](z))) for limit in limits if limit["type"] == "ineq")])
+        outside = max([outside, *(float(np.abs(limit["fun"](z)).max()) for limit in limits if limit["type"] == "eq")])
+        if outside <= 1e-7 and np.isfinite(found.fun):
+            least = min(least, both(z)[0])
+    if not np.isfinite(least):
+        raise RuntimeError("reference.least_lower_value: no start ended at a feasible point")
+    return least

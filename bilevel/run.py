@@ -67,6 +67,13 @@ class Lanes(NamedTuple):
     output: Callable
 
 
+def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
+    """What a step costs in passes over the data: `OracleCount.passes` with the sources' fractions."""
+    if solver.full_batch:
+        return solver.cost(problem).passes(1.0, 1.0)
+    return solver.cost(problem).passes(problem.upper_data.fraction, problem.lower_data.fraction)
+
+
 def _all_finite(state: PyTree) -> Array:
     floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
@@ -266,11 +273,7 @@ def _drive(
             np.sqrt(min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0])))
         )
     step, rows = 0, [Record() for _ in range(count)]
-    call = solver.cost(problem)
-    if solver.full_batch:
-        passes = call.passes(1.0, 1.0)
-    else:
-        passes = call.passes(problem.upper_data.fraction, problem.lower_data.fraction)
+    call, passes = solver.cost(problem), passes_per_step(problem, solver)
     if checkpoint is not None and Path(checkpoint).exists():
         (state, info), notes = load_checkpoint(checkpoint, (state, info), owner=owner)
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
