@@ -154,10 +154,10 @@ def _carry_out(
     name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool]
 ) -> None:
     """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
-    from benchmarks import report, runner, tuning
+    from benchmarks import files, report, tuning
 
     trials = tuning.trials(cells)
-    with runner.open_folder(out, runner.settings_of(name, cells, precision)) as folder:
+    with files.open_folder(out, files.settings_of(name, cells, precision)) as folder:
         with progress(len(trials) + len(cells)) as on_cell:
             complete = not trials or how(folder / tuning.FOLDER, trials, on_cell)
             if complete and trials:
@@ -329,7 +329,7 @@ def report_(
 
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:
     from benchmarks import report
-    from benchmarks.runner import clean
+    from benchmarks.files import clean
 
     if as_json:
         results = [

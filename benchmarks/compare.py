@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report, statistics
+from benchmarks.files import FAILED, UNSUPPORTED
 from benchmarks.registry import UsageError, label
-from benchmarks.runner import FAILED, UNSUPPORTED
 
 FEASIBLE = 1e-6  # distance to the sets up to which a measurement counts
 SOLVED = 1e-3  # true lower gap up to which one counts where F is measured at the solver's own y

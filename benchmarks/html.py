@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import compare, report, sheets, statistics
+from benchmarks.files import write_file
 from benchmarks.registry import Cell, UsageError, read_suite, suite_text
-from benchmarks.runner import write_file
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVES = {"value": "F", "hypergradient": "|grad F|", "lower_residual": "lower residual"}

@@ -15,8 +15,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from benchmarks.files import FAILED, instance_path, read_cell, read_json, read_settings, slug, write_file, write_json
 from benchmarks.registry import Cell, UsageError
-from benchmarks.runner import FAILED, instance_path, read_cell, read_json, read_settings, slug, write_file, write_json
 from bilevel.record import Record
 
 WIDTH = 120

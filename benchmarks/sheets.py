@@ -8,8 +8,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.files import clean
 from benchmarks.report import number_text, table_text
-from benchmarks.runner import clean
 
 STATISTICS = ("count", "mean", "std", "q25", "median", "q75")
 QUANTITIES = {

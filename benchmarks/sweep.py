@@ -26,8 +26,9 @@ import jax
 import joblib
 from filelock import FileLock, Timeout
 
+from benchmarks.files import EMPTY, ERROR, cell_path, read_cell, write_json
 from benchmarks.registry import Cell, UsageError
-from benchmarks.runner import EMPTY, ERROR, Held, cell_path, execute, read_cell, run_cell, unfinished, write_json
+from benchmarks.runner import Held, execute, run_cell, unfinished
 
 BREAKS = 3
 ORPHANED = 3  # exit code of a worker whose parent has ended
@@ -128,7 +129,7 @@ def sweep(
     """Run every cell that is not finished in `folder`, many at a time; true when all were run, false after Ctrl-C.
 
     Args:
-        folder: opened by `runner.open_folder`; of a cluster, on a file system that all its machines share.
+        folder: opened by `files.open_folder`; of a cluster, on a file system that all its machines share.
         cells: of the run.
         on_cell: called with (how many are done, the cell) as cells end.
         precision: 64 or 32.

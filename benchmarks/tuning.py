@@ -19,8 +19,8 @@ import numpy as np
 from scipy.stats import rankdata
 
 from benchmarks.compare import COLUMNS, Trial
+from benchmarks.files import read_cell, write_json
 from benchmarks.registry import Cell, label, parse
-from benchmarks.runner import read_cell, write_json
 
 FOLDER = "tuning"
 

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from benchmarks import runner
+from benchmarks import files
 from benchmarks.registry import Cell
 
 
@@ -40,10 +40,10 @@ def write(folder, results, optima=None, **settings):
     for index, (cell, found) in enumerate(zip(cells, results.values(), strict=True)):
         optimum = (optima or {}).get((cell.problem, cell.seed))
         known = {"sizes": {"x": 2, "y": 2}, "optimum": optimum, "tags": [], "baselines": {}}
-        runner.write_json(runner.instance_path(folder, cell.problem, cell.seed), known)
+        files.write_json(files.instance_path(folder, cell.problem, cell.seed), known)
         if found is not None:
             whole = {"cell": dataclasses.asdict(cell)} | found
-            runner.write_json(runner.cell_path(folder, index, cell), whole)
+            files.write_json(files.cell_path(folder, index, cell), whole)
     return folder
 
 

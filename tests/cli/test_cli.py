@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import bilevel
 import irl
 import problems
-from benchmarks import registry, report, runner
+from benchmarks import files, registry, report, runner
 from benchmarks.cli import app
 from problems.quadratic import closed_form
 
@@ -120,7 +120,7 @@ def test_a_run_prints_only_json_and_reaches_the_optimum(finished):
         assert entry["status"] == "CONVERGED"
         assert entry["record"][-1]["value"] == pytest.approx(exact.q @ x / 2 + exact.r, abs=1e-10)
         assert entry["referee"]["verdict"] == "agrees"
-        (points,) = folder.glob(f"cells/*-{runner.slug(entry['solver'])}-seed{entry['seed']}.npz")
+        (points,) = folder.glob(f"cells/*-{files.slug(entry['solver'])}-seed{entry['seed']}.npz")
         with np.load(points) as saved:
             np.testing.assert_allclose(saved["x"], x, atol=1e-6)
             np.testing.assert_allclose(saved["y"], exact.A @ x + exact.c, atol=1e-6)
@@ -252,8 +252,8 @@ def test_the_table_says_why_the_referee_skipped(tmp_path):
 def test_points_of_any_structure_come_back(tmp_path):
     x = {"a": jax.numpy.arange(3.0), "b": [jax.numpy.ones((2, 2), "float32")]}
     y = (jax.numpy.zeros(()), {"w/1": jax.numpy.full(2, 0.1)})
-    runner.save_point(tmp_path / "p.npz", x, y)
-    back = runner.load_point(tmp_path / "p.npz", x, y)
+    files.save_point(tmp_path / "p.npz", x, y)
+    back = files.load_point(tmp_path / "p.npz", x, y)
     assert jax.tree.structure(back) == jax.tree.structure((x, y))
     for a, b in zip(jax.tree.leaves(back), jax.tree.leaves((x, y)), strict=True):
         assert a.dtype == b.dtype
@@ -289,5 +289,5 @@ def test_means_and_spreads():
     spread = report._spread([{"a": 1.0, "b": 2.0}, {"a": 4.0}])
     assert spread["a"] == {"mean": 2.5, "std": pytest.approx(statistics.stdev([1.0, 4.0])), "count": 2}
     assert spread["b"] == {"mean": 2.0, "std": None, "count": 1}
-    assert runner.clean({"a": [np.float64("nan"), np.int32(3)], "b": float("inf")}) == {"a": [None, 3], "b": None}
+    assert files.clean({"a": [np.float64("nan"), np.int32(3)], "b": float("inf")}) == {"a": [None, 3], "b": None}
     assert report.short_names(["A[b=1]", "C[b=1]", "C"]) == {"A[b=1]": "A", "C[b=1]": "C[b=1]", "C": "C"}

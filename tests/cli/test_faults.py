@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import runner
+from benchmarks import files, runner
 from benchmarks.cli import app
 from bilevel.checkpoint import write_atomically
 
@@ -33,7 +33,7 @@ def quick(synthetic, monkeypatch):
 
     def run(cell, instance, solver, path):
         ran.append(cell.seed)
-        runner.save_point(path.with_suffix(".npz"), np.zeros(2), np.zeros(2))
+        files.save_point(path.with_suffix(".npz"), np.zeros(2), np.zeros(2))
         return {"status": "MAX_STEPS"} | {
             name: synthetic.result(synthetic.rows([1.0, 0.5]))[name] for name in ("stats", "record", "referee")
         }
@@ -41,7 +41,7 @@ def quick(synthetic, monkeypatch):
     known = {"sizes": {"x": 2, "y": 2}, "optimum": None, "tags": [], "baselines": {}}
     monkeypatch.setattr(runner, "_run", run)
     monkeypatch.setattr(runner, "build_instance", lambda text, seed: None)
-    monkeypatch.setattr(runner, "_describe", lambda path, instance: runner.write_json(path, known))
+    monkeypatch.setattr(runner, "_describe", lambda path, instance: files.write_json(path, known))
     return ran
 
 
@@ -140,7 +140,7 @@ def test_another_run_s_result_in_the_folder_is_noticed(folder, quick):
 
 def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(folder, quick):
     code = "import filelock, sys\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\n"
-    arguments = [sys.executable, "-c", code + "input()", str(folder / runner.LOCK)]
+    arguments = [sys.executable, "-c", code + "input()", str(folder / files.LOCK)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         before = content(folder)
@@ -156,18 +156,18 @@ def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(fo
     assert not list(folder.rglob(".half*"))
 
 
-# A user without rights writes into a folder; then a study is run in forks, which share the imports' cost, and killed.
+# A user without rights writes into a folder.
 READ_ONLY = """
 import os, pathlib, sys
-from benchmarks import runner
+from benchmarks import files
 if os.geteuid() == 0:
     os.setuid(65534)
 settings = {"name": "x", "precision": 64, "cells": [], "versions": {}, "system": {}}
 for folder in map(pathlib.Path, sys.argv[1:]):
     try:
-        with runner.open_folder(folder, settings):
+        with files.open_folder(folder, settings):
             print("opened")
-    except runner.FolderError as error:
+    except files.FolderError as error:
         print(error)
 """
 
@@ -186,62 +186,3 @@ def test_a_read_only_folder_is_named(tmp_path):
     for line, folder in ((first, folders[0]), (second, folders[1])):
         assert line.startswith(f"--out {folder}: it cannot be written (Permission denied")
     assert list((tmp_path / "empty").iterdir()) == []
-
-
-KILLS = """
-import os, pathlib, random, shutil, signal, sys, time, warnings
-warnings.simplefilter("ignore")
-from benchmarks import cli, compare, report, runner, sweep  # before the forks; JAX makes its threads at first use
-kills, study, whole, broken = int(sys.argv[1]), sys.argv[4:], *map(pathlib.Path, sys.argv[2:4])
-def start(folder):
-    child = os.fork()
-    if child:
-        return child
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    try:
-        cli.app(["run", *study, "--out", str(folder)])
-    except SystemExit as end:
-        os._exit(end.code or 0)
-begin = time.monotonic()
-assert os.waitpid(start(whole), 0)[1] == 0
-length, seen, random_time = time.monotonic() - begin, {}, random.Random(int(sys.argv[1]))
-for _ in range(kills):
-    child = start(broken)
-    time.sleep(random_time.uniform(0, length))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    if (broken / "settings.json").exists():
-        report.load(broken)
-    now = {path: path.stat().st_mtime_ns for path in broken.glob("cells/*.json")}
-    assert seen.items() <= now.items(), (seen, now)
-    seen = now
-    if len(seen) == len(list(whole.glob("cells/*.json"))):  # nothing is left to kill: begin anew
-        shutil.rmtree(broken)
-        seen = {}
-assert os.waitpid(start(broken), 0)[1] == 0
-assert seen.items() <= {path: path.stat().st_mtime_ns for path in broken.glob("cells/*.json")}.items()
-"""
-
-
-def test_kill_9_at_random_moments_loses_nothing(tmp_path):
-    """BILEVAX_KILLS=100 makes it a job of its own."""
-    kills = os.environ.get("BILEVAX_KILLS", "5")
-    arguments = [kills, tmp_path / "whole", tmp_path / "broken", *STUDY]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLS, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    paths = sorted((tmp_path / "whole/cells").iterdir())
-    assert len(paths) == 6
-    assert [path.name for path in paths] == sorted(path.name for path in (tmp_path / "broken/cells").iterdir())
-    for path in paths:
-        other = tmp_path / "broken/cells" / path.name
-        if path.suffix == ".npz":
-            assert path.read_bytes() == other.read_bytes()
-            continue
-        first, second = (json.loads(p.read_text()) for p in (path, other))
-        for row in [*first["record"], *second["record"]]:
-            del row["time"]
-        assert first["record"] == second["record"]
-        assert first["status"] == second["status"]
-    assert not [path for path in (tmp_path / "broken").rglob(".*") if path.is_file()]

@@ -12,7 +12,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from benchmarks import runner, sweep
+from benchmarks import files, sweep
 from benchmarks.cli import app
 from benchmarks.registry import UsageError
 
@@ -81,7 +81,7 @@ def study(tmp_path, synthetic, monkeypatch):
     text = {"problem": "quadratic", "solver": "SOBA"}
     cells = [dataclasses.make_dataclass("Cell", [*text, "seed"])(**text, seed=seed) for seed in range(6)]
     whole = synthetic.result(synthetic.rows([1.0, 0.5]))
-    done = [(str(runner.cell_path(tmp_path, k, cell)), whole | {"cell": vars(cell)}) for k, cell in enumerate(cells)]
+    done = [(str(files.cell_path(tmp_path, k, cell)), whole | {"cell": vars(cell)}) for k, cell in enumerate(cells)]
     (tmp_path / "cells").mkdir()
 
     def run(deadly, signal_number=int(signal.SIGKILL)):
@@ -105,7 +105,7 @@ def study(tmp_path, synthetic, monkeypatch):
         seen = []
         assert sweep.sweep(tmp_path, cells, lambda count, cell: seen.append(count), workers=2)
         tries = [len((tmp_path / f"tries-{k}").read_text()) for k in range(len(cells))]
-        return [runner.read_cell(tmp_path, k, cell) for k, cell in enumerate(cells)], tries, seen
+        return [files.read_cell(tmp_path, k, cell) for k, cell in enumerate(cells)], tries, seen
 
     return run
 

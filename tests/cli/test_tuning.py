@@ -9,16 +9,14 @@ from typer.testing import CliRunner
 
 import bilevel
 import problems
-from benchmarks import registry, runner, tuning
+from benchmarks import files, registry, runner, tuning
 from benchmarks.cli import app
 from benchmarks.registry import Cell, Search, UsageError
 from bilevel.run import passes_per_step
 
 HEAD = '[tuning]\ntrials = 3\nseeds = [100, 101]\n[[problem]]\nrun = "quadratic[dim_x=2,dim_y=2]"\nseeds = 2\n'
-SUITE = (
-    HEAD
-    + 'max_passes = 80\nsolvers = [{ run = "SOBA[linear_step_size=0.9,lower_step_size=0.9,upper_step_size=0.1]", tune = { upper_step_size = [0.01, 1.0] } }]'
-)
+SOBA = "SOBA[linear_step_size=0.9,lower_step_size=0.9,upper_step_size=0.1]"
+SUITE = HEAD + f'max_passes = 80\nsolvers = [{{ run = "{SOBA}", tune = {{ upper_step_size = [0.01, 1.0] }} }}]'
 
 
 def suite(tmp_path, text):
@@ -79,12 +77,12 @@ def test_the_best_mean_rank_is_chosen_and_failures_are_last(tmp_path, synthetic)
     ends = {7: ([-100.0], [1.0], None), 8: ([3.0], [1.0], [2.0])}
     for index, trial in enumerate(tuning.trials([cell])):
         values = ends[trial.seed][index % 3]
-        found = runner.EMPTY if values is None else synthetic.result(synthetic.rows([5.0, *values]))
-        path = runner.cell_path(tmp_path / tuning.FOLDER, index, trial)
-        runner.write_json(path, {"cell": dataclasses.asdict(trial)} | found)
+        found = files.EMPTY if values is None else synthetic.result(synthetic.rows([5.0, *values]))
+        path = files.cell_path(tmp_path / tuning.FOLDER, index, trial)
+        files.write_json(path, {"cell": dataclasses.asdict(trial)} | found)
     tuning.choose(tmp_path, [cell])
     assert runner.chosen_settings(tmp_path, cell) == tuning.draws(cell)[1]
-    with pytest.raises(runner.FolderError, match=r"tuning\.json"):
+    with pytest.raises(files.FolderError, match=r"tuning\.json"):
         runner.chosen_settings(tmp_path, dataclasses.replace(cell, problem="ridge"))
 
 
