@@ -24,7 +24,8 @@ from bilevel import (
 )
 from bilevel.checkpoint import CheckpointError
 from bilevel.data import Full, Minibatch, Source
-from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient, implicit_objective
+from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient
+from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import Newton
 from bilevel.polyhedral import ActiveSet

@@ -1,4 +1,4 @@
-"""Hypergradients that carry their error, and the implicit objective F as a differentiable function.
+"""Hypergradients that carry their error.
 
 With R = grad_y g (or y - T), y* = y(x) and v* = R_y(x, y*)^-T f_y(x, y*),
 
@@ -18,6 +18,7 @@ gradient that is right to higher order; the estimate is twice its distance to th
 rounding. It is an estimate: status says so.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
 from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
-from bilevel.linear import LinearSolver, default_solver, refine
+from bilevel.linear import LinearSolution, LinearSolver, default_solver
 from bilevel.lower import Newton, pack_scalars, row_norms
 from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
@@ -39,6 +40,7 @@ from bilevel.struct import static, struct
 
 PyTree = Any
 LowerSettings = Newton | ActiveSet | ProjectedNewton
+ESTIMATE_TOL = 1e-3  # relative accuracy of the corrections that an error is estimated by
 
 
 @struct
@@ -242,7 +244,7 @@ def _passes(
         refine = (stage == 0) & (count < inverse.max_solves) & (norms[1] <= best / 2) & (norms[1] > 0)
         solved = (stage == 0) & ~refine
         rhs = jnp.where(solved, -at.R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
-        step, residual = inverse.correct(solved, rhs, jnp.where(refine, at.fy, rhs), jnp.where(refine, v, 0))
+        step, residual = inverse.correct(solved, refine, rhs, jnp.where(refine, at.fy, rhs), jnp.where(refine, v, 0))
         wrong = jnp.where(solved, residual > 0.1 * norms[0], (stage == 1) & (residual > 0.1 * norms[1]))
         wrong = wrong | (solved & (norms[1] > 0.1 * norms[2]))
         write = partial(lax.dynamic_update_index_in_dim, index=stage.astype(int), axis=0)
@@ -264,11 +266,12 @@ def _passes(
 
 
 class _Inverse(NamedTuple):
-    """correct(forward, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or 0), to be repeated
-    `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0.
+    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or 0), to be
+    repeated `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0, and unless
+    `exactly` to `ESTIMATE_TOL` only: three digits of an error are enough.
     """
 
-    correct: Callable[[Array, Array, Array, Array], tuple[Array, Array]]
+    correct: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
     max_solves: int
 
 
@@ -280,7 +283,7 @@ def _inverse(
     symmetric = isinstance(problem.lower, Minimize)
     if method is None and jax.tree.leaves(factor):
 
-        def by_factor(forward: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+        def by_factor(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
             apply = partial(lower_level.apply_inverse, factor, symmetric, r)
             found = apply() if symmetric else lax.cond(forward, apply, partial(apply, transpose=True))
             return found, jnp.zeros((), r.dtype)
@@ -288,15 +291,27 @@ def _inverse(
         return _Inverse(by_factor, 20)
     method = default_solver(flat.size, symmetric) if method is None else method
 
-    def prepare(transpose: bool) -> Callable:
+    def prepare(transpose: bool) -> Callable[[Array, Array, Array], LinearSolution]:
         product = oracles.hvp_operator(problem, x, y, batch, transpose=transpose)
-        return method.prepare(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)
+        matvec = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
+        if not hasattr(method, "tol"):  # a factor, made once
+            solve = method.prepare(matvec, flat.size, flat.dtype)
+            return lambda exactly, b, v0: solve(b, v0)
+        settings: Any = method
+        tol = 10 * jnp.finfo(flat.dtype).eps if settings.tol is None else settings.tol
+
+        def solve_to(exactly: Array, b: Array, v0: Array) -> LinearSolution:
+            to = dataclasses.replace(settings, tol=jnp.where(exactly, tol, jnp.maximum(tol, ESTIMATE_TOL)))
+            return to.prepare(matvec, flat.size, flat.dtype)(b, v0)
+
+        return solve_to
 
     backward = prepare(True)
     onward = backward if symmetric else prepare(False)
 
-    def by_method(forward: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
-        found = backward(b, v0) if symmetric else lax.cond(forward, onward, backward, b, v0)
+    def by_method(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+        solve = backward if symmetric else lambda *args: lax.cond(forward, onward, backward, *args)
+        found = solve(exactly, b, v0)
         return found.v - v0, found.residual
 
     return _Inverse(by_method, 1)
@@ -340,59 +355,3 @@ def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, s
         status=jnp.where(finite, jnp.where(status == Status.CONVERGED, Status.UNCHECKED, status), Status.NONFINITE),
         v=jax.tree.map(jnp.zeros_like, last),
     )
-
-
-def implicit_objective(
-    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: LowerSettings | None = None
-) -> Callable[..., Array]:
-    """F: x -> f(x, y(x)), shape [], differentiable in forward and reverse mode, and again.
-
-    Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level from
-    y, without a derivative with respect to y. F is NaN where the lower level cannot be solved at all; `hypergradient`
-    says why, and how exact an answer is.
-
-    Raises:
-        NotImplementedError: as `hypergradient`.
-    """
-    if problem.constrained_lower:
-        return lambda x, y=None: _implicit_constrained(problem, x, start_y(problem, x, y), method, lower or Newton())
-    assert lower is None or isinstance(lower, Newton)
-    return lambda x, y=None: _implicit_value(problem, x, y, method, lower)
-
-
-@jax.jit
-def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, method: Any, lower: LowerSettings) -> Array:
-    large = None if method is not None else projected.settings_for(problem, y, lower)
-    if large is not None:
-        return projected_gradient.implicit_value(problem, x, y, large)
-    settings = polyhedral.settings_for(problem, "implicit_objective", lower, method)
-    return polyhedral_gradient.implicit_value(problem, x, y, settings)
-
-
-@jax.jit
-def _implicit_value(
-    problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: Newton | None
-) -> Array:
-    symmetric = isinstance(problem.lower, Minimize)
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
-    y = lax.stop_gradient(start_y(problem, x, y))
-    found = lower_level.solve(problem, lax.stop_gradient(x), y, lower_batch, lower)
-    flat, unravel = ravel_pytree(found.y)
-    flat = jnp.where(found.status == Status.NONFINITE, jnp.nan, flat)
-    linear = default_solver(flat.size, symmetric) if method is None else method
-
-    def residual(flat: Array) -> Array:
-        return ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]
-
-    def solve(transpose: bool, matvec: Callable, b: Array) -> Array:
-        if method is None and jax.tree.leaves(found.factor):
-            return refine(matvec, partial(lower_level.apply_inverse, found.factor, symmetric, transpose=transpose), b)
-        return linear.iterate(matvec, b, jnp.zeros_like(b))[0]
-
-    def tangent(matvec: Callable, b: Array) -> Array:
-        return lax.custom_linear_solve(
-            matvec, b, partial(solve, False), transpose_solve=partial(solve, True), symmetric=symmetric
-        )
-
-    solution = lax.custom_root(residual, lax.stop_gradient(flat), lambda _, y: y, tangent)
-    return oracles.upper_value(problem, x, unravel(solution), upper_batch)

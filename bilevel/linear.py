@@ -291,7 +291,7 @@ def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
     def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
         v, step, norm, k, _ = carry
         r = b - matvec(v + step)
-        after = jnp.linalg.norm(r)
+        after = jnp.sqrt(r @ r)
         better = (after < norm) | (k == 0)
         go_on = (after <= norm / 2) & (after > 0) & (k < 20)
         return jnp.where(better, v + step, v), inverse(r), jnp.where(better, after, norm), k + 1, go_on

@@ -109,8 +109,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
         trial = point[0] + c.t * old_d
         g, R = evaluate(trial)
         moved = jnp.stack([trial, R])
-        gram = _gram(moved)
-        size_y, norm_R = jnp.sqrt(gram[0, 0]), jnp.sqrt(gram[1, 1])
+        size_y, norm_R = row_norms(trial, R)
         finite = jnp.isfinite(norm_R) & jnp.isfinite(g)
         halved, steady = norm_R <= 0.5 * c.norm_R, norm_R > 0.5 * c.norm_R
         if minimize:
@@ -171,8 +170,8 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
 
 def row_norms(*rows: Array) -> list[Array]:
     """The 2-norms of vectors of one length, by one product: a reduction each would be two kernels each to compile."""
-    gram = _gram(jnp.stack(rows))
-    return [jnp.sqrt(gram[k, k]) for k in range(len(rows))]
+    sizes = jnp.sqrt(jnp.abs(_gram(jnp.stack(rows))))
+    return [sizes[k, k] for k in range(len(rows))]
 
 
 def _gram(rows: Array) -> Array:
@@ -228,8 +227,8 @@ def _packed_dtype(dtype: Any) -> Any:
 def apply_inverse(factor: PyTree, minimize: bool, b: Array, transpose: bool = False) -> Array:
     """R_y^-1 b, or its transpose, by a factor of `solve`; b where the factor is not finite."""
     if minimize:
-        L = factor[0]
-        return jnp.where(jnp.isfinite(L[-1, -1]), jax.scipy.linalg.cho_solve((L, True), b), b)
+        U = factor[0]
+        return jnp.where(jnp.isfinite(U[-1, -1]), jax.scipy.linalg.cho_solve((U.T, True), b), b)
     return jax.scipy.linalg.lu_solve(factor, b, trans=int(transpose))
 
 
@@ -243,30 +242,31 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
     yes = jnp.array(True)
 
     def cholesky(flat: Array) -> tuple[Array, Array]:
-        """(Cholesky factor of H + s diag(rows), s), rows = absolute row sums of H, with the first s of 0, rounding,
+        """(U, s) with U'U = H + s diag(rows), rows = absolute row sums of H, with the first s of 0, rounding,
         1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
         """
         eye = jnp.eye(n, dtype=dtype)
         H = jax.vmap(operator(flat))(eye)  # symmetric: rows are columns
         rows = jnp.sum(jnp.abs(H), axis=1)
 
-        def failed(carry: tuple[Array, Array, Array]) -> Array:
-            upcoming, L, _ = carry
-            return ~jnp.isfinite(L[-1, -1]) & (upcoming <= 4)
+        def go_on(carry: tuple[Array, Array, Array]) -> Array:
+            upcoming, U, _ = carry
+            return (upcoming == 0) | (~jnp.isfinite(U[-1, -1]) & (upcoming <= 4))
 
         def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             s = carry[0]
             upcoming = jnp.where(s == 0, rounding, jnp.maximum(4 * s, 1 / 256)).astype(dtype)
             shift = jnp.where(rows == 0, 1, s * rows)
-            return upcoming, lax.linalg.cholesky(H + eye * shift[:, None], symmetrize_input=False), s
+            L = lax.linalg.cholesky(H + eye * shift[:, None], symmetrize_input=False)
+            return upcoming, L.T, s  # LAPACK's columns are rows of L': carried so, no copy is made
 
         zero = jnp.zeros((), dtype)
-        _, L, s = lax.while_loop(failed, attempt, (zero, jnp.full_like(H, jnp.nan), zero))
-        return L, s
+        _, U, s = lax.while_loop(go_on, attempt, (zero, H, zero))
+        return U, s
 
     def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
-        L, s = factor
-        return -apply_inverse(factor, True, R), jnp.isfinite(L[-1, -1]) & (s <= rounding), yes
+        U, s = factor
+        return -apply_inverse(factor, True, R), jnp.isfinite(U[-1, -1]) & (s <= rounding), yes
 
     if dense and minimize:
         return cholesky, by_cholesky

@@ -17,7 +17,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"polyhedral_gradient", "projected"},
     {"projected_gradient", "lower", "tracking"},
     {"hypergradient"},
-    {"goldstein"},
+    {"goldstein", "implicit"},
     {"diagnostics"},
     {"tuning", "theory", "assumptions", "gap"},
     {"reference"},
