@@ -217,6 +217,17 @@ def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Arra
     return affine(coupling.A, coupling.B, coupling.b), equal
 
 
+def coupling_pullback(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Callable]:
+    """(h, m -> (h_x' m, h_y' m)): h = (c, e) of `coupling_values` in one vector [rows], m [rows]."""
+    return jax.vjp(lambda x, y: jnp.concatenate(coupling_values(problem, x, y)), x, y)
+
+
+def coupling_derivative(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """The derivative of h = (c, e) in the raveled (x, y), shape [rows, dim x + dim y]."""
+    flat, unravel = ravel_pytree((x, y))
+    return jax.jacobian(lambda flat: jnp.concatenate(coupling_values(problem, *unravel(flat))))(flat)
+
+
 def coupling_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """max(c, 0) and e of `coupling_values` in one vector: zero exactly where the coupling holds."""
     c, e = coupling_values(problem, x, y)

@@ -16,6 +16,7 @@ Implicit gradient at (y, lam, a), with the same factors:
     [C_a  0 ] [v] = [ 0 ],      grad F = f_x - g_yx' u - B' v.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ def refuse(problem: BilevelProblem) -> str | None:
     if not isinstance(problem.lower, Minimize):
         return f"a constrained lower level must be Minimize(g); got {type(problem.lower).__name__}"
     if isinstance(problem.coupling, SmoothCoupling):
-        return "SmoothCoupling is not supported by implicit differentiation; write linear constraints as LinearCoupling"
+        return "SmoothCoupling is not supported here; write linear constraints as LinearCoupling"
     return _refuse_set(problem.y_set)
 
 
@@ -331,10 +332,41 @@ def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSoluti
 
 def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """Proj(y - grad_y g) - y [n] on the feasible set: zero exactly at y(x). One quadratic program; NaN if empty."""
-    flat, _ = ravel_pytree(y)
-    limits = rows(problem, x, y)
-    factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
     grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
+    return projected_step(rows(problem, x, y), ravel_pytree(y)[0], grad)
+
+
+def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
+    """Proj(y - d) - y [n] on {lo <= C y <= hi}, y = flat [n], which need not be in it. One quadratic program; NaN if
+    the set is empty.
+    """
+    factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
     nobody = jnp.zeros(len(limits.C), flat.dtype)
-    model = solve_model(factor, limits, flat, grad, nobody, nobody, ActiveSet().max_changes)
+    model = solve_model(factor, limits, flat, d, nobody, nobody, ActiveSet().max_changes)
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)
+
+
+def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
+    """The constraints of X, Y and the coupling together, on the raveled (x, y); x and y give shapes and dtype only.
+
+    For sets that `refuse_joint` does not refuse.
+    """
+    flat, coupling = ravel_pytree((x, y))[0], problem.coupling
+    if isinstance(coupling, LinearCoupling):
+
+        def both(A: Any, B: Any, b: Any) -> tuple:
+            if b is None:
+                return None, None, None
+            A, B, b = (jnp.asarray(part, flat.dtype) for part in (A, B, b))
+            return jnp.concatenate([B, A], axis=1), jnp.zeros((len(b), 0), flat.dtype), b
+
+        unequal, equal = (coupling.A, coupling.B, coupling.b), (coupling.A_eq, coupling.B_eq, coupling.b_eq)
+        coupling = LinearCoupling(*both(*unequal), *both(*equal))
+    sets = Product((problem.x_set, problem.y_set))
+    return rows(dataclasses.replace(problem, coupling=coupling, y_set=sets), jnp.zeros(0, flat.dtype), (x, y))
+
+
+def refuse_joint(problem: BilevelProblem) -> str | None:
+    """Why X, Y and the coupling together are not of the kind that `joint_rows` describes, or None."""
+    reason = _refuse_set(problem.x_set)
+    return refuse(problem) if reason is None else reason.replace("y_set", "x_set")

@@ -58,12 +58,17 @@ def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | N
     return None
 
 
-def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that compare values of g on an unconstrained lower level."""
+def refuse_fixed_point(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods that compare values of g, on any set and under any coupling."""
     if not isinstance(problem.lower, Minimize):
         got = type(problem.lower).__name__
         return f"{type(solver).__name__} needs a lower level Minimize(g), whose values it compares; got {got}."
-    return refuse_constrained_lower(solver, problem)
+    return None
+
+
+def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods that compare values of g on an unconstrained lower level."""
+    return refuse_fixed_point(solver, problem) or refuse_constrained_lower(solver, problem)
 
 
 class Unsupported(ValueError):

@@ -3,6 +3,7 @@
 A float stays a pytree leaf, so `vmap` over step sizes works; a schedule or a transformation is static.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,6 +47,12 @@ class StepRule:
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
                 return self.schedule(state), state + 1
         return self.value, state
+
+
+@functools.cache
+def growth(power: float) -> Callable[[Array], Array]:
+    """The schedule (k + 1)^power at step k; the same object each time, so that nothing compiles twice."""
+    return lambda k: (k + 1.0) ** power
 
 
 class Stepper(NamedTuple):

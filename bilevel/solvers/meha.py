@@ -15,7 +15,7 @@ from bilevel.record import OracleCount
 from bilevel.sampling import smoothness
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, StepRule, move, require_number, require_size, step_sizes, stepper
+from bilevel.step import Stepper, as_step, growth, move, require_number, require_size, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -39,11 +39,6 @@ class Info(NamedTuple):
     direction_x: Array
     direction_y: Array
     proximal_gap: Array
-
-
-def _growth(k: Array) -> Array:
-    """c_k = (k + 1)^0.49."""
-    return (k + 1.0) ** 0.49
 
 
 @struct
@@ -95,7 +90,7 @@ class MEHA(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         gamma = None if self.gamma is None else self.gamma.value
-        penalty = stepper(StepRule(schedule=_growth) if self.penalty is None else self.penalty, None, ())
+        penalty = stepper(as_step(growth(0.49)) if self.penalty is None else self.penalty, None, ())
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             L_f, L_g = smoothness(self._smooth(problem.on_full_data()), key, x, y)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bilevel
 import problems
@@ -49,3 +50,59 @@ def test_meha_with_a_line_of_minimisers():
     instance = problems.make("nonconvex_scaled", case="bome_degenerate")
     for seed in range(3):
         assert_solved(instance, *end(instance, bilevel.MEHA(), 5000, seed))
+
+
+def test_blocc_ends_in_local_minima_of_its_papers_toy():
+    """There y(x) = x, so that F is a function of one number; the global minimum is met from close by."""
+    instance = problems.make("nonconvex", case="blocc_1")
+    grid = np.linspace(0, 3, 30_001)
+    F = np.exp(2 - grid) / (2 + np.cos(4 * grid)) + 0.5 * np.log((4 * grid - 2) ** 2 + 1) + grid**2
+    minima = grid[1:-1][(F[1:-1] < F[:-2]) & (F[1:-1] < F[2:])]
+    starts = jnp.array([0.1, 0.8, 2.0])
+
+    @jax.jit
+    @jax.vmap
+    def run(x):
+        start = jnp.stack([x]), jnp.zeros(1)
+        problem = dataclasses.replace(instance.problem, init=lambda key: start)
+        solver = bilevel.BLOCC()
+        state, _ = bilevel.advance(problem, solver, solver.init(problem, jax.random.key(0)), jax.random.key(0), 0, 1000)
+        return solver.output(problem, state)
+
+    x, y = run(starts)
+    np.testing.assert_allclose(np.abs(x - minima[None]).min(axis=1), 0, atol=1e-3)
+    np.testing.assert_allclose(y, x, atol=1e-6)
+    assert_solved(instance, x[0], y[0])
+
+
+def test_blocc_reaches_known_optima_through_inequalities():
+    """The multipliers of f/c + g and of g differ by those of f alone: both must be right for F to reach 0."""
+    instance = problems.make("constrained", kind="random", dim=6, rows=5, seed=1)
+    x, _ = end(instance, bilevel.BLOCC(), 2000)
+    np.testing.assert_allclose(x, instance.truth.x, atol=1e-6)
+
+
+@pytest.mark.parametrize("power", [1, 3])
+def test_bicgaffa_on_its_papers_problem(power):
+    """At the optimum f is stationary in (x, y), so that no bias of the penalty stays; power 3 is not convex in x."""
+    instance = problems.make("nonconvex_scaled", case="bicgaffa", n=2, power=power)
+    solver = bilevel.BiCGAFFA() if power == 1 else bilevel.BiCGAFFA(upper_step_size=0.02)
+    x, y = end(instance, solver, 20_000)
+    assert_solved(instance, x, y)
+    np.testing.assert_allclose(x, 1, atol=1e-2)
+
+
+def test_lvhba_on_its_papers_problem():
+    instance = problems.make("nonconvex_scaled", case="lvhba_llc", n=2)
+    x, y = end(instance, bilevel.LVHBA(), 20_000)
+    assert_solved(instance, x, y)
+    np.testing.assert_allclose(x, instance.truth.x, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["BiCGAFFA", "LVHBA"])
+def test_single_loops_reach_known_optima_through_inequalities(name):
+    """There f = 0 at the optimum, so that no bias stays; the multipliers of active rows are not zero."""
+    instance = problems.make("constrained", kind="random", dim=6, rows=5, seed=2)
+    x, y = end(instance, getattr(bilevel, name)(), 20_000)
+    np.testing.assert_allclose(x, instance.truth.x, atol=1e-2)
+    np.testing.assert_allclose(y, instance.truth.y, atol=1e-2)

@@ -14,7 +14,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"problem", "checkpoint", "report"},
     {"oracles"},
     {"linear", "step", "sampling", "polyhedral"},
-    {"polyhedral_gradient", "projected"},
+    {"polyhedral_gradient", "projected", "lagrangian"},
     {"projected_gradient", "lower", "tracking"},
     {"hypergradient"},
     {"goldstein", "implicit"},

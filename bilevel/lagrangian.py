@@ -1,0 +1,83 @@
+"""Multipliers of a coupled lower level: what first-order solvers for c(x, y) <= 0, e(x, y) = 0 share.
+
+With h = (c, e) in one vector [rows] and multipliers m [rows], those of c at least 0, the Lagrangian g + m'h.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.problem import BilevelProblem, LinearCoupling
+from bilevel.sampling import smoothness, starts
+from bilevel.step import move
+
+PyTree = Any
+SAMPLES = 8
+
+
+def zeros(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """Multipliers of zero, [rows]."""
+    rows = jax.eval_shape(lambda: jnp.concatenate(oracles.coupling_values(problem, x, y))).shape[0]
+    return jnp.zeros(rows, ravel_pytree(y)[0].dtype)
+
+
+def clip(problem: BilevelProblem, m: Array, most: Array | float = jnp.inf) -> Array:
+    """The multipliers nearest to m [rows] in [0, most] for inequalities, and in [-most, most] for equalities."""
+    coupling = problem.coupling
+    linear = isinstance(coupling, LinearCoupling)
+    equalities = jnp.shape(coupling.b_eq)[0] if linear and coupling.b_eq is not None else 0
+    lowest = jnp.where(jnp.arange(m.size) < m.size - equalities, 0, -jnp.asarray(most, m.dtype))
+    return jnp.clip(m, lowest, jnp.asarray(most, m.dtype))
+
+
+def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tuple[Array, Array, Array]:
+    """(L_f, L_g, J), shapes []: `sampling.smoothness`, and a bound on the norm of h's derivative in (x, y).
+
+    J^2 = |h'|_1 |h'|_inf, exact for one row; at several points of X x Y where h is not affine.
+    """
+    L_f, L_g = smoothness(problem, key, x, y)
+    if problem.coupling is None:
+        return L_f, L_g, jnp.zeros_like(L_g)
+    num = 1 if isinstance(problem.coupling, LinearCoupling) else SAMPLES
+    points = starts(problem.x_set, key, num, x), starts(problem.y_set, key, num, y)
+
+    def bound(x: PyTree, y: PyTree) -> Array:
+        size = jnp.abs(oracles.coupling_derivative(problem, x, y))
+        return jnp.sqrt(jnp.max(jnp.sum(size, axis=0)) * jnp.max(jnp.sum(size, axis=1), initial=0))
+
+    return L_f, L_g, jnp.max(jax.vmap(bound)(*points))
+
+
+def max_min(
+    problem: BilevelProblem, x: PyTree, y: PyTree, m: Array, gradient: Callable, size: Any, dual_size: Any,
+    num_steps: int, num_primal_steps: int = 1,
+) -> tuple[PyTree, Array]:  # fmt: skip
+    """(y, m) after `num_steps` of dual ascent on max over m of min over y in Y of phi(y) + m'h(x, y):
+
+        n = m + (t - 1)/(t + 2) (m - last m)                   or m itself, where there is one primal step
+        y <- Proj_Y(y - s (phi_y(y) + h_y(x, y)' n))           `num_primal_steps` times
+        m <- clip(n + r h(x, y)),                              t = 0, 1, …
+
+    `gradient`: y -> phi_y. With one primal step a quadratic phi and an affine h give a linear iteration, whose
+    eigenvalues solve z^2 - z (2 - s p - s r q) + 1 - s p = 0 for some p between the extreme eigenvalues of phi_yy and
+    q <= J^2: it contracts for s <= 1/L and s r J^2 < 2.
+    """
+    accelerated = num_primal_steps > 1
+
+    def primal(y: PyTree, n: Array) -> PyTree:
+        pull = oracles.coupling_pullback(problem, x, y)[1](n)[1]
+        return problem.y_set.project(move(y, jax.tree.map(jnp.add, gradient(y), pull), size))
+
+    def step(carry: tuple[PyTree, Array, Array], t: Array) -> tuple[tuple[PyTree, Array, Array], None]:
+        y, m, last = carry
+        n = m + jnp.maximum(t - 1, 0) / (t + 2) * (m - last) if accelerated else m
+        y = lax.scan(lambda y, _: (primal(y, n), None), y, length=num_primal_steps)[0] if accelerated else primal(y, n)
+        h = jnp.concatenate(oracles.coupling_values(problem, x, y))
+        return (y, clip(problem, n + jnp.asarray(dual_size, m.dtype) * h), m), None
+
+    return lax.scan(step, (y, m, m), jnp.arange(num_steps, dtype=m.dtype))[0][:2]
