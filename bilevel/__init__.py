@@ -23,7 +23,7 @@ from bilevel import (
     struct,
 )
 from bilevel.checkpoint import CheckpointError
-from bilevel.data import Full, Minibatch, Source
+from bilevel.data import Full, Minibatch, PerSample, Source
 from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann

@@ -168,3 +168,36 @@ class Minibatch(Source):
                 "Use Full for all of the data at once.",
             )  # fmt: skip
         _check_finite(f"{name}.arrays", self.arrays)
+
+
+@struct
+class PerSample(Minibatch):
+    """A `Minibatch` whose batches are (index [b], rows): for lower levels with an own y for each sample.
+
+    y is then stacked over the samples, and a problem's f and g touch, on a batch, only y[index], of which each entry
+    meets only its own row. `split` turns such a batch into a problem in those rows alone; methods that know of it need
+    neither the rest of y nor a second batch for g. `lower_data` has the same samples and the same `batch_size`.
+    """
+
+    def take(self, indices: Array) -> PyTree:
+        """(indices, the samples at them)."""
+        return indices, super().take(indices)
+
+    def full(self) -> PyTree:
+        """All of the samples, numbered."""
+        return jnp.arange(self.num_samples), self.arrays
+
+    @staticmethod
+    def rows(y: PyTree, batch: PyTree) -> PyTree:
+        """The entries of y, or of anything stacked like it, that the batch is about."""
+        return jax.tree.map(lambda leaf: leaf[batch[0]], y)
+
+    @staticmethod
+    def put(y: PyTree, batch: PyTree, rows: PyTree) -> PyTree:
+        """Y with `rows` at the batch's samples."""
+        return jax.tree.map(lambda leaf, new: leaf.at[batch[0]].set(new), y, rows)
+
+    @staticmethod
+    def renumbered(batch: PyTree) -> PyTree:
+        """The same batch for a y that consists of its rows alone."""
+        return jnp.arange(len(batch[0])), batch[1]

@@ -102,6 +102,12 @@ def lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) ->
     return problem.lower.g(x, y, batch)
 
 
+def lower_diagonal(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree | None:
+    """The diagonal that the problem gives for g_yy, shaped like y; None where it gives none. Not counted."""
+    given = problem.lower.diagonal if isinstance(problem.lower, Minimize) else None
+    return None if given is None else given(x, y, batch)
+
+
 def _residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     if isinstance(problem.lower, Minimize):
         return jax.grad(problem.lower.g, argnums=1)(x, y, batch)
@@ -253,14 +259,21 @@ def directions(
     problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree
 ) -> tuple[PyTree, PyTree, PyTree]:
     """(R, R_y' v, R_x' v) at one point in one forward and one reverse sweep: a gradient, an HVP and a cross product."""
-    _count(lower_gradients=1, hvps=1, jvps=1)
+    diagonal = lower_diagonal(problem, x, y, batch)
+    _count(lower_gradients=1, hvps=int(diagonal is None), jvps=1)
+    if diagonal is not None:
+        value, pull_x = jax.vjp(lambda x: _residual(problem, x, y, batch), x)
+        return value, jax.tree.map(operator.mul, diagonal, v), pull_x(v)[0]
     value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
     by_x, by_y = pull(v)
     return value, by_y, by_x
 
 
 def hvp(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree) -> PyTree:
-    """R_y' v, shaped like y: the Hessian-vector product g_yy v."""
+    """R_y' v, shaped like y: the Hessian-vector product g_yy v; without a call where the problem gives its diagonal."""
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return jax.tree.map(operator.mul, diagonal, v)
     _count(hvps=1)
     if isinstance(problem.lower, Minimize):  # symmetric: forward over reverse is the cheaper order
         return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
@@ -283,6 +296,9 @@ def hvp_operator(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
 ) -> Callable[[PyTree], PyTree]:
     """V -> R_y v (or R_y' v) with the residual's forward sweep done once: for many products at one point."""
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return lambda v: jax.tree.map(operator.mul, diagonal, v)
     _, forward = jax.linearize(lambda y: _residual(problem, x, y, batch), y)
     if transpose and not isinstance(problem.lower, Minimize):
         pull = jax.linear_transpose(forward, y)
@@ -297,6 +313,9 @@ def hvp_operator(
 def lower_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """g_yy [n, n] on the raveled y, by n products counted as such; only for `Minimize`."""
     flat, unravel = ravel_pytree(y)
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return jnp.diag(ravel_pytree(diagonal)[0])
     _count(hvps=flat.size)
     _, forward = jax.linearize(lambda y: ravel_pytree(_residual(problem, x, unravel(y), batch))[0], flat)
     return jax.vmap(forward, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
@@ -306,6 +325,9 @@ def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTre
     """Whether g_yy v is seen, from the traced program, not to depend on y. Nothing is computed."""
 
     def product(y: PyTree, v: PyTree) -> PyTree:
+        diagonal = lower_diagonal(problem, x, y, batch)
+        if diagonal is not None:
+            return jax.tree.map(operator.mul, diagonal, v)
         return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
 
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)

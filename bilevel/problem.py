@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.data import Full, Source
+from bilevel.data import Full, PerSample, Source
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
 
@@ -26,9 +26,16 @@ Objective = Callable[[PyTree, PyTree, PyTree], Array]
 
 @struct
 class Minimize:
-    """Lower level y(x) = argmin_y g(x, y, batch), g -> []. Its residual is grad_y g."""
+    """Lower level y(x) = argmin_y g(x, y, batch), g -> []. Its residual is grad_y g.
+
+    diagonal: (x, y, batch) -> positive numbers, shaped like y, that are taken for the diagonal of a diagonal g_yy
+    wherever a product with g_yy is asked for: exactly where g_yy is that, and as an approximation ("Hessian-free")
+    where it is not. The hypergradient is then that of the approximation, its `error_bound` included. Gradients of
+    |grad_y g|^2 stay exact.
+    """
 
     g: Objective = static()
+    diagonal: Callable[[PyTree, PyTree, PyTree], PyTree] | None = static(default=None)
 
 
 @struct
@@ -118,6 +125,7 @@ class BilevelProblem:
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
             _check_point(name, point)
+        _check_per_sample(self.upper_data, self.lower_data, y)
         self.x_set.validate("x_set", x)
         self.y_set.validate("y_set", y)
         batches = {}
@@ -137,8 +145,10 @@ class BilevelProblem:
         _check_scalar("upper", self.upper, shape_x, shape_y, batches["upper_data"])
         if isinstance(self.lower, Minimize):
             _check_scalar("lower (Minimize)", self.lower.g, shape_x, shape_y, batches["lower_data"])
+            if self.lower.diagonal is not None:
+                _check_map("lower.diagonal", self.lower.diagonal, shape_x, shape_y, batches["lower_data"])
         else:
-            _check_map(self.lower.T, shape_x, shape_y, batches["lower_data"])
+            _check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
         _check_coupling(self.coupling, x, y)
         return self
 
@@ -160,6 +170,8 @@ def _check_kinds(problem: BilevelProblem) -> None:
         )
     if isinstance(problem.lower, Minimize):
         _check_callable("lower (Minimize)", problem.lower.g, "g(x, y, batch) -> []")
+        if problem.lower.diagonal is not None:
+            _check_callable("lower.diagonal (Minimize)", problem.lower.diagonal, "h(x, y, batch) shaped like y")
     else:
         _check_callable("lower (FixedPoint)", problem.lower.T, "T(x, y, batch) shaped like y")
     for name, kind in (("x_set", Set), ("y_set", Set), ("upper_data", Source), ("lower_data", Source)):
@@ -199,6 +211,23 @@ def _check_point(name: str, point: PyTree) -> None:
             invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
 
 
+def _check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:
+    if not isinstance(upper, PerSample) and not isinstance(lower, PerSample):
+        return
+    for name, source in (("upper_data", upper), ("lower_data", lower)):
+        if not isinstance(source, PerSample):
+            invalid(name, type(source).__name__, "PerSample, as the other level's data", "Give both levels one source.")
+    assert isinstance(upper, PerSample)
+    assert isinstance(lower, PerSample)
+    sizes = [(source.num_samples, source.batch_size) for source in (upper, lower)]
+    if sizes[0] != sizes[1]:
+        invalid("lower_data (PerSample)", f"(samples, batch size) {sizes[1]}", f"{sizes[0]}", "Give both one source.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+        if np.shape(leaf)[:1] != (upper.num_samples,):
+            label, samples = f"init: y0{jax.tree_util.keystr(path)}", upper.num_samples
+            invalid(label, f"shape {np.shape(leaf)}", f"({samples}, …), a row a sample", "Stack y over the samples.")
+
+
 def _shape_of(name: str, function: Callable, *args: PyTree) -> PyTree:
     try:
         return jax.eval_shape(function, *args)
@@ -221,15 +250,15 @@ def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: P
         invalid(name, f"dtype {out.dtype}", "a floating-point dtype", "Compute the objective in floats.")
 
 
-def _check_map(T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:
-    out = _shape_of("lower (FixedPoint)", T, x, y, batch)
+def _check_map(name: str, T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:
+    out = _shape_of(name, T, x, y, batch)
     if jax.tree.structure(out) != jax.tree.structure(y):
         got, want = jax.tree.structure(out), jax.tree.structure(y)
-        invalid("lower (FixedPoint)", f"structure {got}", f"y's structure {want}", "Return a pytree like y.")
+        invalid(name, f"structure {got}", f"y's structure {want}", "Return a pytree like y.")
     for (path, have), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(y), strict=True):
         if (have.shape, have.dtype) != (want.shape, want.dtype):
             invalid(
-                f"lower (FixedPoint){jax.tree_util.keystr(path)}", f"{have.dtype}{list(have.shape)}",
+                f"{name}{jax.tree_util.keystr(path)}", f"{have.dtype}{list(have.shape)}",
                 f"{want.dtype}{list(want.shape)} as y", "Return a pytree like y.",
             )  # fmt: skip
 

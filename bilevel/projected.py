@@ -152,6 +152,10 @@ def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
 def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face) -> Callable:
     """(b, tol) -> v in the tangent space with P (H + D) P v = P b."""
     unravel = ravel_pytree(y)[1]
+    diagonal = oracles.lower_diagonal(problem, x, y, batch)
+    if diagonal is not None and _kinds(problem.y_set) <= {Reals, Box}:
+        flat = ravel_pytree(diagonal)[0]
+        return lambda b, tol=None: face.tangent(b) / flat
     product = oracles.hvp_operator(problem, x, y, batch)
 
     def operator(v: Array) -> Array:

@@ -3,8 +3,16 @@
 With a perturbation q, g_q(x, y) = g(x, y) + q'y and F_q(x) = f(x, y_q(x)). For a random q with a density, strict
 complementarity holds at each fixed x with probability one, so that F_q is differentiable there, and the mean of F_q is
 smooth, with |mean F_q - F| <= L_f sup|q|/mu.
+
+On a box with a given diagonal D of g_yy (`Minimize.diagonal`) an SQP step and the implicit gradient need no solve,
+
+    y <- Proj(y - (R + q)/D),       grad F_q = f_x - g_yx' u,   u_i = (f_y)_i/D_i where the step left y_i inside,
+                                                                u_i = 0 where it was cut off,
+
+and where each sample of the data has an own y (`PerSample`), a batch's rows of y are a problem of their own.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,8 +22,10 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, polyhedral
 from bilevel.active_set import Factor, factorize, kkt_solve, masked_factor, solve_model
-from bilevel.problem import BilevelProblem
+from bilevel.data import PerSample
+from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
+from bilevel.sets import Box, Reals
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -33,6 +43,47 @@ class Tracked(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
+
+
+class View(NamedTuple):
+    """What one step works on: a problem, its y, and the batches of f and of g."""
+
+    problem: BilevelProblem
+    y: PyTree
+    upper: PyTree
+    lower: PyTree
+
+
+def view(problem: BilevelProblem, y: PyTree, upper: PyTree) -> View:
+    """The problem as a step with the batch `upper` of f sees it: all of y and of g's data, or with `PerSample` data the
+    rows of that batch alone.
+    """
+    source = problem.upper_data
+    if not isinstance(source, PerSample):
+        return View(problem, y, upper, problem.lower_data.full())
+    y_set = problem.y_set
+    if isinstance(y_set, Box):
+        y_set = Box(*(source.rows(end, upper) for end in y_set.bounds(y)))
+    batch = source.renumbered(upper)
+    return View(dataclasses.replace(problem, y_set=y_set), source.rows(y, upper), batch, batch)
+
+
+def rows_of(problem: BilevelProblem, stacked: PyTree, upper: PyTree) -> PyTree:
+    """The entries of something shaped like y, such as q, that belong to `view`'s y."""
+    source = problem.upper_data
+    return source.rows(stacked, upper) if isinstance(source, PerSample) else stacked
+
+
+def put_back(problem: BilevelProblem, y: PyTree, upper: PyTree, rows: PyTree) -> PyTree:
+    """All of y, with `view`'s y replaced by `rows`."""
+    source = problem.upper_data
+    return source.put(y, upper, rows) if isinstance(source, PerSample) else rows
+
+
+def _diagonal_box(problem: BilevelProblem) -> bool:
+    """Whether steps and gradients need no solve: a box, and a diagonal given for g_yy."""
+    given = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
+    return given and isinstance(problem.y_set, Box | Reals) and problem.coupling is None
 
 
 def perturbation(key: Array, like: PyTree, distribution: str, sigma: Any) -> PyTree:
@@ -54,7 +105,9 @@ def check_distribution(name: str, distribution: str) -> None:
 
 
 def no_rows_active(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
-    """The active set to start from: equalities only."""
+    """The active set to start from: equalities only; empty where none is remembered."""
+    if _diagonal_box(problem):
+        return jnp.zeros(0, ravel_pytree(y)[0].dtype)
     limits = polyhedral.rows(problem, x, y)
     return (limits.lo == limits.hi).astype(limits.lo.dtype)
 
@@ -70,12 +123,14 @@ def _factor_at(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, C: 
 
 def track(
     problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
-) -> tuple[Tracked, Factor, Array]:
+) -> tuple[Tracked, Any, Array]:
     """`num_steps` SQP steps on g_q from the warm start (y, active), and the factors at the end, for `gradient`.
 
     Full steps, without a line search: one is exact for a quadratic g; else Newton's method near the solution. Where the
     rows contradict each other, y is NaN.
     """
+    if _diagonal_box(problem):
+        return _track_in_box(problem, x, y, active, q, batch, num_steps)
     limits = polyhedral.rows(problem, x, y)
     flat, unravel = ravel_pytree(y)
     flat_q = ravel_pytree(q)[0]
@@ -100,13 +155,41 @@ def track(
     return Tracked(unravel(flat), active, margin, feasible, independent, definite), factor, K
 
 
+def _track_in_box(
+    problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
+) -> tuple[Tracked, Array, Array]:
+    """`track` with the given diagonal D: (what was found, D [n], which coordinates the last step left inside [n])."""
+    lo, hi = problem.y_set.bounds(y) if isinstance(problem.y_set, Box) else ((), ())
+    (lo, _), (hi, _), (flat, unravel) = (ravel_pytree(part) for part in (lo, hi, y))
+    flat_q, inf = ravel_pytree(q)[0], jnp.full((), jnp.inf, flat.dtype)
+
+    def body(_: int, carry: tuple) -> tuple:
+        flat, y = carry[0], unravel(carry[0])
+        D = ravel_pytree(oracles.lower_diagonal(problem, x, y, batch))[0]
+        z = flat - (ravel_pytree(oracles.residual(problem, x, y, batch))[0] + flat_q) / D
+        if not lo.size:
+            return z, z, D
+        return jnp.clip(z, lo, hi), z, D
+
+    start = flat, flat, jnp.ones_like(flat)
+    flat, z, D = lax.fori_loop(0, num_steps, body, start)
+    inside = (z > lo) & (z < hi) if lo.size else jnp.ones(flat.shape, bool)
+    room = jnp.where(lo == hi, inf, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi))) if lo.size else inf
+    yes = jnp.array(True)
+    return Tracked(unravel(flat), active, jnp.min(room), yes, yes, jnp.all(D > 0)), D, inside
+
+
 def gradient(
-    problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Factor, Array], upper: PyTree, lower: PyTree
+    problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Any, Array], upper: PyTree, lower: PyTree
 ) -> PyTree:
     """Grad F_q(x) of `track`'s result, shaped like x, with f on the batch `upper`."""
     tracked, factor, K = found
     unravel_y = ravel_pytree(tracked.y)[1]
     fx, fy = oracles.upper_gradients(problem, x, tracked.y, upper)
+    if _diagonal_box(problem):
+        D, inside = factor, K
+        u = unravel_y(jnp.where(inside, ravel_pytree(fy)[0] / D, 0))
+        return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, tracked.y, u, lower))
     u, v = kkt_solve(factor, K, tracked.active, ravel_pytree(fy)[0], jnp.zeros_like(tracked.active))
     cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
@@ -114,7 +197,11 @@ def gradient(
 
 
 def track_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:
-    """Oracle calls of one `track`: the Hessian is formed once where it is constant, else after each step again."""
+    """Oracle calls of one `track`: the Hessian is formed once where it is constant, else after each step again, and
+    never where its diagonal is given.
+    """
+    if _diagonal_box(problem):
+        return OracleCount(lower_gradients=num_steps)
     x, y = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
     x, y = (jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), part) for part in (x, y))
     hessians = 1 if oracles.constant_hessian(problem, x, y, problem.lower_data.full()) else 1 + num_steps
@@ -123,5 +210,10 @@ def track_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:
 
 def refuse_not_polyhedral(solver: Any, problem: BilevelProblem) -> str | None:
     """The reason for methods that differentiate through the active rows."""
+    if isinstance(problem.upper_data, PerSample) and not _diagonal_box(problem):
+        return (
+            f"{type(solver).__name__} with PerSample data needs a box and Minimize(g, diagonal=…); got "
+            f"y_set = {type(problem.y_set).__name__}, lower = {type(problem.lower).__name__}."
+        )
     reason = polyhedral.refuse(problem)
     return None if reason is None else f"{type(solver).__name__} needs a polyhedral lower level: {reason}."

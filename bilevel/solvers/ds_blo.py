@@ -57,7 +57,8 @@ class DSBLO(Solver):
     Assumptions: g(x, .) strongly convex, rows A y + B x <= b (or a polyhedral set) that are linearly independent where
     they are active, F Lipschitz. For the theory X is the whole space. Info shows margin, LICQ and definiteness.
     Cost per step: with T = num_lower_steps and n = dim y, for each of the perturbations 1 upper gradient, T lower
-        gradients, n HVPs (n (T + 1) where g is not quadratic) and 1 JVP.
+        gradients, n HVPs (n (T + 1) where g is not quadratic; none with `Minimize.diagonal` on a box) and 1 JVP. With
+        `PerSample` data all on one batch.
 
     Args:
         beta: momentum in [0, 1). gamma1, gamma2: > 0; 1/gamma1 bounds the length of a step, 1/gamma2 eta.
@@ -126,17 +127,20 @@ class DSBLO(Solver):
         self, problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, key: Array, upper: PyTree
     ) -> tuple[PyTree, tracking.Tracked]:
         """(mean of grad F_q over the draws of q, the first draw's lower solution)."""
-        lower = problem.lower_data.full()
+        here = tracking.view(problem, y, upper)
 
         def one(key: Array) -> tuple[PyTree, tracking.Tracked]:
-            q = tracking.perturbation(key, y, self.distribution, self.sigma)
-            found = tracking.track(problem, x, y, active, q, lower, self.num_lower_steps)
-            return tracking.gradient(problem, x, found, upper, lower), found[0]
+            q = tracking.perturbation(key, here.y, self.distribution, self.sigma)
+            found = tracking.track(here.problem, x, here.y, active, q, here.lower, self.num_lower_steps)
+            return tracking.gradient(here.problem, x, found, here.upper, here.lower), found[0]
 
         if self.num_perturbations == 1:
-            return one(key)
-        gradients, found = oracles.batched(one)(jax.random.split(key, self.num_perturbations))
-        return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), gradients), jax.tree.map(lambda leaf: leaf[0], found)
+            gradient, found = one(key)
+        else:
+            gradients, found = oracles.batched(one)(jax.random.split(key, self.num_perturbations))
+            gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), gradients)
+            found = jax.tree.map(lambda leaf: leaf[0], found)
+        return gradient, found._replace(y=tracking.put_back(problem, y, upper, found.y))
 
     def _batch(self, problem: BilevelProblem, upper: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         return (problem.upper_data.full(), upper) if self.option == "I" else problem.upper_data.next(upper, key, x, y)

@@ -54,7 +54,7 @@ class SSIGD(Solver):
     Assumptions: g(x, .) strongly convex, linear constraints with LICQ that do not move with x (here they may). With
     b_r ~ r^(-1/2) it is analysed for weakly convex F_q, with b_r = 1/(mu_F (r + 1)) for mu_F-strongly convex F_q.
     Cost per step: with T = num_lower_steps, n = dim y: 1 upper gradient, T lower gradients, n HVPs (n (T + 1) where g
-        is not quadratic) and 1 JVP.
+        is not quadratic; none with `Minimize.diagonal` on a box) and 1 JVP. With `PerSample` data all on one batch.
 
     Args:
         upper_step_size: b_r > 0, an optax schedule or an optax transformation; default 0.1 (r + 1)^(-1/2).
@@ -86,12 +86,13 @@ class SSIGD(Solver):
         return State(x, y, q, active, stepper(rule, None, x), upper)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        lower = problem.lower_data.full()
         batch, upper = problem.upper_data.next(state.upper, key, state.x, state.y)
-        found = tracking.track(problem, state.x, state.y, state.active, state.q, lower, self.num_lower_steps)
-        direction = tracking.gradient(problem, state.x, found, batch, lower)
+        here, q = tracking.view(problem, state.y, batch), tracking.rows_of(problem, state.q, batch)
+        found = tracking.track(here.problem, state.x, here.y, state.active, q, here.lower, self.num_lower_steps)
+        direction = tracking.gradient(here.problem, state.x, found, here.upper, here.lower)
         x, step = state.step(state.x, direction)
         y, active, *seen = found[0]
+        y = tracking.put_back(problem, state.y, batch, y)
         return State(problem.x_set.project(x), y, state.q, active, step, upper), Info(norm(direction), *seen)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
