@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel import per_sample
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
 
@@ -200,6 +201,40 @@ def weighted_value_and_gradient(
     _count(upper_gradients=1, lower_gradients=1)
     f, g = problem.upper, problem.lower.g
     return jax.value_and_grad(lambda y: a * f(x, y, upper) + b * g(x, y, lower))(y)
+
+
+def values_by_sample(problem: BilevelProblem, x: PyTree, ys: PyTree, batch: PyTree) -> Array:
+    """g_i(x, y_ki), shape [K, samples], for K candidates ys of `per_sample.view`'s y, stacked; K values are counted."""
+    assert isinstance(problem.lower, Minimize)
+    g = problem.lower.g
+
+    def one(y: PyTree) -> Array:
+        _count(lower_values=1)
+        return per_sample.single(problem, g, x, y, batch)
+
+    return batched(one)(ys)
+
+
+def penalty_by_sample(
+    problem: BilevelProblem, x: PyTree, ys: PyTree, upper: PyTree, lower: PyTree, penalty: Callable
+) -> tuple[Array, PyTree]:
+    """(the mean of `penalty` over the samples, its gradient in x), penalty: (f_k, g_k) of one sample, shapes [K] -> [].
+
+    f_k and g_k are the sample's values at K candidates ys of `per_sample.view`'s y, stacked; counted as K gradients of
+    each.
+    """
+    assert isinstance(problem.lower, Minimize)
+    g = problem.lower.g
+    size = len(jax.tree.leaves(ys)[0])
+    _count(upper_gradients=size, lower_gradients=size)
+
+    def mean(x: PyTree) -> Array:
+        def values(function: Callable, batch: PyTree) -> Array:
+            return jax.vmap(lambda y: per_sample.single(problem, function, x, y, batch), out_axes=1)(ys)
+
+        return jnp.mean(jax.vmap(penalty)(values(problem.upper, upper), values(g, lower)))
+
+    return jax.value_and_grad(mean)(x)
 
 
 def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:

@@ -9,10 +9,9 @@ On a box with a given diagonal D of g_yy (`Minimize.diagonal`) an SQP step and t
     y <- Proj(y - (R + q)/D),       grad F_q = f_x - g_yx' u,   u_i = (f_y)_i/D_i where the step left y_i inside,
                                                                 u_i = 0 where it was cut off,
 
-and where each sample of the data has an own y (`PerSample`), a batch's rows of y are a problem of their own.
+and where each sample of the data has an own y, `per_sample.view` gives the problem in a batch's rows of y.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -43,41 +42,6 @@ class Tracked(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
-
-
-class View(NamedTuple):
-    """What one step works on: a problem, its y, and the batches of f and of g."""
-
-    problem: BilevelProblem
-    y: PyTree
-    upper: PyTree
-    lower: PyTree
-
-
-def view(problem: BilevelProblem, y: PyTree, upper: PyTree) -> View:
-    """The problem as a step with the batch `upper` of f sees it: all of y and of g's data, or with `PerSample` data the
-    rows of that batch alone.
-    """
-    source = problem.upper_data
-    if not isinstance(source, PerSample):
-        return View(problem, y, upper, problem.lower_data.full())
-    y_set = problem.y_set
-    if isinstance(y_set, Box):
-        y_set = Box(*(source.rows(end, upper) for end in y_set.bounds(y)))
-    batch = source.renumbered(upper)
-    return View(dataclasses.replace(problem, y_set=y_set), source.rows(y, upper), batch, batch)
-
-
-def rows_of(problem: BilevelProblem, stacked: PyTree, upper: PyTree) -> PyTree:
-    """The entries of something shaped like y, such as q, that belong to `view`'s y."""
-    source = problem.upper_data
-    return source.rows(stacked, upper) if isinstance(source, PerSample) else stacked
-
-
-def put_back(problem: BilevelProblem, y: PyTree, upper: PyTree, rows: PyTree) -> PyTree:
-    """All of y, with `view`'s y replaced by `rows`."""
-    source = problem.upper_data
-    return source.put(y, upper, rows) if isinstance(source, PerSample) else rows
 
 
 def _diagonal_box(problem: BilevelProblem) -> bool:

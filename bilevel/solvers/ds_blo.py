@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import oracles, tracking
+from bilevel import oracles, per_sample, tracking
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
@@ -127,7 +127,7 @@ class DSBLO(Solver):
         self, problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, key: Array, upper: PyTree
     ) -> tuple[PyTree, tracking.Tracked]:
         """(mean of grad F_q over the draws of q, the first draw's lower solution)."""
-        here = tracking.view(problem, y, upper)
+        here = per_sample.view(problem, y, upper)
 
         def one(key: Array) -> tuple[PyTree, tracking.Tracked]:
             q = tracking.perturbation(key, here.y, self.distribution, self.sigma)
@@ -140,7 +140,7 @@ class DSBLO(Solver):
             gradients, found = oracles.batched(one)(jax.random.split(key, self.num_perturbations))
             gradient = jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), gradients)
             found = jax.tree.map(lambda leaf: leaf[0], found)
-        return gradient, found._replace(y=tracking.put_back(problem, y, upper, found.y))
+        return gradient, found._replace(y=per_sample.put_back(problem, y, upper, found.y))
 
     def _batch(self, problem: BilevelProblem, upper: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         return (problem.upper_data.full(), upper) if self.option == "I" else problem.upper_data.next(upper, key, x, y)

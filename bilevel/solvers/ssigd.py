@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from bilevel import tracking
+from bilevel import per_sample, tracking
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
@@ -87,12 +87,12 @@ class SSIGD(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         batch, upper = problem.upper_data.next(state.upper, key, state.x, state.y)
-        here, q = tracking.view(problem, state.y, batch), tracking.rows_of(problem, state.q, batch)
+        here, q = per_sample.view(problem, state.y, batch), per_sample.rows_of(problem, state.q, batch)
         found = tracking.track(here.problem, state.x, here.y, state.active, q, here.lower, self.num_lower_steps)
         direction = tracking.gradient(here.problem, state.x, found, here.upper, here.lower)
         x, step = state.step(state.x, direction)
         y, active, *seen = found[0]
-        y = tracking.put_back(problem, state.y, batch, y)
+        y = per_sample.put_back(problem, state.y, batch, y)
         return State(problem.x_set.project(x), y, state.q, active, step, upper), Info(norm(direction), *seen)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

@@ -12,6 +12,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"struct", "least_distance"},
     {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint", "report"},
+    {"per_sample"},
     {"oracles"},
     {"linear", "step", "sampling", "polyhedral"},
     {"polyhedral_gradient", "projected", "lagrangian"},

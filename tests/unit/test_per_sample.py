@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import oracles, run, tracking
+from bilevel import oracles, per_sample, run, tracking
 from bilevel.projected import ProjectedNewton
 
 N, B, M, D = 6, 2, 3, 4  # samples, batch, entries of y a sample, entries of x
@@ -72,8 +72,8 @@ def slopes(F, x, h=1e-5):
 @functools.partial(jax.jit, static_argnames="num_steps")
 def tracked(problem, x, y, q, batch, num_steps):
     """(y, gradient) on a batch of the data."""
-    here = tracking.view(problem, y, batch)
-    active, rows = tracking.no_rows_active(problem, x, y), tracking.rows_of(problem, q, batch)
+    here = per_sample.view(problem, y, batch)
+    active, rows = tracking.no_rows_active(problem, x, y), per_sample.rows_of(problem, q, batch)
     found = tracking.track(here.problem, x, here.y, active, rows, here.lower, num_steps)
     return found[0].y, tracking.gradient(here.problem, x, found, here.upper, here.lower)
 
