@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
@@ -21,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import per_sample
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
+from bilevel.tracing import reached
 
 PyTree = Any
 
@@ -368,19 +368,7 @@ def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTre
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
     traced = jax.make_jaxpr(product)(like, like).jaxpr
     num_y = len(jax.tree.leaves(y))
-    return not any(_reached(traced, [True] * num_y + [False] * (len(traced.invars) - num_y)))
-
-
-def _reached(traced: Any, marks: list[bool]) -> list[bool]:
-    """Which outputs of a traced program depend on the marked inputs; inner loops and branches depend as a whole."""
-    marked = {var for var, mark in zip(traced.invars, marks, strict=True) if mark}
-    seen = lambda atom: not isinstance(atom, jax.extend.core.Literal) and atom in marked  # noqa: E731
-    for equation in traced.eqns:
-        inner = equation.params.get("jaxpr") if equation.primitive.name in ("jit", "pjit") else None
-        inputs = [seen(atom) for atom in equation.invars]
-        outputs = _reached(inner.jaxpr, inputs) if inner is not None else [any(inputs)] * len(equation.outvars)
-        marked |= {var for var, mark in zip(equation.outvars, outputs, strict=True) if mark}
-    return [seen(atom) for atom in traced.outvars]
+    return not any(reached(traced, [True] * num_y + [False] * (len(traced.invars) - num_y)))
 
 
 def unrolled_objective(
