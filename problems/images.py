@@ -21,10 +21,7 @@ from bilevel.struct import InvalidInput, invalid
 from problems.datasets import one_hot
 
 PyTree = Any
-MNIST = {
-    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
-    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
-}
+MNIST = [(f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte") for part in ("train", "t10k")]
 CIFAR = {"train": [f"data_batch_{k}.bin" for k in range(1, 6)], "test": ["test_batch.bin"]}
 RECORD = 1 + 3 * 32 * 32  # of CIFAR-10: a label and an image
 WHERE = "data (images)"
@@ -79,12 +76,8 @@ def _mnist(folder: Path) -> Images:
     for images, labels in MNIST:
         pixels, given = _idx(folder, images, 3), _idx(folder, labels, 1)
         if len(pixels) != len(given):
-            invalid(
-                f"{WHERE}, {labels}",
-                f"{len(given)} labels",
-                f"{len(pixels)}, one an image",
-                "Use files of one set.",
-            )
+            got, want = f"{len(given)} labels", f"{len(pixels)}, one an image"
+            invalid(f"{WHERE}, {labels}", got, want, "Use files of one set.")
         if given.max(initial=0) > 9:
             invalid(f"{WHERE}, {labels}", f"a label {given.max()}", "labels 0 to 9", "Use MNIST's own labels.")
         parts.append((pixels, given))
@@ -97,56 +90,38 @@ def _idx(folder: Path, name: str, axes: int) -> np.ndarray:
     """An IDX file of bytes: 0, 0, 8 (bytes), the number of axes; a big-endian size for each axis; the bytes."""
     path = next((p for p in (folder / name, folder / f"{name}.gz") if p.is_file()), None)
     if path is None:
-        invalid(
-            WHERE,
-            f"no {name} in {folder}",
-            "MNIST's IDX files, or CIFAR-10's data_batch_1.bin, …",
-            "Put them there.",
-        )
+        want = "MNIST's four IDX files, or CIFAR-10's data_batch_1.bin, …"
+        invalid(WHERE, f"no {name} in {folder}", want, "Put them there.")
+    where = f"{WHERE}, {path}"
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError) as error:
-        raise InvalidInput(f"{WHERE}, {path}: it cannot be read ({error}). {AGAIN}") from error
+        raise InvalidInput(f"{where}: it cannot be read ({error}). {AGAIN}") from error
     start = 4 + 4 * axes
     if len(raw) < start or raw[:4] != bytes([0, 0, 8, axes]):
-        invalid(
-            f"{WHERE}, {path}",
-            f"first bytes {raw[:4].hex()}",
-            f"0000080{axes}, an IDX file",
-            "Fetch the file again.",
-        )
+        invalid(where, f"first bytes {raw[:4].hex()}", f"0000080{axes}, an IDX file", AGAIN)
     shape = tuple(np.frombuffer(raw, ">u4", axes, 4).tolist())
     if len(raw) - start != int(np.prod(shape)):
-        invalid(
-            f"{WHERE}, {path}",
-            f"{len(raw) - start} bytes of data",
-            f"{shape}, as it says itself",
-            "Fetch the file again.",
-        )
+        invalid(where, f"{len(raw) - start} bytes of data", f"{shape}, as it says itself", AGAIN)
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def _cifar(folder: Path) -> Images:
     parts = {}
     for part, names in CIFAR.items():
-        records = []
+        batches = []
         for name in names:
             path = folder / name
             if not path.is_file():
-                invalid(
-                    WHERE,
-                    f"no {name} in {folder}",
-                    "the six .bin files of CIFAR-10",
-                    "Use its binary version.",
-                )
+                invalid(WHERE, f"no {name} in {folder}", "CIFAR-10's six .bin files", "Use its binary version.")
             raw = np.fromfile(path, np.uint8)
             if raw.size == 0 or raw.size % RECORD:
                 invalid(f"{WHERE}, {path}", f"{raw.size} bytes", f"records of {RECORD}", AGAIN)
-            records.append(raw.reshape(-1, RECORD))
-        parts[part] = np.concatenate(records)
-        if parts[part][:, 0].max() > 9:
-            got = f"a label {parts[part][:, 0].max()}"
-            invalid(f"{WHERE}, {part} batches", got, "labels 0 to 9", "Use CIFAR-10, not CIFAR-100.")
+            batches.append(raw.reshape(-1, RECORD))
+        parts[part] = np.concatenate(batches)
+        highest = parts[part][:, 0].max()
+        if highest > 9:
+            invalid(f"{WHERE}, {part}", f"a label {highest}", "labels 0 to 9", "Use CIFAR-10, not CIFAR-100.")
     records = np.concatenate(list(parts.values()))
     pixels = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) / np.float32(255)
     return Images(pixels, records[:, 0].astype(int), len(parts["train"]))
