@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from benchmarks.files import FAILED, instance_path, read_cell, read_json, read_settings, slug, write_file, write_json
+from benchmarks.metrics_plot import draw_metrics
 from benchmarks.registry import Cell, UsageError
 from bilevel.record import Record
 
@@ -335,7 +336,7 @@ def as_csv(summary: dict[str, Any]) -> str:
 
 
 def write(folder: Path, run: Run, plot: bool = True) -> dict[str, Any]:
-    """Write summary.txt, .csv, .json and a PNG per problem into `folder`; return the summary."""
+    """Write summary.txt, .csv, .json and PNGs per problem (curves, metrics) into `folder`; return the summary."""
     summary = summarise(run)
     write_json(folder / "summary.json", summary)
     write_file(folder / "summary.txt", as_text(summary).encode())
@@ -343,6 +344,8 @@ def write(folder: Path, run: Run, plot: bool = True) -> dict[str, Any]:
     if plot:
         for problem in summary["problems"]:
             _plot(folder, run, problem)
+            names = short_names([row["solver"] for row in problem["rows"]])
+            draw_metrics(folder / f"{slug(problem['problem'])}-metrics.png", problem, names)
     return summary
 
 

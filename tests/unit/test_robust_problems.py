@@ -49,16 +49,25 @@ def test_adversarial_objectives_are_the_formulas(loss, key):
     np.testing.assert_array_equal(problem.lower.diagonal(x, y, batch), np.full(y.shape, 2.0))
 
 
+@jax.jit
+def both_ways(problem, x, y, batch):
+    """How many samples a batch has; f and g on it, each put together from single samples and at once."""
+    pairs = []
+    for function, total in ((problem.upper, jnp.mean), (problem.lower.g, jnp.sum)):
+        each = per_sample.single(problem, function, x, y, batch)
+        pairs.append((total(each), function(x, y, batch)))
+    return jnp.array(len(each)), pairs
+
+
 def test_single_values_are_those_of_the_batch(key):
     """Of f the mean, of g the sum over single samples, which is what PerSamplePenalty supposes."""
     for name in ("adversarial", "rotation"):
         problem = make(name, decay=0.0).problem
         x, y = small_network(problem, key)
         here = per_sample.view(problem, y, problem.upper_data.take(jnp.array([4, 1, 3])))
-        for function, total in ((problem.upper, jnp.mean), (problem.lower.g, jnp.sum)):
-            each = per_sample.single(here.problem, function, x, here.y, here.upper)
-            assert each.shape == (3,)
-            np.testing.assert_allclose(total(each), function(x, here.y, here.upper), rtol=1e-10)
+        size, pairs = both_ways(here.problem, x, here.y, here.upper)
+        assert size == 3
+        np.testing.assert_allclose(*np.array(pairs).T, rtol=1e-10)
 
 
 def test_the_reported_attack_lowers_accuracy_and_stays_in_the_box(key):
@@ -66,11 +75,11 @@ def test_the_reported_attack_lowers_accuracy_and_stays_in_the_box(key):
     x, _ = small_network(instance.problem, key)
     Z, targets = images.split(images.load("digits"), 0, 6, 3, 20, "float64").test
     right = np.argmax(images.scores(x, Z), axis=1) == np.argmax(targets, axis=1)
-    few, many = (np.asarray(adversarial.attack(x, Z, targets, 0.3, key, 10, starts)) for starts in (1, 3))
-    assert np.all(many <= few)
-    assert np.all(few <= right)
-    tiny = np.asarray(adversarial.attack(x, Z, targets, 1e-12, key, 2, 1))
+    tiny, small, large = (np.asarray(adversarial.attack(x, Z, targets, eps, key, 10, 2)) for eps in (1e-12, 0.02, 0.3))
     np.testing.assert_array_equal(tiny, right)
+    assert np.all(large <= small)
+    assert np.all(small <= right)
+    assert large.sum() < right.sum()
 
 
 def test_warp_is_scipys_rotation_and_shift():
