@@ -50,6 +50,11 @@ class Status(enum.IntEnum):
         11,
         "The adjoint's linear system is unsolved, so the error is unknown. Raise max_iterations, or use Dense.",
     )
+    SATURATED = (
+        13,
+        "The learned reward sits at its clamp on most demonstrations and has no gradient there. Lower the upper step "
+        "size, or raise weight decay.",
+    )
     UNCHECKED = 12, "Solved, but no error bound was computed. Use an implicit method with estimate=True, or constants=."
 
 

@@ -231,6 +231,12 @@ def _lane(tree: PyTree, many: bool, k: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
 
 
+def _scalars(info: PyTree) -> dict[str, float]:
+    """The numbers among the fields of a step's info, as columns of the record."""
+    fields = info._asdict() if hasattr(info, "_asdict") else {}
+    return {name: float(value) for name, value in fields.items() if hasattr(value, "shape") and value.shape == ()}
+
+
 class _Clock:
     """Solver seconds: what compiling, measuring and saving take is kept apart."""
 
@@ -258,7 +264,8 @@ def _drive(
     if reason is not None:
         raise Unsupported(reason)
     if measure is None:
-        measure = measure_global if solver.many_minimisers and problem.constrained_lower else measure_implicit
+        implicit = measure_global if solver.many_minimisers and problem.constrained_lower else measure_implicit
+        measure = solver.referee or implicit
     lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
@@ -298,7 +305,7 @@ def _drive(
                 "step": step, "value": m.value, "hypergradient": m.hypergradient,
                 "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
                 "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
-            }  # fmt: skip
+            } | (_scalars(_lane(info, many, k)) if step > 0 else {})  # fmt: skip
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
             gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)
@@ -351,8 +358,8 @@ def _drive(
         so_far = _lane(state, many, k), _lane(info, many, k), ending, step
         at_state, at_info, status, at = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
-        if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] == Status.INFEASIBLE_LOWER:
-            status = Status.INFEASIBLE_LOWER  # a run may pass through such x, but not end there
+        if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] in (Status.INFEASIBLE_LOWER, Status.SATURATED):
+            status = Status(rows[k].rows[-1]["status"])  # a run may pass through such x, but not end there
         stats = {
             "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
             "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,

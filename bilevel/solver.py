@@ -5,6 +5,7 @@ defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solve
 box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import each other, nor `run`.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from jax import Array
@@ -23,6 +24,9 @@ class Solver:
 
     many_minimisers: ClassVar[bool] = False
     """True where g(x, .) on a set may have many minimisers: `solve` then judges y by its true lower gap."""
+
+    referee: ClassVar[Callable | None] = None
+    """(problem, x, y) -> `diagnostics.Measurement`, where `solve` cannot judge by solving the lower level again."""
 
     def init(self, problem: BilevelProblem, key: Array) -> Any:
         """The state before the first step; pure, traced under jit."""

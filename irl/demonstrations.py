@@ -38,33 +38,43 @@ class Demonstrations:
     """n trajectories of at most T steps; a pytree. Build it with `of`, `load` or `sample`.
 
     Attributes:
-        states, actions: [n, T] whole numbers; entries from a trajectory's length on are padding, set to 0.
+        states: [n, T] whole numbers, or observations [n, T, d]. actions: [n, T] whole numbers, or [n, T, k] in [-1, 1]
+            beside observations. Entries from a trajectory's length on are padding, set to 0.
         lengths: [n] whole numbers in [1, T].
         weights: [n] numbers >= 0, how much each trajectory counts; only their ratios matter.
+        last: [n, d], the observation after the last action; terminated: [n], whether the process ended there, or only
+            the watching; returns: [n], the sum of true rewards. None where they are not known.
     """
 
     states: Any
     actions: Any
     lengths: Any
     weights: Any
+    last: Any = None
+    terminated: Any = None
+    returns: Any = None
 
     @classmethod
-    def of(cls, states: Any, actions: Any, lengths: Any = None, weights: Any = None) -> "Demonstrations":
-        """From arrays; lengths default to T and weights to 1.
+    def of(
+        cls, states: Any, actions: Any, lengths: Any = None, weights: Any = None, last: Any = None,
+        terminated: Any = None, returns: Any = None,
+    ) -> "Demonstrations":  # fmt: skip
+        """From arrays; lengths default to T and weights to 1; last, terminated and returns may be unknown.
 
         Raises:
             InvalidInput: for wrong shapes or kinds of numbers, lengths outside of [1, T], weights that are negative,
                 not finite or all zero.
         """
-        states = whole_numbers("states (Demonstrations)", states)
-        actions = whole_numbers("actions (Demonstrations)", actions)
-        if states.ndim != 2 or states.size == 0:
-            do = "One row per trajectory, one column per step."
-            invalid("states (Demonstrations)", f"shape {states.shape}", "shape [n, T], both at least 1", do)
-        if actions.shape != states.shape:
+        states = _numbers("states (Demonstrations)", states)
+        actions = _numbers("actions (Demonstrations)", actions)
+        if states.ndim not in (2, 3) or states.size == 0:
+            do = "One row per trajectory, one column per step; observations are on a third axis."
+            invalid("states (Demonstrations)", f"shape {states.shape}", "shape [n, T] or [n, T, d], all at least 1", do)
+        if actions.ndim not in (2, states.ndim) or actions.shape[:2] != states.shape[:2]:
             do = "Give one action per state; drop a last state without action."
-            invalid("actions (Demonstrations)", f"shape {actions.shape}", f"{states.shape} as the states", do)
-        n, T = states.shape
+            want = f"{states.shape[:2]} as the states" + (", or a third axis" if states.ndim == 3 else "")
+            invalid("actions (Demonstrations)", f"shape {actions.shape}", want, do)
+        n, T = states.shape[:2]
         lengths = np.full(n, T) if lengths is None else lengths
         lengths = whole_numbers("lengths (Demonstrations)", lengths)
         weights = np.ones(n) if weights is None else np.asarray(weights)
@@ -79,22 +89,41 @@ class Demonstrations:
             do = "Weights say how much a trajectory counts."
             invalid("weights (Demonstrations)", weights.tolist(), "finite numbers >= 0, not all zero", do)
         inside = jnp.arange(T)[None, :] < lengths[:, None]
-        states, actions = jnp.where(inside, states, 0), jnp.where(inside, actions, 0)
-        return cls(states, actions, lengths, jnp.asarray(weights, float))
+        states, actions = (
+            jnp.where(inside.reshape(n, T, *[1] * (part.ndim - 2)), part, 0) for part in (states, actions)
+        )
+        extras = _extras(n, states.shape[2:], {"last": last, "terminated": terminated, "returns": returns})
+        return cls(states, actions, lengths, jnp.asarray(weights, float), **extras)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Demonstrations":
-        """From an .npz file with the arrays states and actions, and lengths and weights where they are not default.
+        """From an .npz file with the arrays states and actions, and those of the others that are known.
+
+        Or with transitions as replay memories keep them, n episodes beside each other: observation and
+        next_observation [n, T, d], action [n, T, k], reward and terminal [n, T].
 
         Raises:
             InvalidInput: where an array is missing or unusable.
         """
         with np.load(path, allow_pickle=False) as arrays:
+            if "observation" in arrays:
+                return cls._from_transitions(arrays)
             for name in ("states", "actions"):
                 if name not in arrays:
                     do = f"Save it: np.savez(path, states=…, actions=…). Expected in {os.fspath(path)!r}."
                     invalid(f"{name} (Demonstrations.load)", f"arrays {sorted(arrays)}", f"an array {name!r}", do)
-            return cls.of(*(arrays.get(name) for name in ("states", "actions", "lengths", "weights")))
+            return cls.of(**{name: arrays[name] for name in cls.__dataclass_fields__ if name in arrays})
+
+    @classmethod
+    def _from_transitions(cls, arrays: Any) -> "Demonstrations":
+        """What follows the first terminal step of a row is padding."""
+        ends = np.asarray(arrays["terminal"], bool)
+        terminated = ends.any(axis=1)
+        lengths = np.where(terminated, ends.argmax(axis=1) + 1, ends.shape[1])
+        last = arrays["next_observation"][np.arange(len(ends)), lengths - 1]
+        inside = np.arange(ends.shape[1])[None, :] < lengths[:, None]
+        returns = np.where(inside, arrays["reward"], 0).sum(axis=1)
+        return cls.of(arrays["observation"], arrays["action"], lengths, None, last, terminated, returns)
 
     @classmethod
     def from_minari(cls, dataset: Any, state: Callable[[np.ndarray], np.ndarray] | None = None) -> "Demonstrations":
@@ -134,7 +163,8 @@ class Demonstrations:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the .npz file that `load` reads."""
-        np.savez(path, states=self.states, actions=self.actions, lengths=self.lengths, weights=self.weights)
+        arrays = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        np.savez(path, **{name: np.asarray(array) for name, array in arrays.items() if array is not None})
 
     @property
     def num_trajectories(self) -> int:
@@ -166,12 +196,39 @@ class Demonstrations:
         Raises:
             InvalidInput: naming the first entry that the MDP does not have, or trajectories beyond its horizon.
         """
+        if self.states.ndim != 2:
+            do = "For observations and an environment there is irl.to_control."
+            invalid("states (Demonstrations)", f"shape {self.states.shape}", "shape [n, T], numbers of states", do)
         if mdp.horizon is not None and self.states.shape[1] > mdp.horizon:
             got = f"{self.states.shape[1]} steps"
             invalid("states (Demonstrations)", got, f"at most the horizon {mdp.horizon}", "Cut the trajectories.")
         for name, size in (("states", mdp.num_states), ("actions", mdp.num_actions)):
             check_range(f"{name} (Demonstrations)", getattr(self, name), size, name)
         return self
+
+
+def _numbers(name: str, values: Any) -> Array:
+    """Whole numbers [n, T], or finite floats where there is a third axis."""
+    array = np.asarray(values)
+    if array.ndim != 3:
+        return whole_numbers(name, values)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        got = f"dtype {array.dtype}" if array.dtype.kind not in "fiu" else "an entry that is not finite"
+        invalid(name, got, "finite numbers", "Clean it.")
+    return jnp.asarray(array, float)
+
+
+def _extras(n: int, inner: tuple[int, ...], given: dict[str, Any]) -> dict[str, Any]:
+    """The optional arrays, checked, as floats and bools; None stays None."""
+    out: dict[str, Any] = {}
+    for name, shape in (("last", (n, *inner)), ("terminated", (n,)), ("returns", (n,))):
+        array = given[name]
+        if array is not None and np.shape(array) != shape:
+            do = "Give one entry per trajectory."
+            invalid(f"{name} (Demonstrations)", f"shape {np.shape(array)}", f"shape {shape}", do)
+        kind = bool if name == "terminated" else float
+        out[name] = None if array is None else jnp.asarray(np.asarray(array), kind)
+    return out
 
 
 @partial(jax.jit, static_argnames=("num_trajectories", "length"))

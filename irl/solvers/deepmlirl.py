@@ -1,0 +1,36 @@
+"""DeepMLIRL: MLIRL where the lower level is soft actor-critic, for environments that can only be stepped."""
+
+import jax
+from jax import Array
+
+from bilevel.problem import BilevelProblem
+from bilevel.struct import struct
+from irl import control
+from irl.control import Imitation, Pair, State
+
+
+@struct
+class DeepMLIRL(Imitation):
+    """ML-IRL, for problems of `irl.to_control`: the iteration of `MLIRL` with samples and networks in place of tables,
+
+        y <- SAC updates on transitions drawn from the memory, with rewards r(s, a; x)     num_lower_steps times
+        pi = the policy of y
+        x <- Proj_X(x - a (h(agent) - h(expert))),    h = mean over episodes of sum_t w_t grad r(s_t, a_t; x)/W.
+
+    Every episode is divided by the same W, the sum of w_t up to the time limit, never by its own length: one that ends
+    early has less weight, or with `Absorbing` the same, the rest of it in the absorbing state.
+
+    Assumptions: those of `MLIRL`, up to the error of the networks, which is not known.
+    Cost per step: num_upper_steps upper gradients on episodes, num_lower_steps lower gradients (updates).
+
+    Args: as of `control.Imitation`.
+
+    Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
+        NeurIPS 2022, arXiv:2210.01282, Section 6.
+    Differs from the paper: rewards see standardised observations; weights 1 by default where the theory has gamma^t.
+    """
+
+    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        task = problem.lower_data.full()
+        direction = jax.grad(lambda x: pair.gap(lambda steps: task.rewards(x, steps)))(state.x)
+        return control.step_x(problem, state, direction)
