@@ -4,21 +4,38 @@
 
 Tabular and exact: `MDP`, soft dynamic programming (`irl.soft`), rewards, `Demonstrations`. Solvers that know what an
 MDP is are in `irl.solvers`; they run under `bilevel.solve` as all others do.
+
+    problem = irl.to_control(irl.make("Pendulum-v1"), demonstrations)      # networks, environments that are stepped
+
+Deep: `environments`, the agent `SAC`, `DeepReward`, `expert`; solvers in `irl.solvers` again, under the same `solve`.
 """
 
 # ruff: noqa: F403
 from typing import Any
 
-from irl import demonstrations, diagnostics, mdp, rewards, soft, solvers, spec
+from irl import control, demonstrations, diagnostics, environments, expert, mdp, rewards, soft, solvers, spec
+from irl.control import DeepReward, to_control
 from irl.demonstrations import Demonstrations, sample
 from irl.diagnostics import EarlyStopping
+from irl.environments import Absorbing, Environment, Tabular, make
 from irl.mdp import MDP, Successors
 from irl.rewards import LinearReward, NetworkReward, Reward, TableReward, TwoLayerReward
+from irl.sac import SAC
 from irl.soft import occupancy, policy, value_iteration
 from irl.solvers import *  # every solver found in irl/solvers, by discovery
 from irl.spec import constants, expert_occupancy, likelihood_gradient, start_measure, to_bilevel
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
+    "to_control",
+    "make",
+    "expert",
+    "environments",
+    "control",
+    "Tabular",
+    "Environment",
+    "DeepReward",
+    "SAC",
+    "Absorbing",
     "MDP",
     "Demonstrations",
     "EarlyStopping",

@@ -164,7 +164,8 @@ class Demonstrations:
     def save(self, path: str | os.PathLike) -> None:
         """Write the .npz file that `load` reads."""
         arrays = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        np.savez(path, **{name: np.asarray(array) for name, array in arrays.items() if array is not None})
+        known: dict[str, Any] = {name: np.asarray(array) for name, array in arrays.items() if array is not None}
+        np.savez(path, **known)
 
     @property
     def num_trajectories(self) -> int:

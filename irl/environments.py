@@ -13,7 +13,7 @@ array, and one simulator on the host serves every environment of that name.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +75,7 @@ def make(name: str, *, absorbing: bool = False, max_steps: int | None = None, **
     return Absorbing(inner) if absorbing else inner
 
 
-def missing(name: str, package: str, error: ImportError) -> None:
+def missing(name: str, package: str, error: ImportError) -> NoReturn:
     """Say how to get the package that an environment needs."""
     do = f"Install it: pip install 'bilevax[rl]' (importing it said: {error})."
     invalid("name (irl.environments.make)", repr(name), f"the package {package}", do)
@@ -96,7 +96,7 @@ def _gymnax(name: str, max_steps: int | None, changes: dict[str, Any]) -> "Gymna
         if not hasattr(params, key):
             known = ", ".join(sorted(vars(params)))
             invalid(f"{key} (irl.environments.make)", changes[key], f"a parameter of {name}", f"They are {known}.")
-    max_steps = params.max_steps_in_episode if max_steps is None else max_steps
+    max_steps = int(params.max_steps_in_episode) if max_steps is None else max_steps
     params = params.replace(max_steps_in_episode=max_steps, **changes)
     discrete = hasattr(env.action_space(params), "n")
     size = int(np.prod(env.observation_space(params).shape))
@@ -144,8 +144,8 @@ def _floats(leaf: Any) -> Array:
     return leaf.astype(float if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype)
 
 
-class _relaxed:  # noqa: N801
-    """gymnax mixes dtypes and ranks freely."""
+class _relaxed:
+    """It mixes dtypes and ranks freely."""
 
     def __enter__(self) -> None:
         self.contexts = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
@@ -214,7 +214,7 @@ class Simulator:
         observation, _ = self.env.reset(seed=seed)
         return self._get(0, False), observation
 
-    def _step(self, row: np.ndarray, action: np.ndarray, limit: int) -> tuple[np.ndarray, ...]:
+    def _step(self, row: np.ndarray, action: np.ndarray, limit: int) -> tuple[Any, ...]:
         data, half = self.env.data, (self.size - 2 - self.core) // 2
         self.mujoco.mj_setState(self.env.model, data, row[: self.core], self.signature)
         data.xpos[:] = row[self.core : self.core + half].reshape(data.xpos.shape)
@@ -254,7 +254,7 @@ def _simulator(name: str, changes: tuple[tuple[str, Any], ...]) -> Simulator:
 
 def _gymnasium(name: str, max_steps: int | None, changes: dict[str, Any]) -> "Gymnasium":
     simulator = _simulator(name, tuple(sorted(changes.items())))
-    limit = simulator.limit if max_steps is None else max_steps
+    limit: Any = simulator.limit if max_steps is None else max_steps
     return Gymnasium(simulator, simulator.observation_size, None, simulator.low.size, limit)
 
 

@@ -74,7 +74,8 @@ def train(
         got, want = (num_steps, chunk, block, lanes), "num_steps a multiple of chunk, chunk one of block * lanes"
         invalid("num_steps, chunk, block, lanes (irl.expert.train)", got, want, "Round them.")
     key_begin, key_run, key_play = jax.random.split(key, 3)
-    practice = _begin(environment, agent, key_begin, num_lanes=lanes, capacity=num_steps + num_random, num_random=num_random)
+    begin = {"num_lanes": lanes, "capacity": num_steps + num_random, "num_random": num_random}
+    practice = _begin(environment, agent, key_begin, **begin)
     best, returns = practice.learner.weights, []
     for k in range(num_steps // chunk):
         sizes = {"num_steps": chunk, "num_updates": chunk, "block": block}

@@ -1,5 +1,6 @@
-"""Plain multilayer perceptrons and the tanh-Gaussian policy: what deep agents, rewards and discriminators are made of."""
+"""Multilayer perceptrons and the tanh-Gaussian policy: what deep agents, rewards and discriminators are made of."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ class Layer(NamedTuple):
 def init_mlp(key: Array, sizes: tuple[int, ...]) -> tuple[Layer, ...]:
     """Layers with weights and biases uniform in +-1/sqrt(inputs)."""
     layers = []
-    for k, (inputs, outputs) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         key_w, key_b = jax.random.split(jax.random.fold_in(key, k))
         bound = inputs**-0.5
         weights = jax.random.uniform(key_w, (inputs, outputs), float, -bound, bound)

@@ -163,10 +163,11 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     if absorbing:
         states = extend(states, (time == end) & ended)
         after = extend(after, (time >= end - 1) & ended)
-        inside = time < end + ended
+        inside = time < end + ended.astype(end.dtype)
     nothing = jnp.zeros(time.shape, states.dtype)
     terminated = last & ended & (not absorbing)
-    return Steps(states, action, after, nothing, terminated, last & ~terminated, time, inside)
+    final = time == end - 1 + (ended.astype(end.dtype) if absorbing else 0)
+    return Steps(states, action, after, nothing, terminated, final & ~terminated, time, inside)
 
 
 @struct

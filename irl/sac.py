@@ -122,19 +122,19 @@ class SAC:
         return jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
 
     def mode(self, weights: Weights, observation: Array) -> Array:
-        """tanh of the mean, or the best action, one-hot."""
+        """The tanh of the mean, or the best action, one-hot."""
         if weights.actor:
             return jnp.tanh(Gaussian.of(mlp(weights.actor, observation)).mean)
         logits = self.log_policy(weights, observation)
         return jax.nn.one_hot(jnp.argmax(logits, axis=-1), logits.shape[-1], dtype=logits.dtype)
 
     def log_policy(self, weights: Weights, observation: Array) -> Array:
-        """log pi(.|s), [b, A], of discrete actions."""
+        """The logarithm of pi(.|s), [b, A], of discrete actions."""
         Q = jnp.minimum(*(mlp(net, observation) for net in weights.critics))
         return jax.nn.log_softmax(Q / jnp.exp(weights.log_temperature), axis=-1)
 
     def log_prob(self, weights: Weights, observation: Array, action: Array) -> Array:
-        """log pi(a|s), [b]."""
+        """The logarithm of pi(a|s), [b]."""
         if weights.actor:
             return Gaussian.of(mlp(weights.actor, observation)).log_prob(action)
         return jnp.sum(self.log_policy(weights, observation) * action, axis=-1)
@@ -176,6 +176,19 @@ class SAC:
         critics, moments = self._adam(learner.weights.critics, gradient, learner.critics)
         return learner._replace(weights=learner.weights._replace(critics=critics), critics=moments), (value, aux)
 
+    def fit(self, learner: Learner, loss: Callable[[Weights], Array]) -> tuple[Learner, Array]:
+        """(learner after one Adam step of actor and critics on any loss of the weights, the loss)."""
+        weights = learner.weights
+
+        def of(actor: Net, critics: tuple[Net, Net]) -> Array:
+            return loss(weights._replace(actor=actor, critics=critics))
+
+        value, gradients = jax.value_and_grad(of, argnums=(0, 1))(weights.actor, weights.critics)
+        actor, actor_moments = self._adam(weights.actor, gradients[0], learner.actor)
+        critics, critic_moments = self._adam(weights.critics, gradients[1], learner.critics)
+        weights = weights._replace(actor=actor, critics=critics)
+        return learner._replace(weights=weights, actor=actor_moments, critics=critic_moments), value
+
     def actor_step(self, learner: Learner, observation: Array, key: Array) -> tuple[Learner, Array]:
         """(learner after one step of actor and temperature at states [b, d], the policy's mean entropy there)."""
         weights = learner.weights
@@ -196,7 +209,7 @@ class SAC:
         return self._tune(learner, entropy, -weights.actor[-1].bias.size / 2), entropy
 
     def _tune(self, learner: Learner, entropy: Array, default: float) -> Learner:
-        """alpha grows while the entropy is below the target: the gradient in log alpha is entropy - target."""
+        """Alpha grows while the entropy is below the target: the gradient in log alpha is entropy - target."""
         if not self.tuned:
             return learner
         target = default if self.target_entropy is None else self.target_entropy

@@ -5,8 +5,7 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
-from irl import control
-from irl.control import Imitation, Pair, State
+from irl.imitation import Imitation, Pair, State, step_x
 
 
 @struct
@@ -23,7 +22,7 @@ class DeepMLIRL(Imitation):
     Assumptions: those of `MLIRL`, up to the error of the networks, which is not known.
     Cost per step: num_upper_steps upper gradients on episodes, num_lower_steps lower gradients (updates).
 
-    Args: as of `control.Imitation`.
+    Args: as of `imitation.Imitation`.
 
     Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
         NeurIPS 2022, arXiv:2210.01282, Section 6.
@@ -33,4 +32,4 @@ class DeepMLIRL(Imitation):
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         task = problem.lower_data.full()
         direction = jax.grad(lambda x: pair.gap(lambda steps: task.rewards(x, steps)))(state.x)
-        return control.step_x(problem, state, direction)
+        return step_x(problem, state, direction)

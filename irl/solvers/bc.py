@@ -1,0 +1,52 @@
+"""BC: behavioural cloning, the policy that makes the demonstrated actions most likely; no reward."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.struct import struct
+from irl.control import upper
+from irl.imitation import Imitation, State
+from irl.sac import Learner, Losses
+
+
+@struct
+class BC(Imitation):
+    """Behavioural cloning, for problems of `irl.to_control`: no lower level, no reward; x stays where it is.
+
+        y <- y - b grad_y f,    f = -mean of log pi_y(a|s) over the demonstrations        num_lower_steps times
+
+    by Adam, on batches of their steps. With continuous actions the actor moves, with discrete ones the critics, whose
+    softmax the policy is. Episodes are played only to be measured.
+
+    Assumptions: none; errors add up along an episode, since the policy is never tried.
+    Cost per step: num_lower_steps upper gradients.
+
+    Args: as of `imitation.Imitation`; what belongs to the memory and to x has no effect.
+
+    Reference: Pomerleau. Efficient training of artificial neural networks for autonomous navigation. Neural
+        Computation 3(1), 1991.
+    Differs from the paper: a stochastic policy and its likelihood instead of squared errors.
+    """
+
+    def lower(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Any]:
+        batch = problem.upper_data.full()
+        agent, steps = batch.agent, batch.steps.flat
+        chances = steps.inside.astype(float) / jnp.sum(steps.inside, dtype=float)
+
+        def update(learner: Learner, key: Array) -> tuple[Learner, Array]:
+            drawn = jax.random.choice(key, len(chances), (agent.batch_size,), p=chances)
+            few = batch._replace(steps=jax.tree.map(lambda leaf: leaf[drawn], steps))
+            return agent.fit(learner, lambda weights: upper(state.x, weights, few))
+
+        keys = jax.random.split(key, self.num_lower_steps)
+        learner, losses = lax.scan(update, Learner(state.y, *state.moments), keys)
+        losses = Losses(jnp.zeros(()), losses[-1], jnp.zeros(()))  # -log pi at the demonstrations for the entropy
+        return state._replace(y=learner.weights, moments=learner[1:]), losses
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=self.num_lower_steps)

@@ -1,0 +1,83 @@
+"""FIRL: f-IRL, descent on an f-divergence between the agent's and the expert's visits."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from bilevel.problem import BilevelProblem
+from bilevel.step import Stepper, as_step, stepper
+from bilevel.struct import invalid, static, struct
+from irl.imitation import Imitation, Pair, State, classify, step_x
+
+PyTree = Any
+
+H = {  # h_f of log u, u = rho_E/rho
+    "fkl": lambda log_u: -jnp.exp(log_u),
+    "rkl": lambda log_u: 1 - log_u,
+    "js": lambda log_u: -jax.nn.softplus(log_u),
+}
+
+
+class Discriminator(NamedTuple):
+    """The weights of the logit log u, and the rule for them."""
+
+    weights: PyTree
+    step: Stepper
+
+
+@struct
+class FIRL(Imitation):
+    """f-IRL, for problems of `irl.to_control`. With rho the visits of the agent, u = rho_E/rho, estimated by a
+    discriminator whose logit is log u, and n episodes tau of the agent,
+
+        y <- SAC updates with rewards r(s, a; x)                                          num_lower_steps times
+        D <- Adam steps on the logistic loss of expert against agent                      num_discriminator_steps times
+        x <- Proj_X(x - a/(alpha W) cov_tau(sum_t w_t h_f(u_t), sum_t w_t grad r(s_t, a_t; x)))
+
+    where h_f = -u (forward KL), 1 - log u (reverse KL), -log(1 + u) (Jensen-Shannon); W = sum of w_t to the time limit.
+
+    Assumptions: the agent is soft-optimal for x, as by the lower level; D separates no better than the true ratio.
+    Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
+
+    Args: as of `imitation.Imitation`, and
+        divergence: "fkl", "rkl" or "js".
+        num_discriminator_steps: on the episodes of the step. num_rollouts: at least 2, for the covariance.
+
+    Reference: Ni, Sikchi, Wang, Gupta, Lee, Eysenbach. f-IRL: inverse reinforcement learning via state marginal
+        matching. CoRL 2020, arXiv:2011.04709, Theorem 4.1 and Algorithm 1.
+    Differs from the paper: visits of what the reward sees, states or pairs of states and actions.
+    """
+
+    divergence: str = static(default="fkl")
+    num_discriminator_steps: int = static(default=50)
+
+    def __post_init__(self) -> None:
+        """Check the choice of divergence and the number of episodes."""
+        super().__post_init__()
+        if self.divergence not in H:
+            invalid("divergence (FIRL)", repr(self.divergence), " or ".join(map(repr, H)), "Choose one.")
+        if self.num_rollouts < 2:
+            invalid("num_rollouts (FIRL)", self.num_rollouts, "at least 2", "A covariance needs two episodes.")
+
+    def init_extra(self, problem: BilevelProblem, key: Array) -> Discriminator:
+        task = problem.lower_data.full()
+        weights = task.reward.init(task.environment, key)
+        return Discriminator(weights, stepper(as_step(optax.adam(1e-3)), None, weights))
+
+    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        task, n = problem.lower_data.full(), pair.num_agent
+
+        def fit(_: Array, D: Discriminator) -> Discriminator:
+            gradient = jax.grad(lambda weights: classify(lambda steps: task.rewards(weights, steps), pair))(D.weights)
+            return Discriminator(*D.step(D.weights, gradient))
+
+        D = lax.fori_loop(0, self.num_discriminator_steps, fit, state.extra)
+        sums = lambda values: jnp.sum((pair.agent_weights * values).reshape(n, -1), axis=1)  # noqa: E731
+        h = sums(H[self.divergence](task.rewards(D.weights, pair.agent)))
+        away = lax.stop_gradient(h - jnp.mean(h)) / (n - 1)
+        alpha = jnp.exp(state.y.log_temperature)
+        direction = jax.grad(lambda x: jnp.sum(away * sums(task.rewards(x, pair.agent))) / alpha)(state.x)
+        return step_x(problem, state._replace(extra=D), direction)

@@ -1,0 +1,40 @@
+"""GAIL: generative adversarial imitation learning; the reward is a discriminator's."""
+
+from typing import Any
+
+import jax
+from jax import Array
+
+from bilevel.problem import BilevelProblem
+from bilevel.struct import struct
+from irl.imitation import Imitation, Pair, State, classify, step_x
+
+
+@struct
+class GAIL(Imitation):
+    """Generative adversarial imitation, for problems of `irl.to_control`: with D = sigmoid(-r(s, a; x)), the reward
+    network as the logit that (s, a) is the expert's,
+
+        y <- SAC updates with rewards -log D(s, a) = log(1 + exp r(s, a; x))              num_lower_steps times
+        x <- one step up E_agent log D + E_expert log(1 - D)                              num_upper_steps times.
+
+    x is no reward that one could train on again: at the optimum D is 1/2 everywhere.
+
+    Assumptions: none in practice; the saddle need not be reached. Rewards are positive: where episodes can end early,
+    they pay for living, unless the environment has the absorbing state.
+    Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
+
+    Args: as of `imitation.Imitation`.
+
+    Reference: Ho, Ermon. Generative adversarial imitation learning. NeurIPS 2016, arXiv:1606.03476, Algorithm 1.
+    Differs from the paper: SAC, whose memory is labelled anew, instead of TRPO; both sides of the discriminator's loss
+    count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
+    """
+
+    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+        return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
+
+    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        task = problem.lower_data.full()
+        direction = jax.grad(lambda x: classify(lambda steps: task.rewards(x, steps), pair))(state.x)
+        return step_x(problem, state, direction)

@@ -1,0 +1,400 @@
+"""Deep control: the agent against exact answers, episodes and their weights, the solvers' directions, repeatability."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+
+import bilevel
+import irl
+from bilevel.struct import static, struct
+from irl import control, environments, expert, networks, rollouts, sac, soft
+
+TINY = irl.SAC(hidden=(8,), batch_size=16, discount=0.9)
+PATIENT = irl.SAC(hidden=(8,), batch_size=16, discount=0.9, learning_rate=0.01)
+SHORT = {"num_env_steps": 20, "num_lower_steps": 20, "num_rollouts": 3, "block": 10, "capacity": 100, "num_random": 10}
+
+
+@struct
+class Corridor(environments.Environment):
+    """Positions 0 to 3 in a row; right of the last one the episode terminates."""
+
+    max_steps: int = static(default=6)
+    observation_size = 1
+    num_actions = 2
+    action_size = 2
+
+    def reset(self, key):
+        return (jnp.zeros((), int), jnp.zeros((), int)), jnp.zeros(1)
+
+    def step(self, state, action, key):
+        position, time = jnp.maximum(state[0] + 2 * action - 1, 0), state[1] + 1
+        ended = position > 3
+        t = environments.Timestep(position.astype(float)[None], jnp.ones(()), ended, (time >= self.max_steps) & ~ended)
+        return (position, time), t
+
+
+def right(observation, key):
+    return jnp.broadcast_to(jnp.array([0.0, 1.0]), (len(observation), 2))
+
+
+def demonstrations(environment=Corridor()):  # noqa: B008
+    """One episode right to the end, one that dithers to the time limit."""
+    return irl.Demonstrations.of(
+        np.array([[0, 1, 2, 3, 0, 0], [0, 0, 1, 0, 0, 1]])[..., None], [[1, 1, 1, 1, 0, 0], [0, 1, 0, 0, 1, 0]], [4, 6],
+        last=[[4.0], [0.0]], terminated=[True, False], returns=[4, 6],
+    )  # fmt: skip
+
+
+class TestPolicy:
+    def test_density_is_scipys_and_integrates_to_one(self, key):
+        pi = networks.Gaussian(jnp.array([[0.3, -0.8]]), jnp.array([[-0.4, 0.1]]))
+        action, log_pi = pi.sample(key)
+        u = np.arctanh(np.asarray(action))
+        exact = scipy.stats.norm.logpdf(u, pi.mean, np.exp(pi.log_std)) - np.log(1 - np.asarray(action) ** 2)
+        np.testing.assert_allclose(log_pi, exact.sum(axis=1), rtol=1e-12)
+        np.testing.assert_allclose(pi.log_prob(action), log_pi, rtol=1e-12)
+        first = networks.Gaussian(pi.mean[:, :1], pi.log_std[:, :1])
+        density = jax.jit(lambda a: jnp.exp(first.log_prob(a.reshape(1, 1)))[0])
+        inner = 1 - networks.EDGE
+        mass, _ = scipy.integrate.quad(lambda a: float(density(a)), -inner, inner)
+        cut = scipy.stats.norm.cdf([-np.arctanh(inner), np.arctanh(inner)], 0.3, math.exp(-0.4))
+        np.testing.assert_allclose(mass, cut[1] - cut[0], rtol=1e-7)
+
+    def test_log_std_is_bounded_and_far_actions_have_finite_density(self):
+        pi = networks.Gaussian.of(jnp.array([[0.0, 1e3], [50.0, -1e3]]))
+        np.testing.assert_allclose(pi.log_std[:, 0], [2, -5])
+        assert np.isfinite(pi.log_prob(jnp.array([[1.0], [-1.0]]))).all()
+
+
+class TestAgent:
+    def test_soft_q_learning_ends_at_soft_value_iteration(self, key):
+        """Deterministic moves and a table as the network: the fixed point is the exact one for r/alpha, times alpha."""
+        rng, alpha = np.random.default_rng(0), 0.5
+        moves, r = rng.integers(0, 4, (4, 3)), rng.normal(size=(4, 3))
+        mdp = irl.MDP.dense(np.eye(4)[moves], start=np.full(4, 0.25), discount=0.8)
+        exact = alpha * soft.value_iteration(mdp, jnp.asarray(r / alpha)).Q
+        agent = irl.SAC(discount=0.8, temperature=alpha, target_rate=1.0, hidden=(), batch_size=12)
+        world = irl.Tabular(mdp, jnp.asarray(r), max_steps=10)
+        s, a = (grid.ravel() for grid in np.mgrid[:4, :3])
+        batch = sac.Batch(
+            jnp.eye(4)[s], jnp.eye(3)[a], jnp.eye(4)[moves[s, a]], jnp.asarray(r[s, a]), jnp.zeros(12, bool)
+        )
+
+        @jax.jit
+        def train(agent, learner):
+            body = lambda learner, _: (agent.update(learner, batch, key)[0], None)  # noqa: E731
+            return jax.lax.scan(body, learner, length=1500)[0]
+
+        learner = agent.init(world, key)
+        for rate in (0.1, 0.01, 1e-3):
+            learner = train(irl.SAC(0.8, alpha, rate, 1.0, hidden=(), batch_size=12), learner)
+        for net in learner.weights.critics:
+            np.testing.assert_allclose(networks.mlp(net, jnp.eye(4)), exact, atol=2e-3)
+        np.testing.assert_allclose(
+            jnp.exp(agent.log_policy(learner.weights, jnp.eye(4))), soft.policy(exact / alpha), atol=2e-3
+        )
+
+    def test_actor_critic_update_is_the_formulas(self, key):
+        """Target, losses and the tuned temperature's direction, recomputed by hand from the networks."""
+        agent = irl.SAC(hidden=(8,), tuned=True, target_entropy=-1.0, learning_rate=0.01, target_rate=0.25)
+        world = environments.Tabular(
+            irl.MDP.dense(np.eye(3)[:, None, :], start=np.full(3, 1 / 3), discount=0.9), jnp.zeros((3, 1)), 5
+        )
+        world = control.Sizes(3, 2, None) if world else None
+        learner = agent.init(world, key)
+        k = jax.random.split(key, 6)
+        batch = sac.Batch(
+            jax.random.normal(k[0], (5, 3)), jnp.tanh(jax.random.normal(k[1], (5, 2))), jax.random.normal(k[2], (5, 3)),
+            jax.random.normal(k[3], (5,)), jnp.array([False, True, False, False, True]),
+        )  # fmt: skip
+        after, losses = jax.jit(agent.update)(learner, batch, k[4])
+        w, (key_target, key_actor) = learner.weights, jax.random.split(k[4])
+        Q = lambda net, s, a: networks.mlp(net, networks.pairs(s, a))[:, 0]  # noqa: E731
+        action, log_pi = networks.Gaussian.of(networks.mlp(w.actor, batch.next_observation)).sample(key_target)
+        V = np.minimum(*(Q(net, batch.next_observation, action) for net in w.targets)) - 0.2 * np.asarray(log_pi)
+        y = np.asarray(batch.reward) + 0.99 * np.where(batch.terminated, 0, V)
+        errors = [np.asarray(Q(net, batch.observation, batch.action)) - y for net in w.critics]
+        np.testing.assert_allclose(losses.critic, 0.5 * sum(np.mean(e**2) for e in errors), rtol=1e-10)
+        slope = np.mean(errors[0])  # of the critic's last bias; Adam's first step is the sign times the rate
+        moved = after.weights.critics[0][-1].bias - w.critics[0][-1].bias
+        np.testing.assert_allclose(moved, -0.01 * np.sign(slope), rtol=1e-5)
+        follow = w.targets[0][0].weights + 0.25 * (after.weights.critics[0][0].weights - w.targets[0][0].weights)
+        np.testing.assert_allclose(after.weights.targets[0][0].weights, follow, rtol=1e-12)
+        _, log_pi = networks.Gaussian.of(networks.mlp(w.actor, batch.observation)).sample(key_actor)
+        np.testing.assert_allclose(losses.entropy, -np.mean(log_pi), rtol=1e-10)
+        direction = np.sign(after.weights.log_temperature - w.log_temperature)
+        assert direction == np.sign(-1.0 - float(losses.entropy))  # alpha falls where the entropy is above its target
+
+    @pytest.mark.parametrize("wrong", [{"discount": 1.0}, {"temperature": 0.0}, {"learning_rate": -1.0}])
+    def test_bad_settings_are_named(self, wrong):
+        with pytest.raises(bilevel.InvalidInput, match=f"{next(iter(wrong))} .SAC.: got"):
+            irl.SAC(**wrong)
+
+
+class TestEpisodes:
+    def test_no_step_behind_an_end(self, key):
+        steps = jax.jit(lambda key: rollouts.episodes(Corridor(), right, key, 2))(key)
+        np.testing.assert_array_equal(steps.inside, [[1, 1, 1, 1, 0, 0, 0]] * 2)
+        np.testing.assert_array_equal(steps.observation[0, :4, 0], [0, 1, 2, 3])
+        np.testing.assert_array_equal(steps.next_observation[0, :4, 0], [1, 2, 3, 4])
+        np.testing.assert_array_equal(steps.terminated[0], [0, 0, 0, 1, 0, 0, 0])
+        np.testing.assert_array_equal(steps.returns, [4, 4])
+
+    def test_collecting_resets_behind_an_end_and_keeps_the_last_observation(self, key):
+        lanes = rollouts.start(Corridor(), key, 1)
+        _, steps = jax.jit(lambda key: rollouts.collect(Corridor(), right, lanes, key, 6))(key)
+        np.testing.assert_array_equal(steps.observation[:, 0, 0], [0, 1, 2, 3, 0, 1])
+        np.testing.assert_array_equal(steps.next_observation[:, 0, 0], [1, 2, 3, 4, 1, 2])
+        np.testing.assert_array_equal(steps.time[:, 0], [0, 1, 2, 3, 0, 1])
+
+    @pytest.mark.parametrize("discount", [1.0, 0.7])
+    def test_with_the_absorbing_state_every_episode_weighs_the_same(self, discount, key):
+        """However early it ends; without it an early end weighs less. Demonstrations and episodes agree."""
+        world, whole = irl.Absorbing(Corridor()), sum(discount**t for t in range(6))
+        given = rollouts.demonstrated(world, demonstrations())
+        np.testing.assert_allclose(rollouts.weights(world, given, discount).sum(axis=1), [whole, whole])
+        played = rollouts.episodes(world, right, key, 1)
+        for name in ("observation", "next_observation", "terminated", "truncated", "inside"):
+            one, other = (np.asarray(getattr(steps, name))[0] for steps in (given, played))
+            inside = np.asarray(given.inside)[0] | (name == "inside")
+            np.testing.assert_array_equal(one[inside], other[inside], err_msg=name)
+        np.testing.assert_array_equal(given.observation[0, :6, 1], [0, 0, 0, 0, 1, 0])
+        assert not given.terminated.any()
+        plain = rollouts.demonstrated(Corridor(), demonstrations())
+        first = sum(discount**t for t in range(4))
+        np.testing.assert_allclose(rollouts.weights(Corridor(), plain, discount).sum(axis=1), [first, whole])
+        np.testing.assert_array_equal(plain.terminated.sum(axis=1), [1, 0])
+        np.testing.assert_array_equal(plain.next_observation[0, :4, 0], [1, 2, 3, 4])
+
+    def test_memory_is_a_ring(self, key):
+        _, steps = rollouts.collect(Corridor(), right, rollouts.start(Corridor(), key, 1), key, 6)
+        memory = rollouts.Memory.empty(Corridor(), 8).add(steps).add(steps)
+        assert memory.count == 12
+        np.testing.assert_array_equal(memory.rows[:, 0], [2, 3, 0, 1, 0, 1, 0, 1])  # the last eight, the oldest at 4
+        batch = memory.draw(key, 200)
+        assert set(zip(batch.observation[:, 0].tolist(), batch.next_observation[:, 0].tolist(), strict=True)) == {
+            (0, 1), (1, 2), (2, 3), (3, 4),
+        }  # fmt: skip
+        np.testing.assert_array_equal(batch.terminated, batch.next_observation[:, 0] == 4)
+
+    def test_demonstrations_survive_a_file(self, tmp_path):
+        given = demonstrations()
+        given.save(tmp_path / "a.npz")
+        back = irl.Demonstrations.load(tmp_path / "a.npz")
+        jax.tree.map(np.testing.assert_array_equal, given, back)
+        rows = {"observation": given.states, "action": np.asarray(given.actions)[..., None], "reward": np.ones((2, 6))}
+        after = np.concatenate([np.asarray(given.states)[:, 1:], np.zeros((2, 1, 1))], axis=1)
+        after[0, 3] = 4
+        ends = np.zeros((2, 6), bool)
+        ends[0, 3] = True
+        np.savez(tmp_path / "b.npz", next_observation=after, terminal=ends, **rows)
+        other = irl.Demonstrations.load(tmp_path / "b.npz")
+        for name in ("states", "lengths", "last", "terminated", "returns"):
+            np.testing.assert_array_equal(getattr(other, name), getattr(given, name), err_msg=name)
+
+    def test_what_does_not_fit_is_named(self):
+        flat = irl.Demonstrations.of([[0, 1]], [[0, 1]])
+        with pytest.raises(bilevel.InvalidInput, match=r"expected shape \[n, T, 1\]"):
+            irl.to_control(Corridor(), flat)
+        with pytest.raises(bilevel.InvalidInput, match="no last, terminated"):
+            irl.to_control(Corridor(), irl.Demonstrations.of([[[0.0]]], [[1]]))
+        with pytest.raises(bilevel.InvalidInput, match=r"environment .to_control."):
+            irl.to_control("CartPole-v1", demonstrations())
+        mdp = irl.MDP.dense(np.full((2, 2, 2), 0.5), start=np.full(2, 0.5), discount=0.9)
+        with pytest.raises(bilevel.InvalidInput, match=r"there is irl\.to_control"):
+            irl.to_bilevel(mdp, demonstrations(), irl.TableReward(2, 2))
+
+
+def problem(clamp=10.0, world=Corridor(), **settings):  # noqa: B008
+    return irl.to_control(world, demonstrations(), irl.DeepReward(clamp, hidden=(4,), **settings), agent=TINY)
+
+
+def pair_of(solver, task, expert_steps, key):
+    seen = rollouts.episodes(
+        task.environment, lambda s, key: jax.nn.one_hot(jax.random.bernoulli(key, 0.6, (3,)).astype(int), 2), key, 3
+    )
+    return seen, solver.pair(task.environment, seen, expert_steps)
+
+
+class TestDirections:
+    def test_maximum_likelihood_counts_visits_whatever_the_length(self, key):
+        """With r = x . (s, a): the direction is the difference of the episodes' mean sums over the time limit, 6."""
+        linear = irl.DeepReward(1e6, hidden=())
+        p = irl.to_control(Corridor(), demonstrations(), linear, agent=TINY)
+        task, solver = p.lower_data.full(), irl.DeepMLIRL(1.0, **SHORT)
+        seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        state = solver.init(p, key)
+        after, _ = solver.move(p, state, pair, key)
+
+        def sums(steps):
+            inputs = np.concatenate(
+                [(np.asarray(steps.observation) - np.asarray(task.center)) / np.asarray(task.scale), steps.action],
+                axis=-1,
+            )
+            return (inputs * np.asarray(steps.inside)[..., None]).sum(axis=(0, 1)) / len(steps.inside) / 6
+
+        exact = sums(seen) - sums(p.upper_data.full().steps)
+        np.testing.assert_allclose(state.x[0].weights[:, 0] - after.x[0].weights[:, 0], exact, rtol=1e-9)
+
+    def test_discriminators_descend_the_logistic_loss(self, key):
+        """GAIL's direction against finite differences of the loss in NumPy."""
+        p = problem()
+        task, solver = p.lower_data.full(), irl.GAIL(1.0, **SHORT)
+        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        state = solver.init(p, key)
+
+        def loss(bias):
+            x = (state.x[0], state.x[1]._replace(bias=state.x[1].bias + bias))
+            agent, given = (np.asarray(task.rewards(x, steps)) for steps in (pair.agent, pair.expert))
+            D = lambda f: 1 / (1 + np.exp(f))  # noqa: E731
+            sides = np.log(D(agent)), np.log(1 - D(given))
+            weights = pair.agent_weights, pair.expert_weights
+            return -sum(np.sum(w * side) / np.sum(w) for w, side in zip(weights, sides, strict=True))
+
+        after, _ = solver.move(p, state, pair, key)
+        np.testing.assert_allclose(
+            state.x[1].bias - after.x[1].bias, (loss(1e-5) - loss(-1e-5)) / 2e-5, rtol=1e-6
+        )  # fmt: skip
+
+    def test_divergences_move_the_reward_by_the_covariance(self, key):
+        """f-IRL with every divergence against the covariance over episodes, written out; constants do not matter."""
+        p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
+        task = p.lower_data.full()
+        for divergence, h in {
+            "fkl": lambda u: -u, "rkl": lambda u: 1 - np.log(u), "js": lambda u: -np.log(1 + u)
+        }.items():  # fmt: skip
+            solver = irl.FIRL(1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
+            seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+            state = solver.init(p, key)
+            after, _ = solver.move(p, state, pair, key)
+            inside = np.asarray(seen.inside)
+            u = np.exp(np.asarray(task.rewards(after.extra.weights, pair.agent))).reshape(inside.shape)
+            inputs = np.concatenate(
+                [(np.asarray(seen.observation) - np.asarray(task.center)) / np.asarray(task.scale), seen.action],
+                axis=-1,
+            )
+            first, second = (h(u) * inside / 6).sum(axis=1), (inputs * inside[..., None] / 6).sum(axis=1)
+            exact = (first - first.mean()) @ second / (len(first) - 1) / 0.2
+            np.testing.assert_allclose(
+                state.x[0].weights[:, 0] - after.x[0].weights[:, 0], exact, rtol=1e-8, atol=1e-12
+            )
+            assert abs(after.x[0].bias - state.x[0].bias) >= 0
+
+    def test_adversarial_reward_is_shaped_and_ends_without_a_future(self, key):
+        p = problem()
+        solver, task = irl.AIRL(1.0, **SHORT), p.lower_data.full()
+        state, steps = solver.init(p, key), task.expert
+        h = lambda s: networks.mlp(state.extra.h, task.standard(s))[:, 0]  # noqa: E731
+        exact = (
+            task.rewards(state.x, steps)
+            + 0.9 * np.where(steps.terminated, 0, h(steps.next_observation))
+            - h(steps.observation)
+        )
+        np.testing.assert_allclose(solver.reward(p, state, steps), exact, rtol=1e-10)
+
+    def test_cloning_finds_the_counted_policy(self, key):
+        """Discrete actions, a table as the network: the softmax goes to the demonstrations' frequencies."""
+        mdp = irl.MDP.dense(np.full((2, 2, 2), 0.5), start=np.full(2, 0.5), discount=0.9)
+        world = irl.Tabular(mdp, jnp.zeros((2, 2)), max_steps=5)
+        states, actions = np.array([[0, 0, 0, 0, 1]]), [[0, 1, 1, 1, 0]]
+        given = irl.Demonstrations.of(np.eye(2)[states], actions, last=np.eye(2)[[1]], terminated=[False])
+        p = irl.to_control(world, given, agent=irl.SAC(hidden=(), learning_rate=0.004, batch_size=300))
+        solver = irl.BC(num_lower_steps=600, num_env_steps=100, block=50)
+        state, _ = jax.jit(solver.lower)(p, solver.init(p, key), key)
+        pi = np.exp(p.lower_data.full().agent.log_policy(state.y, jnp.eye(2)))
+        np.testing.assert_allclose(pi[0], [0.25, 0.75], atol=0.03)
+        assert pi[1, 0] > 0.95
+
+    def test_inverse_soft_q_learning_is_the_formula(self, key):
+        p = problem()
+        solver, agent = irl.IQLearn(1.0, **SHORT), p.lower_data.full().agent
+        state = solver.init(p, key)
+        learner = sac.Learner(state.y, *state.moments)
+        _, losses = jax.jit(solver.update)(p, state, learner, key)
+        keys = jax.random.split(key, 5)
+        flat = p.lower_data.full().expert
+        chances = np.asarray(flat.inside) / np.sum(np.asarray(flat.inside))
+        drawn = jax.random.choice(keys[1], len(chances), (8,), p=jnp.asarray(chances))
+        memory = state.memory.draw(keys[0], 8)
+        join = lambda name: np.concatenate([getattr(flat, name)[drawn], getattr(memory, name)])  # noqa: E731
+        s, a, after, ended = (join(name) for name in ("observation", "action", "next_observation", "terminated"))
+
+        def value(nets, s):
+            Q = np.minimum(*(np.asarray(networks.mlp(net, jnp.asarray(s))) for net in nets))
+            return 0.2 * np.log(np.exp(Q / 0.2).sum(axis=1))
+
+        future = 0.9 * np.where(ended, 0, value(state.y.targets, after))
+        total = 0
+        for net in state.y.critics:
+            r = (np.asarray(networks.mlp(net, jnp.asarray(s))) * a).sum(axis=1) - future
+            total += np.mean(value(state.y.critics, s) - future) - r[:8].mean() + np.mean(r**2) / 2
+        np.testing.assert_allclose(losses.critic, total, rtol=1e-8)
+        assert agent.batch_size == 16
+
+
+class TestRuns:
+    def test_repeats_and_resumes_to_the_bit_and_shows_itself(self, key, tmp_path):
+        p, solver = problem(world=irl.Absorbing(Corridor())), irl.DeepMLIRL(**SHORT)
+        whole = bilevel.solve(p, solver, key=key, max_steps=4, every=2)
+        path = tmp_path / "run"
+        bilevel.solve(p, solver, key=key, max_steps=2, every=1, checkpoint=path)
+        again = bilevel.solve(p, solver, key=key, max_steps=4, every=1, checkpoint=path)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(whole.state), jax.tree.leaves(again.state))
+        assert whole.status == bilevel.Status.MAX_STEPS
+        for column in ("Lhat", "direction", "policy_change", "returns", "reward_expert", "reward_std", "entropy"):
+            assert np.isfinite(whole.record[column][1:]).all(), column
+        assert whole.record["env_steps"][-1] >= 4 * 20
+        assert np.isnan(whole.record["hypergradient"]).all()  # nothing here is certified
+        other = bilevel.solve(p, solver, key=jax.random.key(1), max_steps=4, every=2)
+        assert not np.array_equal(other.x[0].weights, whole.x[0].weights)
+
+    def test_a_saturated_reward_ends_with_a_warning(self, key):
+        p, solver = problem(clamp=1e-6), irl.BC(**SHORT)
+        assert bilevel.solve(p, solver, key=key, max_steps=1).status == bilevel.Status.SATURATED
+
+    def test_every_method_takes_control_problems_and_no_others(self):
+        mdp = irl.MDP.dense(np.full((2, 2, 2), 0.5), start=np.full(2, 0.5), discount=0.9)
+        tabular = irl.to_bilevel(mdp, irl.Demonstrations.of([[0, 1]], [[0, 1]]), irl.TableReward(2, 2))
+        deep = problem().validate()
+        for kind in (irl.DeepMLIRL, irl.BC, irl.GAIL, irl.AIRL, irl.IQLearn, irl.FIRL):
+            assert "needs a problem of irl.to_control" in kind().unsupported(tabular)
+            assert kind().unsupported(deep) is None
+        for kind in (irl.MLIRL, irl.MCEIRL, irl.NeuralIRL):
+            assert "made by irl.to_bilevel" in kind().unsupported(deep)
+
+    @pytest.mark.parametrize(
+        ("settings", "name"),
+        [({"num_env_steps": 30}, "num_env_steps"), ({"num_lower_steps": 7}, "num_lower_steps")],
+    )
+    def test_loop_lengths_must_fit(self, settings, name):
+        with pytest.raises(bilevel.InvalidInput, match=f"{name} .DeepMLIRL.: got"):
+            irl.DeepMLIRL(**{**SHORT, "lanes": 2, "num_env_steps": 40, **settings})
+
+    def test_the_lower_residual_is_the_critics_gradient(self):
+        """At zero networks, r = 0 and Q = 0, so that the error of every transition is -gamma alpha log 2."""
+        p = problem()
+        x, y = jax.tree.map(jnp.zeros_like, p.init(jax.random.key(0)))
+        residual = control.lower_map(x, y, p.lower_data.full()).critics[0][-1].bias - y.critics[0][-1].bias
+        V = math.log(2)  # log_temperature is 0: alpha = 1
+        ended = np.asarray(p.lower_data.full().expert.terminated)
+        errors = -0.9 * V * np.where(ended, 0, 1) * np.asarray(p.lower_data.full().expert.inside)
+        a = np.asarray(p.lower_data.full().expert.action)
+        np.testing.assert_allclose(residual, -(errors @ a) / len(errors), rtol=1e-10)
+
+    def test_an_expert_learns_and_demonstrates(self, key):
+        """Reward 1 a step: it learns to stay away from the end."""
+        heard = []
+        trained = expert.train(
+            Corridor(), key, agent=PATIENT, num_steps=1200, chunk=600, block=10, num_random=50,
+            callback=lambda *args: heard.append(args),
+        )  # fmt: skip
+        assert [steps for steps, _ in heard] == [600, 1200]
+        assert trained.returns[-1] == 6
+        shown = expert.demonstrate(Corridor(), PATIENT, trained.weights, key, num=3)
+        np.testing.assert_array_equal(shown.returns, shown.lengths)
+        assert not shown.terminated.any()
