@@ -5,8 +5,10 @@ the box has the network's least margin, with what the network then says; red whe
 """
 
 import argparse
+import inspect
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,8 +27,6 @@ def draw(folder: Path, path: Path, count: int) -> Path:
     Raises:
         UsageError: no finished cell of `rotation` with seed 0.
     """
-    import inspect
-
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -42,21 +42,19 @@ def draw(folder: Path, path: Path, count: int) -> Path:
     defaults = {p.name: p.default for p in inspect.signature(families()["rotation"].make).parameters.values()}
     params = defaults | parse(chosen[0][1].problem)[1]
     images = load_images(params["data"])
-    sizes = (params[name] for name in ("train", "val", "test"))
-    Z, targets = (part[:count] for part in split(images, 0, *sizes, params["dtype"]).test)
+    train, val, test = (int(params[name]) for name in ("train", "val", "test"))
+    Z, targets = (part[:count] for part in split(images, 0, train, val, test, params["dtype"]).test)
     angle, shift = float(params["angle"]), float(params["shift"])
     names = short_names([cell.solver for _, cell in chosen])
     like = build_instance(chosen[0][1].problem, 0).problem.init
 
-    rows = [("as they are", Z, None)]
+    labels = np.argmax(targets, axis=1)
+    rows = [("as they are", Z, labels)]
     for k, cell in chosen:
-        import jax
-
         x, _ = load_point(cell_path(folder, k, cell).with_suffix(".npz"), *like(jax.random.key(0)))
         _, worst = search(x, Z, targets, angle, shift, GRID)
         moved = warp_all(Z, worst, angle, shift)
         rows.append((names[cell.solver], moved, np.asarray(jnp.argmax(scores(x, moved), axis=1))))
-    labels = np.argmax(targets, axis=1)
     figure = Figure(figsize=(1.0 * count + 2.4, 1.15 * len(rows) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), count, squeeze=False)
@@ -64,8 +62,7 @@ def draw(folder: Path, path: Path, count: int) -> Path:
         for k, ax in enumerate(line):
             ax.imshow(np.clip(np.asarray(pictures[k]), 0, 1).squeeze(), cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
-            text = labels[k] if said is None else said[k]
-            ax.set_title(str(text), fontsize=8, pad=1, color="k" if text == labels[k] else "r")
+            ax.set_title(str(said[k]), fontsize=8, pad=1, color="k" if said[k] == labels[k] else "r")
         short = name.replace("AT[", "").replace("]", "").replace(",", "\n")
         line[0].set_ylabel(short, fontsize=6, rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=70)

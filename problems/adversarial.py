@@ -29,7 +29,7 @@ from bilevel.diagnostics import Measurement, norm
 from bilevel.record import Status
 from bilevel.struct import invalid
 from problems.datasets import accuracy
-from problems.images import load, parameters, scores, split
+from problems.images import Split, load, parameters, scores, split
 from problems.instance import Instance
 from problems.logistic import cross_entropy
 
@@ -108,11 +108,12 @@ def attack(x: PyTree, Z: Array, targets: Array, eps: Any, key: Array, steps: int
     return jnp.all(jax.lax.map(one, jax.random.split(key, starts)), axis=0)
 
 
-def _metrics(parts: Any, eps: float, x: PyTree, y: PyTree) -> dict[str, float]:
+def _metrics(parts: Split, eps: float, x: PyTree, y: PyTree) -> dict[str, float]:
     """On the test images; the validation ones, under a weaker attack, are for choosing settings."""
-    (Z, targets), eps = parts.test, np.asarray(eps, parts.test[0].dtype)
-    robust = attack(x, Z, targets, eps, jax.random.key(0), PGD_STEPS, PGD_STARTS)
-    chosen = attack(x, *parts.val, eps, jax.random.key(1), 20, 1)
+    (Z, targets), (val, val_targets) = parts.test, parts.val
+    reach = np.asarray(eps, Z.dtype)
+    robust = attack(x, Z, targets, reach, jax.random.key(0), PGD_STEPS, PGD_STARTS)
+    chosen = attack(x, val, val_targets, reach, jax.random.key(1), 20, 1)
     return {
         "clean_accuracy": accuracy(scores(x, Z), targets),
         "robust_accuracy": float(np.mean(robust)),

@@ -28,7 +28,7 @@ from bilevel.record import Status
 from bilevel.struct import invalid
 from problems.adversarial import DTYPES
 from problems.datasets import accuracy
-from problems.images import load, parameters, scores, split
+from problems.images import Split, load, parameters, scores, split
 from problems.instance import Instance
 from problems.logistic import cross_entropy
 
@@ -114,21 +114,21 @@ def _measure(angle: float, shift: float, problem: BilevelProblem, x: PyTree, y: 
     """
     assert isinstance(problem.upper_data, PerSample)
     batch = problem.upper_data.take(jnp.arange(min(MEASURED, problem.upper_data.num_samples)))
-    here = per_sample.view(problem, y, batch)
-    least, worst = search(x, *batch[1], angle, shift, MEASURED_GRID)
+    here, (Z, targets) = per_sample.view(problem, y, batch), batch[1]
+    least, worst = search(x, Z, targets, angle, shift, MEASURED_GRID)
     value, (fx, _) = oracles.upper_value_and_gradients(here.problem, x, worst, here.upper)
     gap = oracles.lower_value(here.problem, x, here.y, here.lower) / len(least) - jnp.mean(least)
     unknown = jnp.full_like(value, jnp.nan)
     return Measurement(value, norm(fx), unknown, gap, problem.y_set.violation(y), jnp.array(Status.UNCHECKED))
 
 
-def _metrics(parts: Any, angle: float, shift: float, x: PyTree, y: PyTree) -> dict[str, float]:
+def _metrics(parts: Split, angle: float, shift: float, x: PyTree, y: PyTree) -> dict[str, float]:
     """On the test images; the validation ones, by a coarse grid, are for choosing settings."""
-    (Z, targets), coarse = parts.test, (11, 3, 3)
+    (Z, targets), (val, val_targets), coarse = parts.test, parts.val, (11, 3, 3)
     return {
         "clean_accuracy": accuracy(scores(x, Z), targets),
         "grid_accuracy": float(np.mean(search(x, Z, targets, angle, shift, GRID)[0] > 0)),
-        "val_grid_accuracy": float(np.mean(search(x, *parts.val, angle, shift, coarse)[0] > 0)),
+        "val_grid_accuracy": float(np.mean(search(x, val, val_targets, angle, shift, coarse)[0] > 0)),
     }
 
 
