@@ -1,6 +1,8 @@
-"""F2SA: a fully first-order hypergradient from two lower iterates and a growing multiplier."""
+"""F2SA and Prox-F2SA: a fully first-order hypergradient from two lower iterates and a growing multiplier."""
 
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,8 @@ from bilevel import oracles
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
+from bilevel.sampling import smoothness
+from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
 from bilevel.step import Stepper, StepRule, require_size, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -44,6 +48,11 @@ def _growth(k: Array) -> Array:
     return 10.0 + k
 
 
+def _slow_growth(k: Array) -> Array:
+    """1/sigma_k = 10 (k + 1)^(1/3)."""
+    return 10.0 * (k + 1.0) ** (1 / 3)
+
+
 @struct
 class F2SA(Solver):
     """F2SA: with fresh batches D of f and B of g wherever they are named, and lam = penalty of this step,
@@ -76,25 +85,29 @@ class F2SA(Solver):
     upper_step_size: Any = None
     penalty: Any = None
     num_lower_steps: int = static(default=10)
+    growth: ClassVar[Callable] = staticmethod(_growth)
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the penalty is a number or a schedule."""
         step_sizes(self, "lower_step_size", "upper_step_size", "penalty")
-        require_size("F2SA.penalty", self.penalty)
+        require_size(f"{type(self).__name__}.penalty", self.penalty)
+
+    def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
+        return default_steps(problem, x, y, single_loop=False)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_upper, key_lower = jax.random.split(key, 3)
         x, y = problem.init(key_start)
+        penalty = stepper(StepRule(schedule=self.growth) if self.penalty is None else self.penalty, None, ())
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
-            lower, upper = default_steps(problem, x, y, single_loop=False)
-        growth = StepRule(schedule=_growth) if self.penalty is None else self.penalty
+            lower, upper = self._default_steps(problem, key, x, y, penalty.size()[0])
         return State(
             x, y, y,
             step_x=stepper(self.upper_step_size, upper, x),
             step_y=stepper(self.lower_step_size, lower, y),
             step_z=stepper(self.lower_step_size, lower, y),
-            penalty=stepper(growth, None, ()),
+            penalty=penalty,
             upper=problem.upper_data.init(key_upper),
             lower=problem.lower_data.init(key_lower),
         )  # fmt: skip
@@ -115,6 +128,7 @@ class F2SA(Solver):
             gz = oracles.residual(problem, x, z, batch_g)
             y, step_y = step_y(y, jax.tree.map(lambda f, g: f / jnp.asarray(penalty, f.dtype) + g, fy, gy))
             z, step_z = step_z(z, gz)
+            y, z = problem.y_set.project(y), problem.y_set.project(z)
             return (y, z, step_y, step_z, upper, lower), None
 
         key_lower, key_x = jax.random.split(key)
@@ -141,3 +155,43 @@ class F2SA(Solver):
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return refuse_without_value(self, problem)
+
+
+@struct
+class ProxF2SA(F2SA):
+    """Prox-F2SA: F2SA on a set Y, with sigma = 1/penalty of this step,
+
+        z <- Proj_Y(z - a g_y(x, z; B)),   y <- Proj_Y(y - a (sigma f_y(x, y; D) + g_y(x, y; B)))      T times
+        x <- Proj_X(x - c (f_x(x, y; D) + (g_x(x, y; B) - g_x(x, z; B))/sigma)).
+
+    Assumptions: f and g smooth, sigma f + g with a proximal error bound on Y for each small sigma: the length of a
+    projected step bounds the distance to its minimisers. g need not be convex, nor its minimiser unique. No coupling.
+    The direction is the gradient of (min_Y {sigma f + g} - min_Y g)/sigma, within O(sigma) of that of F.
+    Cost per step: T + 1 upper gradients, 2 T + 2 lower gradients.
+
+    Args:
+        lower_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(sigma_0 L_f + L_g), from
+            `sampling.smoothness`.
+        upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g/sigma_0).
+        penalty: 1/sigma > 0, or an optax schedule of the step. Default: 10 (k + 1)^(1/3).
+        num_lower_steps: T >= 1.
+
+    Reference: Kwon, Kwon, Wright, Nowak. On penalty methods for nonconvex bilevel optimization and first-order
+        stochastic approximation. ICLR 2024, arXiv:2309.01753.
+    Differs from the paper: its inner proximal problems are plain projected steps, and there is no momentum; y and z see
+        the same batches.
+    """
+
+    growth: ClassVar[Callable] = staticmethod(_slow_growth)
+
+    def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
+        L_f, L_g = smoothness(problem.on_full_data(), key, x, y)
+        c = jnp.asarray(penalty, L_g.dtype)
+        return 1 / (L_f / c + L_g), 1 / (L_f + c * L_g)
+
+    def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
+        """(x, y): of many minimisers of g, y is near the one that f prefers, z is any."""
+        return state.x, state.y
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))

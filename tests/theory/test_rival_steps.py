@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from scipy import optimize
 
 import bilevel
 
@@ -120,6 +121,44 @@ def test_meha_with_a_non_smooth_part():
     compare(problem, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]))
 
 
+def test_proxf2sa():
+    def by_hand(k, x, y, z):
+        sigma = 1 / (4.0 + k)
+        for _ in range(3):
+            z = in_y(z - a * g.y(x, z))
+            y = in_y(y - a * (sigma * f.y(x, y) + g.y(x, y)))
+        return {"x": in_x(x - b * (f.x(x, y) + (g.x(x, y) - g.x(x, z)) / sigma)), "y": y, "z": z}
+
+    solver = bilevel.ProxF2SA(a, b, penalty=optax.linear_schedule(4.0, 6.0, 2), num_lower_steps=3)
+    compare(SIMPLE, solver, by_hand, z=np.array([0.2, 0.1, -0.3, 0.5]))
+
+
+def test_bvfsm():
+    """Y is minimised by SciPy instead; the solver gets enough steps to reach the same point."""
+    mu, theta, s0 = 0.5, 0.1, 0.3
+
+    def by_hand(k, x, y, z):
+        m, t, s = (weight / (1 + k) for weight in (mu, theta, s0))
+        for _ in range(3):
+            z = in_y(z - a * (g.y(x, z) + m * z))
+        v = float(lower(x, z, None)) + m * z @ z / 2 + m
+
+        def penalised(y):
+            slack = v - float(lower(x, y, None))
+            if slack <= 0:  # outside of the barrier: the line search turns back
+                return 1e6, f.y(x, y)
+            slope = f.y(x, y) + t * y + s / slack * g.y(x, y)
+            return float(upper(x, y, None)) + t * y @ y / 2 - s * np.log(slack), slope
+
+        found = optimize.minimize(penalised, z, jac=True, method="L-BFGS-B", bounds=[(-0.7, 0.7)] * 4, tol=1e-14)
+        y = found.x
+        dx = f.x(x, y) + s / (v - float(lower(x, y, None))) * (g.x(x, y) - g.x(x, z))
+        return {"x": in_x(x - b * dx), "y": y, "z": z}
+
+    solver = bilevel.BVFSM(a, b, mu, theta, s0, decay=lambda k: 1 / (1 + k), num_lower_steps=3, num_penalty_steps=300)
+    compare(SIMPLE, solver, by_hand, tol=1e-5, z=np.array([0.2, 0.1, -0.3, 0.5]))
+
+
 @pytest.mark.parametrize("primal", [1, 2])
 def test_blocc(primal):
     """With several primal steps the dual ones extrapolate, from the third on."""
@@ -187,7 +226,7 @@ def test_lvhba():
     compare(COUPLED, solver, by_hand, tol=1e-7, w=w, lam=lam, z=z)  # the tolerance is cvxpy's
 
 
-@pytest.mark.parametrize("name", ["BiCGAFFA", "LVHBA", "MEHA"])
+@pytest.mark.parametrize("name", ["BiCGAFFA", "LVHBA", "MEHA", "ProxF2SA"])
 def test_settings_are_checked(name):
     kind = getattr(bilevel, name)
     with pytest.raises(bilevel.InvalidInput, match=rf"{name}\.penalty: got an optax transformation"):

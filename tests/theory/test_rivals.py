@@ -10,6 +10,7 @@ import pytest
 import bilevel
 import problems
 from bilevel.gap import measure_global
+from bilevel.solvers.bvfsm import barrier
 from problems.nonconvex_scaled import soft_threshold, weighted_l1
 
 measure = jax.jit(measure_global)
@@ -106,3 +107,36 @@ def test_single_loops_reach_known_optima_through_inequalities(name):
     x, y = end(instance, getattr(bilevel, name)(), 20_000)
     np.testing.assert_allclose(x, instance.truth.x, atol=1e-2)
     np.testing.assert_allclose(y, instance.truth.y, atol=1e-2)
+
+
+def test_proxf2sa_on_a_set_and_with_many_minimisers():
+    """|x - t|^2/2 + |y|^2/2 with y = min(x, 1): x = t where y is at its bound, t/2 inside. A line of minimisers."""
+    t, start = jnp.array([2.0, 0.8]), (jnp.zeros(2), jnp.zeros(2))
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum((x - t) ** 2 + y**2) / 2,
+        bilevel.Minimize(lambda x, y, batch: jnp.sum((x - y) ** 2)),
+        y_set=bilevel.Box(-1.0, 1.0),
+        init=lambda key: start,
+    )
+    instance = problems.make("nonconvex_scaled", case="bome_degenerate")
+    x, y = end(dataclasses.replace(instance, problem=problem), bilevel.ProxF2SA(), 5000)
+    np.testing.assert_allclose(x, [2.0, 0.4], atol=0.01)
+    np.testing.assert_allclose(y, [1.0, 0.4], atol=0.01)
+    assert_solved(instance, *end(instance, bilevel.ProxF2SA(), 5000))
+
+
+def test_bvfsm_on_its_papers_problem():
+    """The barrier starts high enough for y to reach the best of g's basins; later x follows within it."""
+    instance = problems.make("nonconvex_scaled", case="bvfsm", n=2)
+    for seed in range(2):
+        assert_solved(instance, *end(instance, bilevel.BVFSM(), 2000, seed))
+
+
+@pytest.mark.parametrize("slack", [3.0, 1e-2, 1e-3, -1.0])
+def test_bvfsms_barrier_has_the_derivative_that_it_says(slack):
+    """The logarithm, and below the cut its second-order Taylor polynomial there."""
+    value, slope = barrier(jnp.array(slack), jnp.array(1e-2))
+    t = slack / 1e-2 - 1
+    expected = -np.log(slack) if slack >= 1e-2 else -np.log(1e-2) - t + t**2 / 2
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    np.testing.assert_allclose(jax.grad(lambda m: barrier(m, jnp.array(1e-2))[0])(slack), slope, rtol=1e-10)
