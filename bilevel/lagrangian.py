@@ -26,13 +26,23 @@ def zeros(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     return jnp.zeros(rows, ravel_pytree(y)[0].dtype)
 
 
-def clip(problem: BilevelProblem, m: Array, most: Array | float = jnp.inf) -> Array:
-    """The multipliers nearest to m [rows] in [0, most] for inequalities, and in [-most, most] for equalities."""
+def _unequal(problem: BilevelProblem, rows: int) -> Array:
+    """Which of the rows are inequalities, [rows]."""
     coupling = problem.coupling
     linear = isinstance(coupling, LinearCoupling)
     equalities = jnp.shape(coupling.b_eq)[0] if linear and coupling.b_eq is not None else 0
-    lowest = jnp.where(jnp.arange(m.size) < m.size - equalities, 0, -jnp.asarray(most, m.dtype))
-    return jnp.clip(m, lowest, jnp.asarray(most, m.dtype))
+    return jnp.arange(rows) < rows - equalities
+
+
+def clip(problem: BilevelProblem, m: Array, most: Array | float = jnp.inf) -> Array:
+    """The multipliers nearest to m [rows] in [0, most] for inequalities, and in [-most, most] for equalities."""
+    most = jnp.asarray(most, m.dtype)
+    return jnp.clip(m, jnp.where(_unequal(problem, m.size), 0, -most), most)
+
+
+def clip_slacks(problem: BilevelProblem, s: Array) -> Array:
+    """The values of h nearest to s [rows] that are feasible: at most 0 for inequalities, 0 for equalities."""
+    return jnp.where(_unequal(problem, s.size), jnp.minimum(s, 0), 0)
 
 
 def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tuple[Array, Array, Array]:

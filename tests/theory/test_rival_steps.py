@@ -1,5 +1,7 @@
 """Two steps of each single-loop rival against a transcription of its paper's update in NumPy, written apart."""
 
+import dataclasses
+
 import cvxpy
 import jax
 import jax.numpy as jnp
@@ -157,6 +159,26 @@ def test_bvfsm():
 
     solver = bilevel.BVFSM(a, b, mu, theta, s0, decay=lambda k: 1 / (1 + k), num_lower_steps=3, num_penalty_steps=300)
     compare(SIMPLE, solver, by_hand, tol=1e-5, z=np.array([0.2, 0.1, -0.3, 0.5]))
+
+
+def test_sflcb():
+    delta, rho, e = 0.2, 0.7, 0.06
+
+    def slacks(s):
+        return np.concatenate([np.minimum(s[:2], 0), [0]])
+
+    def by_hand(k, x, y, z, u, v, alpha, beta):
+        u, v = u + e * (rows(x, y) - alpha), v + e * (rows(x, z) - beta)
+        p, q = u + rho * (rows(x, y) - alpha), v + rho * (rows(x, z) - beta)
+        dx = delta * f.x(x, y) + g.x(x, y) + B.T @ p - g.x(x, z) - B.T @ q
+        dy, dz = delta * f.y(x, y) + g.y(x, y) + A.T @ p, -g.y(x, z) - A.T @ q
+        alpha, beta = slacks(alpha - a * -p), slacks(beta + a * q)
+        return {"x": in_x(x - b * dx), "y": y - a * dy, "z": z + a * dz, "u": u, "v": v, "alpha": alpha, "beta": beta}
+
+    solver = bilevel.SFLCB(a, e, b, delta=delta, rho=rho)
+    start = {"z": np.array([0.2, 0.1, -0.3, 0.5]), "u": np.array([0.3, -0.1, -0.2]), "v": np.array([0.0, 0.5, 0.4])}
+    start |= {"alpha": np.array([-0.2, 0.0, 0.0]), "beta": np.array([0.0, -0.7, 0.0])}
+    compare(dataclasses.replace(COUPLED, y_set=bilevel.Reals()), solver, by_hand, **start)
 
 
 @pytest.mark.parametrize("primal", [1, 2])
