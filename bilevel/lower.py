@@ -16,7 +16,7 @@ from bilevel import oracles, polyhedral, projected
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
-from bilevel.step import Stepper
+from bilevel.step import Stepper, move
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -289,19 +289,37 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
 
 
 def descend(
-    problem: BilevelProblem, x: PyTree, y: PyTree, step_y: Stepper, source: PyTree, key: Array, num_steps: int
-) -> tuple[PyTree, Stepper, PyTree]:
-    """(y, stepper, source state) after num_steps of y <- y - a R(x, y; batch), a fresh batch of the lower source
-    each.
-    """
+    problem: BilevelProblem, x: PyTree, y: PyTree, step_y: Stepper, source: PyTree, key: Array, num_steps: int,
+    project: Callable = lambda y: y,
+) -> tuple[PyTree, Stepper, PyTree]:  # fmt: skip
+    """(y, stepper, source state) after num_steps of y <- project(y - a R(x, y; batch)), a fresh batch each."""
 
     def body(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
         y, step_y, source = carry
         batch, source = problem.lower_data.next(source, key, x, y)
         y, step_y = step_y(y, oracles.residual(problem, x, y, batch))
-        return (y, step_y, source), None
+        return (project(y), step_y, source), None
 
     return lax.scan(body, (y, step_y, source), jax.random.split(key, num_steps))[0]
+
+
+def neumann(
+    problem: BilevelProblem, x: PyTree, y: PyTree, b: PyTree, eta: Any, source: PyTree, key: Array, num_steps: int,
+    project: Callable = lambda v: v,
+) -> tuple[PyTree, PyTree]:  # fmt: skip
+    """(v, source state), v = eta sum_{q = 0}^{Q} prod_{j = 1}^{q} (I - eta P R_y(x, y; B_j)') b, Q = num_steps.
+
+    A fresh batch B_j of the lower source each; `project` is P, and b lies in its range. Near (P R_y' P)^-1 b there.
+    """
+
+    def term(carry: tuple[PyTree, PyTree, PyTree], key: Array) -> tuple[tuple[PyTree, PyTree, PyTree], None]:
+        power, total, source = carry
+        batch, source = problem.lower_data.next(source, key, x, y)
+        power = move(power, project(oracles.hvp(problem, x, y, power, batch)), eta)
+        return (power, jax.tree.map(jnp.add, total, power), source), None
+
+    (_, total, source), _ = lax.scan(term, (b, b, source), jax.random.split(key, num_steps))
+    return jax.tree.map(lambda leaf: jnp.asarray(eta, leaf.dtype) * leaf, total), source
 
 
 def spectrum(

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, polyhedral
+from bilevel import oracles, per_sample, polyhedral
 from bilevel.active_set import Factor, factorize, kkt_solve, masked_factor, solve_model
 from bilevel.data import PerSample
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
 from bilevel.sets import Box, Reals
+from bilevel.step import Stepper
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -158,6 +159,39 @@ def gradient(
     cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
     return unravel_x(flat - cross - polyhedral.rows(problem, x, tracked.y).B.T @ v)
+
+
+class Info(NamedTuple):
+    """|grad F_q(x)|, and what can be seen of the assumptions, as in `Tracked`; all []."""
+
+    direction: Array
+    margin: Array
+    feasible: Array
+    independent: Array
+    definite: Array
+
+
+def implicit_step(
+    problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, step: Stepper, q: PyTree, upper: PyTree,
+    num_steps: int,
+) -> tuple[tuple[PyTree, PyTree, Array, Stepper], Info]:  # fmt: skip
+    """((x, y, active, stepper), info) after y = y_q(x), tracked, and x <- Proj_X(x - a grad F_q(x)).
+
+    f on the batch `upper`, g on all of its data; with an own y for each sample, on the batch's rows alone.
+    """
+    here, q = per_sample.view(problem, y, upper), per_sample.rows_of(problem, q, upper)
+    found = track(here.problem, x, here.y, active, q, here.lower, num_steps)
+    direction = gradient(here.problem, x, found, here.upper, here.lower)
+    x, step = step(x, direction)
+    rows, active, *seen = found[0]
+    y = per_sample.put_back(problem, y, upper, rows)
+    return (problem.x_set.project(x), y, active, step), Info(jnp.linalg.norm(ravel_pytree(direction)[0]), *seen)
+
+
+def implicit_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:
+    """Oracle calls of one `implicit_step`."""
+    lower = track_cost(problem, num_steps)
+    return OracleCount(upper_gradients=1, lower_gradients=lower.lower_gradients, hvps=lower.hvps, jvps=1)
 
 
 def track_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:

@@ -9,6 +9,7 @@ They cost a few lower-level solves once, at init, outside of the oracle count of
 give numbers, schedules or optax transformations to control a run.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,8 +17,10 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from bilevel import oracles
+from bilevel.diagnostics import norm
 from bilevel.hypergradient import hypergradient
-from bilevel.lower import spectrum
+from bilevel.lower import descend, spectrum
 from bilevel.problem import BilevelProblem, FixedPoint
 from bilevel.sets import Reals
 from bilevel.step import Stepper, StepRule, stepper
@@ -115,3 +118,24 @@ def start(
         upper=problem.upper_data.init(key_upper),
         lower=problem.lower_data.init(key_lower),
     )
+
+
+def implicit_step(
+    problem: BilevelProblem, state: Iterates, key: Array, num_lower_steps: int, adjoint: Callable
+) -> tuple[Iterates, Array]:
+    """(next state, |direction|) of methods that nest their loops: lower steps, one batch D of f, the adjoint, then x:
+
+        y <- y - a R(x, y; B) `num_lower_steps` times,   x <- Proj_X(x - c (f_x(x, y; D) - R_x(x, y; B)' v)),
+
+    with a fresh batch B wherever one is named. adjoint: (y, f_y, lower source, key) -> (v, its stepper, lower source).
+    """
+    x = state.x
+    key_y, key_f, key_v, key_x = jax.random.split(key, 4)
+    y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, num_lower_steps)
+    batch_f, upper = problem.upper_data.next(state.upper, key_f, x, y)
+    fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+    v, step_v, lower = adjoint(y, fy, lower, key_v)
+    batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
+    direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
+    x, step_x = state.step_x(x, direction)
+    return Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), norm(direction)

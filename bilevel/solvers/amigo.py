@@ -7,14 +7,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel import oracles
-from bilevel.diagnostics import norm
-from bilevel.lower import descend
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes
 from bilevel.struct import static, struct
-from bilevel.tuning import Iterates, start
+from bilevel.tuning import Iterates, implicit_step, start
 
 PyTree = Any
 
@@ -63,27 +61,19 @@ class AmIGO(Solver):
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x = state.x
-        key_y, key_f, key_v, key_x = jax.random.split(key, 4)
-        y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps)
 
-        batch_f, upper = problem.upper_data.next(state.upper, key_f, x, y)
-        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+        def adjoint(y: PyTree, fy: PyTree, lower: PyTree, key: Array) -> tuple[PyTree, Stepper, PyTree]:
+            def linear_step(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple, None]:
+                v, step_v, lower = carry
+                batch, lower = problem.lower_data.next(lower, key, x, y)
+                v, step_v = step_v(v, jax.tree.map(jnp.subtract, oracles.hvp(problem, x, y, v, batch), fy))
+                return (v, step_v, lower), None
 
-        def adjoint(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
-            v, step_v, lower = carry
-            batch, lower = problem.lower_data.next(lower, key, x, y)
-            residual = jax.tree.map(jnp.subtract, oracles.hvp(problem, x, y, v, batch), fy)
-            v, step_v = step_v(v, residual)
-            return (v, step_v, lower), None
+            keys = jax.random.split(key, self.num_linear_steps)
+            return lax.scan(linear_step, (state.v, state.step_v, lower), keys)[0]
 
-        keys = jax.random.split(key_v, self.num_linear_steps)
-        (v, step_v, lower), _ = lax.scan(adjoint, (state.v, state.step_v, lower), keys)
-
-        batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
-        direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
-        x, step_x = state.step_x(x, direction)
-        it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower)
-        return it, Info(norm(direction))
+        state, size = implicit_step(problem, state, key, self.num_lower_steps, adjoint)
+        return state, Info(size)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T, Q = self.num_lower_steps, self.num_linear_steps

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel import tracking
-from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import static, struct
+from bilevel.tracking import Info, implicit_cost, implicit_step
 
 PyTree = Any
 
@@ -24,16 +24,6 @@ class State(NamedTuple):
     y: PyTree
     active: Array
     step: Stepper
-
-
-class Info(NamedTuple):
-    """|grad F(x)|, and the assumptions as in DSBLO's: margin, feasible, independent, definite."""
-
-    direction: Array
-    margin: Array
-    feasible: Array
-    independent: Array
-    definite: Array
 
 
 @struct
@@ -72,17 +62,12 @@ class PIGD(Solver):
         return State(x, y, tracking.no_rows_active(problem, x, y), stepper(self.upper_step_size, 0.1, x))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        upper, lower = problem.upper_data.full(), problem.lower_data.full()
         nothing = jax.tree.map(jnp.zeros_like, state.y)
-        found = tracking.track(problem, state.x, state.y, state.active, nothing, lower, self.num_lower_steps)
-        direction = tracking.gradient(problem, state.x, found, upper, lower)
-        x, step = state.step(state.x, direction)
-        y, active, *seen = found[0]
-        return State(problem.x_set.project(x), y, active, step), Info(norm(direction), *seen)
+        new, info = implicit_step(problem, *state, nothing, problem.upper_data.full(), self.num_lower_steps)
+        return State(*new), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        lower = tracking.track_cost(problem, self.num_lower_steps)
-        return OracleCount(upper_gradients=1, lower_gradients=lower.lower_gradients, hvps=lower.hvps, jvps=1)
+        return implicit_cost(problem, self.num_lower_steps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return tracking.refuse_not_polyhedral(self, problem)

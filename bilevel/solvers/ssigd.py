@@ -5,13 +5,13 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 
-from bilevel import per_sample, tracking
-from bilevel.diagnostics import norm
+from bilevel import tracking
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, as_step, step_sizes, stepper
 from bilevel.struct import static, struct
+from bilevel.tracking import Info, implicit_cost, implicit_step
 
 PyTree = Any
 
@@ -30,16 +30,6 @@ class State(NamedTuple):
     active: Array
     step: Stepper
     upper: PyTree
-
-
-class Info(NamedTuple):
-    """|grad F_q(x; batch)|, and the assumptions as in DSBLO's: margin, feasible, independent, definite."""
-
-    direction: Array
-    margin: Array
-    feasible: Array
-    independent: Array
-    definite: Array
 
 
 @struct
@@ -86,18 +76,13 @@ class SSIGD(Solver):
         return State(x, y, q, active, stepper(rule, None, x), upper)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        batch, upper = problem.upper_data.next(state.upper, key, state.x, state.y)
-        here, q = per_sample.view(problem, state.y, batch), per_sample.rows_of(problem, state.q, batch)
-        found = tracking.track(here.problem, state.x, here.y, state.active, q, here.lower, self.num_lower_steps)
-        direction = tracking.gradient(here.problem, state.x, found, here.upper, here.lower)
-        x, step = state.step(state.x, direction)
-        y, active, *seen = found[0]
-        y = per_sample.put_back(problem, state.y, batch, y)
-        return State(problem.x_set.project(x), y, state.q, active, step, upper), Info(norm(direction), *seen)
+        x, y, q, active, step, upper = state
+        batch, upper = problem.upper_data.next(upper, key, x, y)
+        (x, y, active, step), info = implicit_step(problem, x, y, active, step, q, batch, self.num_lower_steps)
+        return State(x, y, q, active, step, upper), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        lower = tracking.track_cost(problem, self.num_lower_steps)
-        return OracleCount(upper_gradients=1, lower_gradients=lower.lower_gradients, hvps=lower.hvps, jvps=1)
+        return implicit_cost(problem, self.num_lower_steps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return tracking.refuse_not_polyhedral(self, problem)

@@ -2,19 +2,15 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
-from bilevel import oracles
-from bilevel.diagnostics import norm
-from bilevel.lower import descend
+from bilevel.lower import neumann
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import require_size, step_sizes
+from bilevel.step import Stepper, require_size, step_sizes
 from bilevel.struct import static, struct
-from bilevel.tuning import Iterates, start
+from bilevel.tuning import Iterates, implicit_step, start
 
 PyTree = Any
 
@@ -64,28 +60,14 @@ class StocBiO(Solver):
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x = state.x
-        key_y, key_f, key_v, key_x = jax.random.split(key, 4)
-        y, step_y, lower = descend(problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps)
 
-        batch_f, upper = problem.upper_data.next(state.upper, key_f, x, y)
-        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
-        eta, step_v = state.step_v.size()
+        def adjoint(y: PyTree, fy: PyTree, lower: PyTree, key: Array) -> tuple[PyTree, Stepper, PyTree]:
+            eta, step_v = state.step_v.size()
+            v, lower = neumann(problem, x, y, fy, eta, lower, key, self.num_linear_steps)
+            return v, step_v, lower
 
-        def term(carry: tuple[PyTree, PyTree, PyTree], key: Array) -> tuple[tuple[PyTree, PyTree, PyTree], None]:
-            power, total, lower = carry
-            batch, lower = problem.lower_data.next(lower, key, x, y)
-            product = oracles.hvp(problem, x, y, power, batch)
-            power = jax.tree.map(lambda r, h: r - jnp.asarray(eta, r.dtype) * h, power, product)
-            return (power, jax.tree.map(jnp.add, total, power), lower), None
-
-        (_, total, lower), _ = lax.scan(term, (fy, fy, lower), jax.random.split(key_v, self.num_linear_steps))
-        v = jax.tree.map(lambda leaf: jnp.asarray(eta, leaf.dtype) * leaf, total)
-
-        batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
-        direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
-        x, step_x = state.step_x(x, direction)
-        it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower)
-        return it, Info(norm(direction))
+        state, size = implicit_step(problem, state, key, self.num_lower_steps, adjoint)
+        return state, Info(size)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T, Q = self.num_lower_steps, self.num_linear_steps
