@@ -1,6 +1,8 @@
 """The command `bilevax`. Everything heavy is imported inside the commands, so that help is quick."""
 
 import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +95,9 @@ def run(
     max_passes: options.MaxPasses = None,
     out: options.Out = None,
     precision: options.Precision = 64,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes of this machine that compute each solve together.")
+    ] = 1,
     plot: options.Plot = True,
     as_json: Json = False,
 ) -> None:
@@ -103,6 +108,11 @@ def run(
     """
     limits = {"max_steps": max_steps, "every": every, "tol": tol, "time_limit": time_limit}
     limits["max_passes"] = max_passes
+    from benchmarks import processes as together
+
+    if processes > 1 and together.COUNT not in os.environ:
+        raise typer.Exit(together.launch(processes, sys.argv[1:]))
+    together.join()
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
         from benchmarks.runner import execute
 
@@ -154,9 +164,13 @@ def _carry_out(
     name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool]
 ) -> None:
     """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
-    from benchmarks import files, report, tuning
+    from benchmarks import files, processes, report, tuning
 
     trials = tuning.trials(cells)
+    if not processes.leads():
+        nobody = lambda k, cell: None  # noqa: E731
+        done = not trials or how(Path(), trials, nobody)
+        raise typer.Exit(0 if done and how(Path(), cells, nobody) else 130)
     with files.open_folder(out, files.settings_of(name, cells, precision)) as folder:
         with progress(len(trials) + len(cells)) as on_cell:
             complete = not trials or how(folder / tuning.FOLDER, trials, on_cell)

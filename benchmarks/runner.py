@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 import bilevel
-from benchmarks import referee
+from benchmarks import processes, referee
 from benchmarks.files import (
     EMPTY,
     ERROR,
@@ -54,7 +54,7 @@ def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None
         FolderError: a result that is there is damaged (before anything is run), or one cannot be written.
     """
     held = Held({text: build_solver(text) for text in dict.fromkeys(cell.solver for cell in cells)})
-    for index in unfinished(folder, cells):
+    for index in processes.share(unfinished(folder, cells) if processes.leads() else None):
         on_cell(index, cells[index])
         try:
             complete = run_cell(folder, index, cells[index], held)
@@ -91,7 +91,9 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
         FolderError: the result cannot be written.
     """
     path = cell_path(folder, index, cell)
-    text = cell.solver if cell.search is None else chosen_settings(folder, cell)
+    text = cell.solver
+    if cell.search is not None:
+        text = processes.share(chosen_settings(folder, cell) if processes.leads() else None)
     result = EMPTY | ({} if cell.search is None else {"tuned": text})
     try:
         if text not in held.solvers:
@@ -99,7 +101,8 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
         if held.key != (cell.problem, cell.seed):
             held.key, held.instance = None, build_instance(cell.problem, cell.seed)
             held.key = cell.problem, cell.seed
-        _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
+        if processes.leads():
+            _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
         result |= _run(cell, held.instance, held.solvers[text], path)
     except FolderError:
         raise
@@ -109,7 +112,8 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
         result |= {"reason": f"{type(error).__name__}: {error}"}
     if result["status"] == bilevel.Status.INTERRUPTED.name:
         return False
-    write_json(path, {"cell": dataclasses.asdict(cell)} | result)
+    if processes.leads():
+        write_json(path, {"cell": dataclasses.asdict(cell)} | result)
     return True
 
 
@@ -145,9 +149,10 @@ def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[
     solution = bilevel.solve(
         instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),
         every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=False, measure=instance.measure,
+        mesh=processes.mesh(),
     )  # fmt: skip
     result = {"status": solution.status.name, "stats": solution.stats, "record": solution.record.rows}
-    if solution.status == bilevel.Status.INTERRUPTED:
+    if solution.status == bilevel.Status.INTERRUPTED or not processes.leads():
         return result
     points = path.with_suffix(".npz")
     save_point(points, solution.x, solution.y)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.sharding import split
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -125,7 +126,7 @@ class Minibatch(Source):
 
     def take(self, indices: Array) -> PyTree:
         """The samples at `indices`."""
-        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], self.arrays)
+        return split(jax.tree.map(lambda leaf: jnp.asarray(leaf)[indices], self.arrays))
 
     @property
     def num_blocks(self) -> int:

@@ -20,6 +20,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import per_sample
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
+from bilevel.sharding import split, whole
 from bilevel.tracing import reached
 
 PyTree = Any
@@ -54,7 +55,7 @@ def batched(function: Callable, chunk: int | None = None) -> Callable:
     def counted(*args: PyTree) -> PyTree:
         _multiplicity.append(_multiplicity[-1] * len(jax.tree.leaves(args)[0]))
         try:
-            return jax.vmap(function)(*args)
+            return whole(jax.vmap(function)(*split(args)))
         finally:
             _multiplicity.pop()
 
@@ -180,12 +181,15 @@ def sample_gradients(
     def weighted(x: PyTree, ys: PyTree, a: Array, b: Array) -> Array:
         return jnp.sum(jax.vmap(lambda y, a, b: a * f(x, y, upper) + b * g(x, y, lower))(ys, a, b))
 
+    def slopes(*parts: PyTree) -> tuple[PyTree, PyTree]:
+        return whole(jax.grad(weighted, argnums=(0, 1))(x, *split(parts)))
+
     part = _divisor(size, chunk)
     if part == size:
-        return jax.grad(weighted, argnums=(0, 1))(x, ys, a, b)
+        return slopes(ys, a, b)
 
     def add(total: PyTree, piece: PyTree) -> tuple[PyTree, PyTree]:
-        by_x, by_y = jax.grad(weighted, argnums=(0, 1))(x, *piece)
+        by_x, by_y = slopes(*piece)
         return jax.tree.map(operator.add, total, by_x), by_y
 
     pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), (ys, a, b))

@@ -6,6 +6,7 @@ chunk is a traced number, so that neither the chunk length nor a resume changes 
 serves every chunk.
 """
 
+import dataclasses
 import os
 import time
 import weakref
@@ -20,8 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import report
+from bilevel import report, sharding
 from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel.data import Full
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
@@ -82,7 +84,7 @@ def _all_finite(state: PyTree) -> Array:
 @partial(jax.jit, static_argnames="many")
 def _init(problem: BilevelProblem, solver: Solver, key: Array, many: bool) -> PyTree:
     one = lambda key: solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))  # noqa: E731
-    return jax.vmap(one)(key) if many else one(key)
+    return sharding.whole(jax.vmap(one)(key) if many else one(key))
 
 
 @partial(jax.jit, static_argnames="many")
@@ -101,7 +103,7 @@ def _advance(
         state, info = advance(problem, solver, state, key, start, num_steps)
         return state, info, _all_finite(state)
 
-    return jax.vmap(one)(state, key) if many else one(state, key)
+    return sharding.whole(jax.vmap(one)(state, key) if many else one(state, key))
 
 
 @partial(jax.jit, static_argnames=("many", "measure"))
@@ -112,7 +114,7 @@ def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure:
         measured = measure(problem, x, y)
         return jnp.stack([jnp.asarray(field, measured.value.dtype) for field in measured])
 
-    return jax.vmap(one)(x, y) if many else one(x, y)
+    return sharding.whole(jax.vmap(one)(x, y) if many else one(x, y))
 
 
 def solve(
@@ -129,6 +131,7 @@ def solve(
     progress: bool | None = None,
     throw: bool = False,
     measure: Callable | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Solution:
     """Run `solver` on `problem`.
 
@@ -149,6 +152,9 @@ def solve(
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
         measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
             with `many_minimisers` on a constrained lower level, looks for its least value (`gap.measure_global`).
+        mesh: devices to compute on together (`bilevel.sharding`): data, batches, samples and perturbations are split
+            along their first axis. The result is that of one device up to the rounding of sums. With several
+            processes each calls `solve` with the same arguments.
 
     Returns:
         a `Solution`; printing it gives the report.
@@ -161,10 +167,11 @@ def solve(
     """
     _check_arguments(max_steps, every, tol, time_limit)
     _check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
-    solutions = _drive(
-        problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
-        callback=callback, checkpoint=checkpoint, progress=progress, measure=measure,
-    )  # fmt: skip
+    with sharding.on(mesh) as devices:
+        solutions = _drive(
+            problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
+            callback=callback, checkpoint=checkpoint, progress=progress, measure=measure, mesh=devices,
+        )  # fmt: skip
     if throw and solutions[0].status not in (Status.CONVERGED, Status.MAX_STEPS):
         raise SolveError(solutions[0])
     return solutions[0]
@@ -256,7 +263,7 @@ def _drive(
     problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float |
     None,
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
-    measure: Callable | None,
+    measure: Callable | None, mesh: jax.sharding.Mesh | None = None,
 ) -> list[Solution]:  # fmt: skip
     if problem not in _validated:  # by identity: a study solves one problem many times
         _validated.add(problem.validate())
@@ -270,6 +277,11 @@ def _drive(
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
     owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
+    if mesh is not None:
+        upper, lower = sharding.place_data((problem.upper_data, problem.lower_data), mesh)
+        rest = sharding.place(dataclasses.replace(problem, upper_data=Full(), lower_data=Full()), mesh)
+        problem = dataclasses.replace(rest, upper_data=upper, lower_data=lower)
+        solver, key = sharding.place((solver, key), mesh)
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
@@ -282,7 +294,8 @@ def _drive(
     step, rows = 0, [Record() for _ in range(count)]
     call, passes = solver.cost(problem), passes_per_step(problem, solver)
     if checkpoint is not None and Path(checkpoint).exists():
-        (state, info), notes = load_checkpoint(checkpoint, (state, info), owner=owner)
+        saved, notes = load_checkpoint(checkpoint, (state, info), owner=owner)
+        state, info = sharding.place(saved, mesh)
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
         rows = [Record.decode(rows) for rows in notes["rows"]]
 
@@ -329,7 +342,7 @@ def _drive(
             target = min(max_steps, (step // every + 1) * every)
             while step < target and not done:
                 piece = 1 if pace == 0 else max(1, int(PATIENCE / pace))
-                piece = min(piece, target - step)
+                piece = min(piece, target - step) if jax.process_count() == 1 else target - step
                 with clock.on("solve"):
                     begin = time.perf_counter()
                     new_state, new_info, finite = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
@@ -343,7 +356,7 @@ def _drive(
                 if not done:
                     state, info, step = new_state, new_info, step + piece
                 bar.update(step, rows[0])
-                if time_limit is not None and clock.solve >= time_limit and step < max_steps:
+                if time_limit is not None and sharding.agreed(clock.solve) >= time_limit and step < max_steps:
                     ending, done = Status.TIME_LIMIT, True
             if len(finished) < count:
                 done = look() or done

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FLOORS = (  # lowest first; files on one floor do not import each other
     {"struct", "least_distance", "tracing"},
+    {"sharding"},
     {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint", "report"},
     {"per_sample"},

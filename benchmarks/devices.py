@@ -1,0 +1,134 @@
+"""Throughput against the number of devices: `python -m benchmarks.devices [--samples 200000] [--out devices.png]`.
+
+One SOBA run on a finite sum of least squares (n samples of d features; a step is one pass over all of them), sharded
+over 1, 2, 4, … devices: steps a second, the speed-up over one device, and the largest difference of x to one device's.
+Without an accelerator the devices are `--devices` virtual ones of this machine's processor: they share its cores and
+memory, so that the table shows the cost of partitioning there, not a gain. Runs are interleaved; medians.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def upper(x: Any, y: Any, batch: Any) -> Any:
+    """Half the mean squared error on the validation rows, shape []; batch (Z [n, d], t [n])."""
+    import jax.numpy as jnp
+
+    return jnp.mean((batch[0] @ y - batch[1]) ** 2) / 2
+
+
+def lower(x: Any, y: Any, batch: Any) -> Any:
+    """The same on the training rows, with a penalty e^x a feature, shape []."""
+    import jax.numpy as jnp
+
+    return upper(x, y, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
+
+
+def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, dict[str, float]]:
+    """{devices: steps a second, difference of x to one device's}."""
+    import jax
+    import jax.numpy as jnp
+
+    import bilevel
+
+    rng = np.random.default_rng(0)
+    Z = rng.normal(size=(2, samples, features))
+    t = Z @ rng.normal(size=features) + rng.normal(size=(2, samples))
+    halves = [bilevel.Full((jnp.asarray(Z[k]), jnp.asarray(t[k]))) for k in (0, 1)]
+    problem = bilevel.BilevelProblem(
+        upper, bilevel.Minimize(lower), upper_data=halves[0], lower_data=halves[1],
+        init=lambda key: (jnp.zeros(features), jnp.zeros(features)),
+    )  # fmt: skip
+    solver = bilevel.SOBA(0.3, 0.3, 0.1)
+    counts = [n for n in (2**k for k in range(10)) if n <= jax.device_count()]
+    calls: dict[int, Callable[[], Any]] = {}
+    for count in counts:
+        mesh = None if count == 1 else jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",))
+
+        def call(mesh: Any = mesh) -> Any:
+            return bilevel.solve(
+                problem, solver, key=jax.random.key(0), max_steps=steps, every=steps, tol=0.0, progress=False,
+                mesh=mesh, measure=nothing,
+            )  # fmt: skip
+
+        calls[count] = call
+
+    def nothing(problem: Any, x: Any, y: Any) -> Any:
+        zero = jnp.zeros(())
+        return bilevel.diagnostics.Measurement(zero, zero, zero, zero, zero, zero)
+
+    first = {count: call() for count, call in calls.items()}
+    times: dict[int, list[float]] = {count: [] for count in counts}
+    for _ in range(repeats):
+        for count, call in calls.items():
+            times[count].append(call().stats["solve_time"])
+    alone = np.asarray(first[1].x)
+    return {
+        count: {
+            "rate": steps / float(np.median(times[count])),
+            "difference": float(np.abs(np.asarray(first[count].x) - alone).max()),
+        }
+        for count in counts
+    }
+
+
+def plot(found: dict[int, dict[str, float]], path: Path, title: str) -> None:
+    """Steps a second against devices, with the line of perfect scaling."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    ax: Any = figure.subplots()
+    counts = list(found)
+    rates = [found[count]["rate"] for count in counts]
+    ax.plot(counts, rates, "o-", label="measured")
+    ax.plot(counts, [rates[0] * count for count in counts], ":", color="gray", label="perfect scaling")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log", base=2)
+    ax.set_xlabel("devices")
+    ax.set_ylabel("throughput (steps/s)")
+    ax.set_title(title, fontsize=9)
+    ax.legend()
+    ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Measure, print and draw."""
+    parser = argparse.ArgumentParser(description="throughput against the number of devices")
+    parser.add_argument("--samples", type=int, default=200_000)
+    parser.add_argument("--features", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--devices", type=int, default=8, help="virtual ones, where there is no accelerator")
+    parser.add_argument("--out", type=Path, help="a PNG of the plot")
+    options = parser.parse_args()
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={options.devices}")
+    import jax
+    from rich.console import Console
+    from rich.table import Table
+
+    jax.config.update("jax_enable_x64", True)
+    begin = time.perf_counter()
+    found = measure(options.samples, options.features, options.steps, options.repeats)
+    kind = jax.devices()[0].device_kind
+    title = f"{options.samples} samples of {options.features} features, float64, {kind}, {os.cpu_count()} cores"
+    table = Table(title=title)
+    for column in ("devices", "steps/s", "speed-up", "largest difference of x"):
+        table.add_column(column, justify="right")
+    for count, row in found.items():
+        speed = row["rate"] / found[1]["rate"]
+        table.add_row(str(count), f"{row['rate']:.1f}", f"{speed:.2f}", f"{row['difference']:.1e}")
+    Console(width=100).print(table)
+    if options.out is not None:
+        plot(found, options.out, title)
+    print(f"{time.perf_counter() - begin:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()
