@@ -39,9 +39,14 @@ def split(tree: PyTree) -> PyTree:
     if mesh is None:
         return tree
     over = PartitionSpec(mesh.axis_names)
-    return jax.tree.map(
-        lambda leaf: jax.lax.with_sharding_constraint(leaf, over) if _divisible(leaf, mesh.size) else leaf, whole(tree)
-    )
+
+    def one(leaf: Any) -> Any:
+        if not _divisible(leaf, mesh.size):
+            return leaf
+        apart = jax.lax.optimization_barrier(whole(leaf))  # or else two constraints in a row are taken for one
+        return jax.lax.with_sharding_constraint(apart, over)
+
+    return jax.tree.map(one, tree)
 
 
 def whole(tree: PyTree) -> PyTree:
