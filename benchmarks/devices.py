@@ -9,7 +9,6 @@ memory, so that the table shows the cost of partitioning there, not a gain. Runs
 import argparse
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,7 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
     )  # fmt: skip
     solver = bilevel.SOBA(0.3, 0.3, 0.1)
     counts = [n for n in (2**k for k in range(10)) if n <= jax.device_count()]
-    calls: dict[int, Callable[[], Any]] = {}
+    calls: dict[int, Any] = {}
     for count in counts:
         mesh = None if count == 1 else jax.sharding.Mesh(np.array(jax.devices()[:count]), ("data",))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel import sharding
 from bilevel.data import Full, PerSample, Source
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
@@ -101,6 +102,14 @@ class BilevelProblem:
         """The same problem with all of the data in every batch: what solvers that are not stochastic run on."""
         upper, lower = Full(self.upper_data.full()), Full(self.lower_data.full())
         return dataclasses.replace(self, upper_data=upper, lower_data=lower)
+
+    def on_mesh(self, mesh: jax.sharding.Mesh | None) -> "BilevelProblem":
+        """The same problem with its data split over the devices of `mesh`, the rest whole on each; None: itself."""
+        if mesh is None:
+            return self
+        upper, lower = sharding.place_data((self.upper_data, self.lower_data), mesh)
+        rest = sharding.place(dataclasses.replace(self, upper_data=Full(), lower_data=Full()), mesh)
+        return dataclasses.replace(rest, upper_data=upper, lower_data=lower)
 
     def validate(self) -> "BilevelProblem":
         """Check everything that can be checked without solving; return self.

@@ -1,12 +1,10 @@
 """Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds by vmap).
 
 The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps
-of a
-chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one compilation
-serves every chunk.
+of a chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one
+compilation serves every chunk.
 """
 
-import dataclasses
 import os
 import time
 import weakref
@@ -23,7 +21,6 @@ from jax import Array
 
 from bilevel import report, sharding
 from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from bilevel.data import Full
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
@@ -277,11 +274,7 @@ def _drive(
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
     owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
-    if mesh is not None:
-        upper, lower = sharding.place_data((problem.upper_data, problem.lower_data), mesh)
-        rest = sharding.place(dataclasses.replace(problem, upper_data=Full(), lower_data=Full()), mesh)
-        problem = dataclasses.replace(rest, upper_data=upper, lower_data=lower)
-        solver, key = sharding.place((solver, key), mesh)
+    problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
