@@ -15,7 +15,7 @@ from rich import box
 from rich.table import Table
 
 from benchmarks.registry import UsageError, nearest
-from bilevel.guarantees import LANES, Counterexample, Finding, Guarantee, Recipe, judge, search
+from bilevel.guarantees import Counterexample, Finding, Guarantee, Recipe, judge, search
 from bilevel.guarantees import Path as Trace
 from problems.guarantees import guarantees
 
@@ -184,6 +184,6 @@ def replay(guarantee: Guarantee, folder: Path) -> tuple[Trace, bool]:
         guarantee.instances, lambda r: isinstance(r, Recipe) and r.build.__name__ == drawn["build"], settings=quick
     )
     recipe = Recipe(any_recipe.build, drawn["seed"], drawn["numbers"])
-    trial = guarantee.try_on(recipe, LANES)
+    trial = guarantee.try_on(recipe)
     path, broken = judge(guarantee, recipe, jax.tree.map(lambda leaf: leaf[:1], trial))
     return path, broken is not None

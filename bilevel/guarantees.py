@@ -74,6 +74,7 @@ class Guarantee:
         horizon: the k's, whole numbers.
         rounding: constants -> [], what floating point may add to a measured value.
         rate: "geometric" (measured ~ q^k), "power" (k^p) or "" where k is no time.
+        lanes: instances of a recipe that are tried at once; fewer where measuring takes long.
     """
 
     name: str
@@ -86,6 +87,7 @@ class Guarantee:
     rounding: Callable[[Any], Any]
     statement: str = ""
     rate: str = ""
+    lanes: int = LANES
 
     def __post_init__(self) -> None:
         """Check the horizon and the kind of rate."""
@@ -107,8 +109,9 @@ class Guarantee:
             invalid(f"measure ({self.name})", f"shape {measured.shape}", f"the bound's shape {bound.shape}", do)
         return Trial(measured, bound, jnp.asarray(self.rounding(instance.constants), float), margins)
 
-    def try_on(self, drawn: Any, lanes: int = LANES) -> Trial:
+    def try_on(self, drawn: Any, lanes: int | None = None) -> Trial:
         """Trials of a recipe at the seeds seed, …, seed + lanes - 1, or of one instance; leading axis [lanes]."""
+        lanes = self.lanes if lanes is None else lanes
         if isinstance(drawn, Recipe):
             trial = _many(self, drawn.build, jnp.arange(lanes) + drawn.seed, _arrays(drawn.numbers))
         else:
@@ -249,7 +252,7 @@ def search(
     examples: int = 200,
     seconds: float = math.inf,
     seed: int = 0,
-    lanes: int = LANES,
+    lanes: int | None = None,
     shrink: bool = True,
 ) -> Finding:
     """Try to break `guarantee`.
@@ -259,7 +262,7 @@ def search(
         examples: draws of Hypothesis; half of them climb towards violation from the worst ones.
         seconds: stop drawing after so many; what is found is still shrunk.
         seed: makes the search repeatable.
-        lanes: instances per recipe.
+        lanes: instances per recipe; default the guarantee's own number.
         shrink: simplify a counterexample.
     """
     import hypothesis
@@ -301,7 +304,7 @@ def search(
         attempt()
     except _Broken:
         count["draws"] += 1
-        count["instances"] += lanes
+        count["instances"] += guarantee.lanes if lanes is None else lanes
     found = broken[-1] if broken else None  # Hypothesis ends with the smallest
     tightest = best[0] if best else None
     steady = late[0] if late else tightest

@@ -261,30 +261,62 @@ def expected_step(
     return Expected(after, tables, (moved, moved_y, moved_v))
 
 
-def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 40) -> tuple[Steps, Array]:
-    """(steps, factor): of a = b = 2^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
+def after_steps(
+    constants: Constants, mu_F: Any, L_F: Any, steps: Steps, noise: Noise, errors: Errors, tables: Tables | None,
+    num_steps: int | Array,
+) -> tuple[Errors, Tables | None]:  # fmt: skip
+    """Bounds of (E|x_k - x*|^2)^(1/2), … after k = num_steps steps.
 
-    It is positively homogeneous and monotone, so the largest component's growth over `rounds` steps from (1, …, 1),
-    divided by them, is what it contracts by per step. A factor of one or more: no such steps contract, by this bound.
+    `expected_step` holds given any state; its right-hand sides are lengths of vectors whose entries are linear in the
+    errors with coefficients >= 0, so that Minkowski's inequality in L^2 lets the roots of mean squares take the
+    errors' place: it may be iterated.
     """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(6)
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(20)[::2]
+    body = lambda _, carry: expected_step(constants, mu_F, L_F, steps, noise, *carry)[:2]  # noqa: E731
+    carry = jax.tree.map(lambda part: jnp.asarray(part, float), (errors, tables))
+    return jax.lax.fori_loop(0, num_steps, body, carry)
+
+
+def soba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, errors: Errors, num_steps: int) -> Steps:
+    """Of a = b = 2^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F): SOBA's with batches that make the bound of E|x - x*|^2
+
+    after `num_steps` steps least. With constant steps the bound ends at a level that the noise sets; with these it
+    falls with their number.
+    """
+    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(8)
+    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(16)[::2]
+
+    def end(a: Array, c: Array) -> Array:
+        return after_steps(constants, mu_F, L_F, Steps(a, a, c), noise, errors, None, num_steps)[0].e
+
+    ends = jax.vmap(lambda a: jax.vmap(lambda c: end(a, c))(c))(a)
+    i, j = jnp.unravel_index(jnp.nanargmin(ends), ends.shape)
+    return Steps(a[i], a[i], c[j])
+
+
+def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 150) -> tuple[Steps, Array]:
+    """(steps, factor): of a = b = 4^-i 2/(mu + L_g), c = 8^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
+
+    `expected_step` is monotone and positively homogeneous: where it takes w > 0 to at most factor w in each component,
+    all errors and tables are below factor^k times a multiple of w. w is what `rounds` steps make of (1, …, 1). A factor
+    of one or more: no contraction was found.
+    """
+    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(12)[::2]
+    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(30)[::3]
 
     def factor(a: Array, c: Array) -> Array:
-        steps = Steps(a, a, c)
-
-        def body(_: Array, carry: tuple[Errors, Tables, Array]) -> tuple[Errors, Tables, Array]:
-            errors, tables, logs = carry
-            errors, tables, _ = expected_step(constants, mu_F, L_F, steps, noise, errors, tables)
+        def step(w: Array) -> Array:
+            errors, tables = Errors(*w[:3]), Tables(*w[3:])
+            errors, tables, _ = expected_step(constants, mu_F, L_F, Steps(a, a, c), noise, errors, tables)
             assert tables is not None
-            size = jnp.max(jnp.stack([*errors, *tables]))
-            errors, tables = jax.tree.map(lambda part: part / size, (errors, tables))
-            return errors, tables, logs + jnp.log(size)
+            return jnp.stack([*errors, *tables])
 
-        one = jnp.ones(())
-        logs = jax.lax.fori_loop(0, rounds, body, (Errors(one, one, one), Tables(one, one), jnp.zeros(())))[2]
-        return jnp.exp(logs / rounds)
+        def body(_: Array, w: Array) -> Array:
+            w = step(w)
+            return w / jnp.max(w)
+
+        w = jax.lax.fori_loop(0, rounds, body, jnp.ones(5))
+        return jnp.max(step(w) / jnp.maximum(w, 1e-30))
 
     factors = jax.vmap(lambda a: jax.vmap(lambda c: factor(a, c))(c))(a)
-    i, j = jnp.unravel_index(jnp.argmin(factors), factors.shape)
+    i, j = jnp.unravel_index(jnp.nanargmin(factors), factors.shape)
     return Steps(a[i], a[i], c[j]), factors[i, j]

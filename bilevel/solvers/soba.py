@@ -55,16 +55,25 @@ class SOBA(Solver):
         step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
 
     @classmethod
-    def from_theory(cls, constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 0.0) -> "SOBA":
-        """Steps for which `theory.single_loop_matrix` bounds all errors on all of the data, for every k.
+    def from_theory(
+        cls, constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 0.0,
+        batches: tuple[theory.Noise, theory.Errors, int] | None = None,
+    ) -> "SOBA":  # fmt: skip
+        """Steps for which `theory.single_loop_matrix` bounds all errors on all of the data, for every k; with batches,
+
+        those whose bound of E|x - x*|^2 after a given number of steps, on quadratics, is least: `theory.soba_steps`.
 
         Args:
             constants: of f and g.
             mu_F: strong convexity of F.
             L_F: Lipschitz constant of grad F.
             v_bound: >= sup |v(x)|; needed only where g is not quadratic.
+            batches: (how far the blocks of f and g differ, bounds of the errors at the start, the number of steps).
         """
-        a, b, c = theory.single_loop_steps(constants, mu_F, L_F, v_bound)
+        if batches is None:
+            a, b, c = theory.single_loop_steps(constants, mu_F, L_F, v_bound)
+        else:
+            a, b, c = theory.soba_steps(constants, mu_F, L_F, *batches)
         return cls(lower_step_size=a, linear_step_size=b, upper_step_size=c)
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:

@@ -1,4 +1,15 @@
-"""Gradient descent on F with exact hypergradients: the classical rates, on instances that attain them."""
+"""Gradient, projected and accelerated gradient descent on F with exact hypergradients: the classical rates.
+
+All on functions F that are mu-strongly convex with an L-Lipschitz gradient, from x_0:
+
+    x+ = x - s grad F(x):            |x_k - x*| <= max(|1 - s mu|, |1 - s L|)^k |x_0 - x*|
+    x+ = Proj_X(x - s grad F(x)):    the same, x* the minimiser over X, a fixed point of a step that contracts so
+    x+ = z - grad F(z)/L, z+ = x+ + b (x+ - x), b = (sqrt(L) - sqrt(mu))/(sqrt(L) + sqrt(mu)):
+                                     F(x_k) - F* <= (1 - sqrt(mu/L))^k (F(x_0) - F* + mu |x_0 - x*|^2/2)
+
+The first two are attained, by |x|^2 times mu/2 or L/2. The third is not: `python -m benchmarks.peers.pepit` has the
+exact worst case beside it.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -7,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import BilevelProblem, Full, Minimize, assumptions, hypergradient, theory
+from bilevel import BilevelProblem, Box, Full, Minimize, assumptions, hypergradient, theory
 from bilevel.guarantees import Guarantee
 from problems import strategies
 from problems.guarantees.instances import (
@@ -32,8 +43,21 @@ def gradient_step(problem: BilevelProblem, x: Array, y: Array, step: Array) -> t
     return x - step * h.gradient, h.y
 
 
-def descend(problem: BilevelProblem, x: Array, y: Array, step: Array, ks: tuple[int, ...], move: Callable) -> Array:
-    """The iterates after each k of `ks`, shape [len(ks), dim x]."""
+def projected_step(problem: BilevelProblem, x: Array, y: Array, step: Array) -> tuple[Array, Array]:
+    """Proj_X(x - step grad F(x)), and y(x)."""
+    x, y = gradient_step(problem, x, y, step)
+    return problem.x_set.project(x), y
+
+
+def accelerated_step(problem: BilevelProblem, pair: tuple[Array, Array], y: Array, steps: tuple[Array, Array]) -> Any:
+    """((x+, z+), y(z)) from (x, z) with steps = (1/L, b)."""
+    x, z = pair
+    new, y = gradient_step(problem, z, y, steps[0])
+    return (new, new + steps[1] * (new - x)), y
+
+
+def descend(problem: BilevelProblem, x: Any, y: Array, step: Any, ks: tuple[int, ...], move: Callable) -> Any:
+    """The iterates after each k of `ks`, shape [len(ks), dim x]; of each part where x is a pytree."""
 
     def segment(carry: Any, count: Array) -> Any:
         carry = jax.lax.fori_loop(0, count, lambda _, c: move(problem, *c, step), carry)
@@ -68,21 +92,23 @@ def strongly_convex(move: Callable = gradient_step) -> Guarantee:
 
 
 class KnownHuber(NamedTuple):
-    """L of grad F, mu of F, |x_0 - x*|."""
+    """L of grad F, mu of F, |x_0 - x*|, F(x_0) - F* + mu |x_0 - x*|^2/2."""
 
     L: Array
     mu: Array
     distance: Array
+    potential: Array
 
 
 class HuberData(NamedTuple):
-    """Directions U [DIM, DIM] (rows), widths [DIM], L, mu, x_star [DIM]."""
+    """Directions U [DIM, DIM] (rows), widths [DIM], L, mu, x_star [DIM], slope [DIM] = grad F(x*)."""
 
     U: Array
     width: Array
     L: Array
     mu: Array
     x_star: Array
+    slope: Array
 
 
 def huber(t: Array, width: Array) -> Array:
@@ -92,9 +118,10 @@ def huber(t: Array, width: Array) -> Array:
 
 
 def huber_upper(x: Array, y: Array, batch: HuberData) -> Array:
-    """The upper objective f = mu |y - x*|^2/2 + (L - mu) sum_i huber(u_i'(y - x*))."""
+    """The upper objective f = mu |y - x*|^2/2 + (L - mu) sum_i huber(u_i'(y - x*)) + slope'(y - x*)."""
     away = y - batch.x_star
-    return batch.mu * away @ away / 2 + (batch.L - batch.mu) * jnp.sum(huber(batch.U @ away, batch.width))
+    curved = batch.mu * away @ away / 2 + (batch.L - batch.mu) * jnp.sum(huber(batch.U @ away, batch.width))
+    return curved + batch.slope @ away
 
 
 def identity_lower(x: Array, y: Array, batch: Any) -> Array:
@@ -103,27 +130,40 @@ def identity_lower(x: Array, y: Array, batch: Any) -> Array:
 
 
 class Huber(NamedTuple):
-    """F = mu |x - x*|^2/2 + (L - mu) times a sum of Huber functions along orthonormal directions, from x."""
+    """F = mu |x - x*|^2/2 + (L - mu) times a sum of Huber functions along orthonormal directions, from x.
+
+    With a slope c, F is minimised over `box`, at x*, where -c points out of it.
+    """
 
     data: HuberData
     x: Array
     constants: KnownHuber
+    box: Box
 
     @property
     def problem(self) -> BilevelProblem:
         """The bilevel problem."""
-        return BilevelProblem(huber_upper, Minimize(identity_lower), upper_data=Full(self.data), init=origin)
+        return BilevelProblem(
+            huber_upper, Minimize(identity_lower), x_set=self.box, upper_data=Full(self.data), init=origin
+        )
 
 
 def huber_instance(
-    key: Array, dim: Array, L: Array, convexity: Array, width: Array, spread: Array, offset: Array
-) -> Huber:
-    """|x_0 - x*| = 1; widths `width` times up to 1 + spread; mu = convexity L."""
-    keys = jax.random.split(key, 4)
+    key: Array, dim: Array, L: Array, convexity: Array, width: Array, spread: Array, offset: Array,
+    corner: Array | float = 0.0,
+) -> Huber:  # fmt: skip
+    """|x_0 - x*| = 1; widths `width` times up to 1 + spread; mu = convexity L; a slope of entries of about corner L.
+
+    The box ends at x* in the coordinates with a slope, half of them, and nowhere in the others.
+    """
+    keys = jax.random.split(key, 5)
     widths = width * (1 + spread * jax.random.uniform(keys[0], (DIM,), float))
     U, x_star = basis(keys[1]), offset * normal(keys[2], DIM)
     x = x_star + U.T @ of_length(normal(keys[3], DIM) * mask(dim), jnp.ones(()))
-    return Huber(HuberData(U, widths, L, convexity * L, x_star), x, KnownHuber(L, convexity * L, jnp.ones(())))
+    slope = jnp.where(jnp.arange(DIM) % 2 == 0, corner * L * normal(keys[4], DIM), 0)
+    box = Box(jnp.where(slope > 0, x_star, -jnp.inf), jnp.where(slope < 0, x_star, jnp.inf))
+    data, one, mu = HuberData(U, widths, L, convexity * L, x_star, slope), jnp.ones(()), convexity * L
+    return Huber(data, x, KnownHuber(L, mu, one, huber_upper(x, x, data) + mu / 2), box)
 
 
 def _hessian(instance: Huber) -> Array:
@@ -140,10 +180,11 @@ def convex_at_start(instance: Huber) -> Array:
     return jnp.linalg.eigvalsh(_hessian(instance))[0] - instance.constants.mu + 1e-9 * instance.constants.L
 
 
-def _hubers(convexity: Any) -> Any:
+def hubers(convexity: Any, L: Any = None, **more: Any) -> Any:
+    """Recipes of `huber_instance` with mu/L from `convexity`."""
     return strategies.recipes(
-        huber_instance, dim=strategies.dims(DIM), L=strategies.scales(), convexity=convexity,
-        width=strategies.fractions(0.0, 1.0), spread=strategies.sizes(), offset=strategies.switches,
+        huber_instance, dim=strategies.dims(DIM), L=strategies.scales() if L is None else L, convexity=convexity,
+        width=strategies.fractions(0.0, 1.0), spread=strategies.sizes(), offset=strategies.switches, **more,
     )  # fmt: skip
 
 
@@ -156,7 +197,7 @@ def convex(move: Callable = gradient_step) -> Guarantee:
 
     return Guarantee(
         "gd-convex", "Drori, Teboulle 2014", (smooth_at_start, convex_at_start),
-        _hubers(strategies.just(0.0)), measure,
+        hubers(strategies.just(0.0)), measure,
         lambda known, k: known.L * known.distance**2 / (4 * k + 2), (1, 2, 5, 10, 20, 50),
         lambda known: 1e4 * EPS * known.L, "F(x_k) - F* <= L |x_0 - x*|^2/(4 k + 2), step 1/L", "power",
     )  # fmt: skip
@@ -175,11 +216,54 @@ def both(move: Callable = gradient_step) -> Guarantee:
 
     return Guarantee(
         "gd-smooth", "Nesterov 2004, 2.1.15", (smooth_at_start, convex_at_start),
-        _hubers(strategies.fractions(0.001, 1.0)), measure, bound, (1, 2, 5, 10, 20, 50), lambda known: 1e4 * EPS,
+        hubers(strategies.fractions(0.001, 1.0)), measure, bound, (1, 2, 5, 10, 20, 50), lambda known: 1e4 * EPS,
         "|x_k - x*| <= ((L - mu)/(L + mu))^k |x_0 - x*|, step 2/(mu + L), F not quadratic", "geometric",
+    )  # fmt: skip
+
+
+def projected(move: Callable = projected_step) -> Guarantee:
+    """Distances with step 1/L and x in a box, at a corner of which the solution may be."""
+
+    def measure(instance: Huber, horizon: tuple[int, ...]) -> Array:
+        xs = descend(instance.problem, instance.x, instance.x, 1 / instance.constants.L, horizon, move)
+        outside = jnp.max(jnp.maximum(instance.box.lo[None] - xs, xs - instance.box.hi[None]), axis=1)
+        return jnp.stack([jnp.linalg.norm(xs - instance.data.x_star[None, :], axis=1), outside], axis=1)
+
+    def bound(known: KnownHuber, k: int) -> Array:
+        return jnp.stack([theory.contraction(1 / known.L, known.mu, known.L) ** k * known.distance, jnp.zeros(())])
+
+    return Guarantee(
+        "gd-projected", "Taylor et al. 2018", (smooth_at_start, convex_at_start),
+        hubers(strategies.fractions(0.001, 1.0), corner=strategies.sizes()), measure, bound, (1, 2, 5, 10, 20, 50),
+        lambda known: 1e4 * EPS, "|x_k - x*| <= (1 - mu/L)^k |x_0 - x*|, x* over a box, step 1/L; x_k in the box",
+        "geometric",
+    )  # fmt: skip
+
+
+def momentum(mu: Any, L: Any) -> Any:
+    """B = (sqrt(L) - sqrt(mu))/(sqrt(L) + sqrt(mu))."""
+    return (jnp.sqrt(L) - jnp.sqrt(mu)) / (jnp.sqrt(L) + jnp.sqrt(mu))
+
+
+def accelerated(move: Callable = accelerated_step) -> Guarantee:
+    """Values of Nesterov's method with constant momentum."""
+
+    def measure(instance: Huber, horizon: tuple[int, ...]) -> Array:
+        L, mu, x = instance.constants.L, instance.constants.mu, instance.x
+        xs, _ = descend(instance.problem, (x, x), x, (1 / L, momentum(mu, L)), horizon, move)
+        return jax.vmap(lambda x: huber_upper(x, x, instance.data))(xs)
+
+    return Guarantee(
+        "gd-accelerated", "d'Aspremont et al. 2021, 4.15", (smooth_at_start, convex_at_start),
+        hubers(strategies.fractions(0.001, 1.0)), measure,
+        lambda known, k: (1 - jnp.sqrt(known.mu / known.L)) ** k * known.potential, (1, 2, 5, 10, 20, 50),
+        lambda known: 1e4 * EPS * known.L,
+        "F(x_k) - F* <= (1 - sqrt(mu/L))^k (F(x_0) - F* + mu |x_0 - x*|^2/2), Nesterov's method", "geometric",
     )  # fmt: skip
 
 
 STRONGLY_CONVEX = strongly_convex()
 CONVEX = convex()
 SMOOTH = both()
+PROJECTED = projected()
+ACCELERATED = accelerated()

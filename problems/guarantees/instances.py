@@ -1,9 +1,11 @@
 """Instances for executable theorems: built in JAX from a key and a few numbers, with exactly known constants.
 
-All are padded to DIM unknowns a level; `dim` (1 to DIM) is how many take part. With dim = 1 every direction is aligned,
-which is where inequalities between norms are tight.
+All are padded to DIM unknowns a level, or `size`; `dim` (1 to DIM) is how many take part. With dim = 1 every direction
+is aligned, which is where inequalities between norms are tight.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +80,9 @@ class Quadratic(NamedTuple):
     @property
     def problem(self) -> BilevelProblem:
         """With all of the data in every batch."""
-        return BilevelProblem(upper, Minimize(lower), upper_data=Full(self.f), lower_data=Full(self.g), init=origin)
+        return BilevelProblem(
+            upper, Minimize(lower), upper_data=Full(self.f), lower_data=Full(self.g), init=origin_of(self.x.size)
+        )
 
     def lower_solution(self, x: Array) -> Array:
         """The lower solution y(x)."""
@@ -98,9 +102,13 @@ class Quadratic(NamedTuple):
         return Errors(length(x - self.x_star), length(y - self.lower_solution(x)), length(v - self.adjoint(x)))
 
 
-def origin(key: Array) -> tuple[Array, Array]:
+@functools.cache
+def origin_of(size: int) -> Callable[[Array], tuple[Array, Array]]:
     """Zeros: states are moved to an instance's own start afterwards, `init` being a function of a key alone."""
-    return jnp.zeros(DIM, float), jnp.zeros(DIM, float)
+    return lambda key: (jnp.zeros(size, float), jnp.zeros(size, float))
+
+
+origin = origin_of(DIM)
 
 
 def quadratic(
@@ -118,39 +126,42 @@ def quadratic(
     e: Array,
     d: Array,
     u: Array,
+    size: int = DIM,
 ) -> Quadratic:
     """A quadratic with |H| = |M| = 1, |A| = coupling, |Q| = pull, |P| = bend and start errors e, d, u."""
     keys = iter(jax.random.split(key, 16))
-    some = mask(dim)
-    U, V = basis(next(keys)), basis(next(keys))
-    eigen_x, eigen_y = spectrum(condition_x, spread, flip_x), spectrum(condition_y, spread, flip_y)
+    some = mask(dim, size)
+    U, V = basis(next(keys), size), basis(next(keys), size)
+    eigen_x, eigen_y = (
+        spectrum(condition, spread, flip, size) for condition, flip in ((condition_x, flip_x), (condition_y, flip_y))
+    )
     M, H = U @ jnp.diag(eigen_x) @ U.T, V @ jnp.diag(eigen_y) @ V.T
     inverse = V @ jnp.diag(1 / eigen_y) @ V.T
 
-    def between(key: Array, size: Array) -> Array:
-        return V @ of_norm(normal(key, DIM, DIM) * jnp.outer(some, some), size) @ U.T
+    def between(key: Array, length: Array) -> Array:
+        return V @ of_norm(normal(key, size, size) * jnp.outer(some, some), length) @ U.T
 
     A, Q = between(next(keys), coupling), between(next(keys), pull).T
-    P = normal(next(keys), DIM, DIM) * jnp.outer(some, some)
+    P = normal(next(keys), size, size) * jnp.outer(some, some)
     P = V @ of_norm(P + P.T, bend) @ V.T
     G = -(A.T @ H)
-    x_star, c, p = (offset * normal(next(keys), DIM) for _ in range(3))
+    x_star, c, p = (offset * normal(next(keys), size) for _ in range(3))
     S = M - A.T @ P @ A - Q @ A - A.T @ Q.T
     s = -(M @ x_star + A.T @ (P @ c + p) + Q @ c)
     f = Upper(*(part[None] for part in (P, Q, (S + S.T) / 2, p, s)))
     g = Lower(*(part[None] for part in (H, G, -H @ c)))
     W, w = inverse @ (P @ A + Q.T), inverse @ (P @ c + p)
 
-    x = x_star + of_length(U @ (normal(next(keys), DIM) * some), e)
-    y = A @ x + c + of_length(V @ (normal(next(keys), DIM) * some), d)
-    v = W @ x + w + of_length(V @ (normal(next(keys), DIM) * some), u)
+    x = x_star + of_length(U @ (normal(next(keys), size) * some), e)
+    y = A @ x + c + of_length(V @ (normal(next(keys), size) * some), d)
+    v = W @ x + w + of_length(V @ (normal(next(keys), size) * some), u)
     base = Constants(
         mu=1 / condition_y, L_g=jnp.ones(()), L_fx=pull, L_fy=bend, L_gxy=jnp.zeros(()), L_gyy=jnp.zeros(()),
         C_gxy=jnp.linalg.norm(G, 2),
     )  # fmt: skip
     length = jnp.linalg.norm
-    size = 1 + length(x) + length(y) + length(v) + length(s) + length(p) + length(W, 2) * (length(x_star) + e)
-    known = Known(base, 1 / condition_x, jnp.ones(()), Errors(e, d, u), size)
+    reach = 1 + length(x) + length(y) + length(v) + length(s) + length(p) + length(W, 2) * (length(x_star) + e)
+    known = Known(base, 1 / condition_x, jnp.ones(()), Errors(e, d, u), reach)
     return Quadratic(f, g, A, c, W, w, M, x_star, x, y, v, known)
 
 

@@ -1,4 +1,4 @@
-"""SOBA and SABA on finite sums: one step in exact expectation, over every pair of blocks."""
+"""SOBA and SABA on finite sums: one step in exact expectation, over every pair of blocks; `rates` has more steps."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from bilevel.guarantees import Guarantee
 from bilevel.struct import struct
 from bilevel.theory import Noise, Tables
 from problems import strategies
-from problems.guarantees.instances import DIM, EPS, REGULAR, Known, Quadratic, normal, origin, quadratic
+from problems.guarantees.instances import DIM, EPS, REGULAR, Known, Quadratic, normal, origin_of, quadratic
 from problems.quadratic import Lower, Upper, lower, upper
 
 BLOCKS = 3
@@ -63,13 +63,17 @@ class FiniteSum(NamedTuple):
     def problem(self, i: Array | int, j: Array | int) -> BilevelProblem:
         """With block j of f and block i of g as the next batches."""
         return BilevelProblem(
-            upper, Minimize(lower), upper_data=Chosen(self.f, j), lower_data=Chosen(self.g, i), init=origin
+            upper,
+            Minimize(lower),
+            upper_data=Chosen(self.f, j),
+            lower_data=Chosen(self.g, i),
+            init=origin_of(self.mean.x.size),
         )
 
 
-def _around(key: Array, mean: Array, noise: Array) -> Array:
-    """BLOCKS copies of mean [1, …] plus deviations of mean zero, symmetric where the mean is a matrix of its own."""
-    spread = normal(key, BLOCKS, *mean.shape[1:])
+def _around(key: Array, mean: Array, noise: Array, blocks: int) -> Array:
+    """Copies of mean [1, …] plus deviations of mean zero."""
+    spread = normal(key, blocks, *mean.shape[1:])
     return mean + noise * (spread - spread.mean(axis=0, keepdims=True))
 
 
@@ -79,7 +83,7 @@ def _symmetric(matrices: Array) -> Array:
 
 def _rms(parts: list[Array]) -> Array:
     """Root mean square over axis 0 of the length of all parts together."""
-    flat = jnp.concatenate([part.reshape(BLOCKS, -1) for part in parts], axis=1)
+    flat = jnp.concatenate([part.reshape(part.shape[0], -1) for part in parts], axis=1)
     return jnp.sqrt(jnp.mean(jnp.sum(flat**2, axis=1)))
 
 
@@ -94,13 +98,13 @@ def _pieces(f: Upper, g: Lower, x: Array, y: Array, v: Array) -> tuple[list[Arra
     return [fx, fy], [g.H @ y + jnp.einsum("nij,i->nj", g.G, x) + g.h, g.H @ v, g.G @ v]
 
 
-def finite_sum(key: Array, noise: Array, **numbers: Array) -> FiniteSum:
-    """A quadratic with BLOCKS blocks around it; single blocks of g need not be convex."""
+def finite_sum(key: Array, noise: Array, size: int = DIM, blocks: int = BLOCKS, **numbers: Array) -> FiniteSum:
+    """A quadratic with blocks around it; single blocks of g need not be convex."""
     keys = iter(jax.random.split(jax.random.fold_in(key, 1), 16))
-    mean = quadratic(key, **numbers)
+    mean = quadratic(key, size=size, **numbers)
     f, g = mean.f, mean.g
-    P, S, H = (_symmetric(_around(next(keys), part, noise)) for part in (f.P, f.S, g.H))
-    Q, p, s, G, h = (_around(next(keys), part, noise) for part in (f.Q, f.p, f.s, g.G, g.h))
+    P, S, H = (_symmetric(_around(next(keys), part, noise, blocks)) for part in (f.P, f.S, g.H))
+    Q, p, s, G, h = (_around(next(keys), part, noise, blocks) for part in (f.Q, f.p, f.s, g.G, g.h))
     f, g = Upper(P, Q, S, p, s), Lower(H, G, h)
     x_star, y_star = mean.x_star, mean.lower_solution(mean.x_star)
     v_star = mean.adjoint(x_star)
@@ -112,38 +116,52 @@ def finite_sum(key: Array, noise: Array, **numbers: Array) -> FiniteSum:
     hess_f, hess_g = hessians(f, g)
     away = lambda part: part - part.mean(axis=0, keepdims=True)  # noqa: E731
     at_f, at_g = _pieces(f, g, x_star, y_star, v_star)
-    count = jnp.asarray(float(BLOCKS))
+    count = jnp.asarray(float(blocks))
     known = Noise(
         _norms(hess_f), _norms(hess_g), _norms(away(hess_f)), _norms(away(hess_g)),
         _rms([away(part) for part in at_f]), _rms([away(part) for part in at_g]), count, count,
     )  # fmt: skip
-    old_f, old_g = _pieces(f, g, *(jnp.zeros(DIM) for _ in range(3)))
+    old_f, old_g = _pieces(f, g, *(jnp.zeros(size) for _ in range(3)))
     tables = Tables(
         _rms([a - b for a, b in zip(old_f, at_f, strict=True)]), _rms([a - b for a, b in zip(old_g, at_g, strict=True)])
     )
     return FiniteSum(mean, f, g, KnownSum(mean.constants, known, tables))
 
 
-sums = strategies.recipes(
-    finite_sum, noise=strategies.sizes(), dim=strategies.dims(DIM), condition_x=strategies.conditions(2),
-    condition_y=strategies.conditions(2), coupling=strategies.sizes(), pull=strategies.sizes(), bend=strategies.sizes(),
-    spread=strategies.sizes(), flip_x=strategies.booleans, flip_y=strategies.booleans, offset=strategies.switches,
-    e=strategies.sizes(), d=strategies.sizes(), u=strategies.sizes(),
-)  # fmt: skip
+NUMBERS = {
+    "noise": strategies.sizes(),
+    "dim": strategies.dims(DIM),
+    "condition_x": strategies.conditions(2),
+    "condition_y": strategies.conditions(2),
+    "coupling": strategies.sizes(),
+    "pull": strategies.sizes(),
+    "bend": strategies.sizes(),
+    "spread": strategies.sizes(),
+    "flip_x": strategies.booleans,
+    "flip_y": strategies.booleans,
+    "offset": strategies.switches,
+    "e": strategies.sizes(),
+    "d": strategies.sizes(),
+    "u": strategies.sizes(),
+}
+sums = strategies.recipes(finite_sum, **NUMBERS)
+
+
+def pieces_at_optimum(instance: FiniteSum) -> tuple[list[Array], list[Array]]:
+    """([f_x, f_y], [R, R_y' v, R_x' v]) of each block at (x*, y*, v*)."""
+    mean = instance.mean
+    x = mean.x_star
+    return _pieces(instance.f, instance.g, x, mean.lower_solution(x), mean.adjoint(x))
 
 
 def f_varies_little(instance: FiniteSum) -> Array:
     """Assumption: the variance of (f_x, f_y) over blocks at the optimum is at most optimum_f^2."""
-    x = instance.mean.x_star
-    at = _pieces(instance.f, instance.g, x, instance.mean.lower_solution(x), instance.mean.adjoint(x))[0]
-    return assumptions.bounded_variance(at, instance.constants.noise.optimum_f)
+    return assumptions.bounded_variance(pieces_at_optimum(instance)[0], instance.constants.noise.optimum_f)
 
 
 def g_varies_little(instance: FiniteSum) -> Array:
     """Assumption: the variance of (R, R_y' v, R_x' v) over blocks at the optimum is at most optimum_g^2."""
-    x = instance.mean.x_star
-    at = _pieces(instance.f, instance.g, x, instance.mean.lower_solution(x), instance.mean.adjoint(x))[1]
-    return assumptions.bounded_variance(at, instance.constants.noise.optimum_g)
+    return assumptions.bounded_variance(pieces_at_optimum(instance)[1], instance.constants.noise.optimum_g)
 
 
 def rounding(known: KnownSum) -> Array:
@@ -225,7 +243,7 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
         means = (weights @ part for part in (after.x, after.y, after.iterates.v))
         bias = jnp.stack([jnp.linalg.norm(m - e) for m, e in zip(means, exact, strict=True)])
 
-        at = _pieces(instance.f, instance.g, mean.x_star, mean.lower_solution(mean.x_star), mean.adjoint(mean.x_star))
+        at = pieces_at_optimum(instance)
         tables = [
             jnp.sqrt(weights @ _away(table.entries, best) ** 2)
             for table, best in zip((after.upper_table, after.lower_table), at, strict=True)
