@@ -21,7 +21,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"hypergradient"},
     {"goldstein", "implicit"},
     {"diagnostics"},
-    {"tuning", "theory", "assumptions", "gap"},
+    {"tuning", "theory", "theory_nonsmooth", "assumptions", "gap"},
     {"reference"},
     {"solver"},
     {"solvers"},
