@@ -18,7 +18,22 @@ import irl
 from bilevel import AID, CG, GMRES, MINRES, SABA, SOBA, Neumann, hypergradient
 from bilevel.guarantees import Guarantee, search
 from irl import soft
-from problems.guarantees import certified, ds_blo, gradient, linear, ml_irl, sampled, sets, single_loop, stochastic
+from problems.guarantees import (
+    certified,
+    constrained,
+    ds_blo,
+    ds_blo_runs,
+    gradient,
+    kkt,
+    linear,
+    ml_irl,
+    rewards,
+    sampled,
+    sets,
+    single_loop,
+    stochastic,
+    stochastic_rates,
+)  # fmt: skip
 from problems.guarantees import soft as soft_guarantees
 
 
@@ -100,6 +115,18 @@ def solvers() -> Iterator[Mutant]:
     yield Mutant("table of g without its new mean", stochastic.saba(faulty(SABA, _stale_mean).from_theory))
 
 
+def batches() -> Iterator[Mutant]:
+    """SOBA and SABA over many steps on batches."""
+    soba, saba = SOBA.from_theory, SABA.from_theory
+    for fault, step in {"dropped R_x' v": _adjoint(jnp.zeros_like), "stale v": _kept("v")}.items():
+        yield Mutant(fault, stochastic_rates.soba(faulty(SOBA, step).from_theory))
+    for name in ("lower_step_size", "upper_step_size"):
+        yield Mutant(f"{name} 3x", stochastic_rates.soba(longer(soba, name)))
+        yield Mutant(f"{name} 3x", stochastic_rates.saba(longer(saba, name)))
+    yield Mutant("table of g without its new mean", stochastic_rates.saba(faulty(SABA, _stale_mean).from_theory))
+    yield Mutant("table of g never stored", stochastic_rates.saba(faulty(SABA, _kept("lower_table")).from_theory))
+
+
 def _stale_mean(true: Callable, problem: Any, state: Any, key: Any) -> Any:
     """The correction by the table's mean is dropped: as if it were zero."""
     zero = jax.tree.map(jnp.zeros_like, state.lower_table.mean)
@@ -139,6 +166,12 @@ def hypergradients() -> Iterator[Mutant]:
     yield Mutant("step 3x", gradient.convex(lambda p, x, y, s: step(p, x, y, 3 * s)))
     yield Mutant("step 3x", gradient.both(lambda p, x, y, s: step(p, x, y, 3 * s)))
     yield Mutant("dropped implicit term", gradient.strongly_convex(_without_implicit))
+    yield Mutant("projection left out", gradient.projected(step))
+    yield Mutant("step 3x", gradient.projected(lambda p, x, y, s: gradient.projected_step(p, x, y, 3 * s)))
+    nesterov = gradient.accelerated_step
+    yield Mutant("step 3x", gradient.accelerated(lambda p, x, y, s: nesterov(p, x, y, (3 * s[0], s[1]))))
+    yield Mutant("extrapolation dropped", gradient.accelerated(lambda p, x, y, s: nesterov(p, x, y, (s[0], 0 * s[1]))))
+    yield Mutant("extrapolation backwards", gradient.accelerated(lambda p, x, y, s: nesterov(p, x, y, (s[0], -s[1]))))
 
 
 class _SteepestDescent(CG):
@@ -236,7 +269,7 @@ def _without_noise(**kw: Any) -> Any:
     return bilevel.DSBLO(**(kw | {"sigma": 1e-12 * kw["sigma"]}))
 
 
-def constrained() -> Iterator[Mutant]:
+def normalised_momentum() -> Iterator[Mutant]:
     """DSBLO."""
     yield Mutant("stale q", ds_blo.lemmas(faulty(bilevel.DSBLO, _same_noise)))
     yield Mutant("q never passed on", ds_blo.lemmas(_without_noise))
@@ -245,6 +278,58 @@ def constrained() -> Iterator[Mutant]:
         "gamma1": kw["gamma1"] / 3, "gamma2": kw["gamma2"] / 3}))))  # fmt: skip
     yield Mutant("stale momentum", ds_blo.lemmas(faulty(bilevel.DSBLO, _kept("m"))))
     yield Mutant("wrong sign of the step", ds_blo.lemmas(faulty(bilevel.DSBLO, _through)))
+
+    larger = lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))  # noqa: E731
+    for fault, make in {
+        "stale q": faulty(bilevel.DSBLO, _same_noise), "q never passed on": _without_noise, "q 3x too large": larger,
+        "wrong sign of the step": faulty(bilevel.DSBLO, _through),
+    }.items():  # fmt: skip
+        yield Mutant(fault, ds_blo_runs.law(make))
+    yield Mutant("step 3x", ds_blo_runs.momentum(lambda **kw: bilevel.DSBLO(**(kw | {
+        "gamma1": kw["gamma1"] / 3, "gamma2": kw["gamma2"] / 3}))))  # fmt: skip
+    yield Mutant("gradients added up, not averaged", ds_blo_runs.momentum(faulty(bilevel.DSBLO, _added_up)))
+    yield Mutant("wrong sign of the momentum", ds_blo_runs.momentum(faulty(bilevel.DSBLO, _flipped)))
+    yield Mutant("wrong sign of the step", ds_blo_runs.goldstein(faulty(bilevel.DSBLO, _through)))
+    yield Mutant("stale momentum", ds_blo_runs.goldstein(faulty(bilevel.DSBLO, _kept("m"))))
+
+
+def _added_up(true: Callable, problem: Any, state: Any, key: Any) -> Any:
+    """M + beta m + (1 - beta) g in place of beta m + (1 - beta) g."""
+    after = true(problem, state, key)[0]
+    return after._replace(m=after.m + state.m)
+
+
+def _flipped(true: Callable, problem: Any, state: Any, key: Any) -> Any:
+    after = true(problem, state, key)[0]
+    return after._replace(m=-after.m)
+
+
+def _no_rows(instance: Any, x: Any, y: Any, active: Any, q: Any, num_steps: int) -> Any:
+    """The gradient as if no row were active."""
+    _, y, active = constrained.gradient_at(instance, x, y, active, q, num_steps)
+    return constrained.gradient_at(instance, x, y, 0 * active, 0 * q, 0)[0], y, active
+
+
+def _rows_without_x(instance: Any, x: Any, y: Any, active: Any, q: Any, num_steps: int) -> Any:
+    """B' w is dropped: the rows are taken for rows in y alone."""
+    found = constrained.gradient_at(instance, x, y, active, q, num_steps)
+    without = constrained.gradient_at(instance._replace(B=0 * instance.B, b=instance.b - instance.B @ x), x, y, active,
+                                      q, num_steps)  # fmt: skip
+    return without[0], *found[1:]
+
+
+def implicit_gradients() -> Iterator[Mutant]:
+    """Gradients through constraints."""
+    opposite = lambda *a: (-constrained.gradient_at(*a)[0], *constrained.gradient_at(*a)[1:])  # noqa: E731
+    noiseless = lambda i, x, y, a, q, n: constrained.gradient_at(i, x, y, a, 3 * q, n)  # noqa: E731
+    for fault, compute in {
+        "wrong sign": opposite,
+        "active rows ignored": _no_rows,
+        "dropped B' w": _rows_without_x,
+    }.items():
+        yield Mutant(fault, constrained.accuracy(compute))
+        yield Mutant(fault, constrained.drawn(compute))
+    yield Mutant("q 3x too large", constrained.drawn(noiseless))
 
 
 def learners() -> Iterator[Mutant]:
@@ -259,9 +344,31 @@ def learners() -> Iterator[Mutant]:
     mean = lambda values, t, entropic: (jnp.mean(values), values)  # noqa: E731
     yield Mutant("minimum plus t/2 for both smoothings", sampled.value(least))
     yield Mutant("mean for minimum", sampled.value(mean))
+    yield Mutant("step 3x", kkt.correspondence(longer(theory, "upper_step_size")))
+    yield Mutant("wrong sign", kkt.correspondence(faulty(bilevel.SampledPenalty, _through).from_theory))
+    yield Mutant("penalty halved", kkt.correspondence(_half_penalty))
+    undiscounted = lambda drawn, mdp: drawn.batch(jnp.ones(())).occupancy(mdp)  # noqa: E731
+    yield Mutant("demonstrations undiscounted", rewards.finite_sample(undiscounted))
+    late = lambda drawn, mdp: mdp.discount * drawn.occupancy(mdp)  # noqa: E731
+    yield Mutant("demonstrations a step late", rewards.finite_sample(late))
+    yield Mutant("discount left out of the shaping", rewards.shaping(_undiscounted_shaping))
+    yield Mutant("reward taken twice", rewards.network_ball(lambda mdp, r: soft.value_iteration(mdp, 2 * r)))
 
 
-FAMILIES = (solvers, hypergradients, linear_solvers, projections, soft_programs, learners, constrained)
+def _half_penalty(*args: Any, **kw: Any) -> Any:
+    solver = bilevel.SampledPenalty.from_theory(*args, **kw)
+    half = solver.penalty.value / 2
+    return dataclasses.replace(solver, penalty=half, max_penalty=half)
+
+
+def _undiscounted_shaping(mdp: Any, reward: Any, psi: Any) -> Any:
+    return rewards.shaped(dataclasses.replace(mdp, discount=jnp.ones(())), reward, psi)
+
+
+FAMILIES = (
+    solvers, batches, hypergradients, linear_solvers, projections, soft_programs, learners, normalised_momentum,
+    implicit_gradients,
+)  # fmt: skip
 
 
 def main(families: list[str], examples: int = 100) -> int:
