@@ -234,6 +234,7 @@ def show(
     epilog=examples(
         "bilevax verify",
         "bilevax verify soba certified --examples 1000",
+        "bilevax verify DSBLO --seed 1",
         "bilevax verify --seconds 60 --json",
         "bilevax verify my_package.claims:MY_GUARANTEE",
         "The last takes a Guarantee of your own, by module and attribute.",
@@ -242,7 +243,7 @@ def show(
 def verify(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAMES]", help="Guarantees, or beginnings of their names. Default: all."),
+        typer.Argument(metavar="[NAMES]", help="Guarantees, beginnings of their names, or solvers. Default: all."),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Draws for each guarantee, of 64 instances each.")] = 200,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop drawing after so many seconds in all.")] = None,
@@ -273,7 +274,7 @@ def verify(
         with progress(len(chosen)) as advance:
             findings = verifier.run(list(chosen.values()), examples, seconds, seed, advance)
         commands = {
-            name: verifier.save(out, name, finding.guarantee, finding.counterexample)
+            name: verifier.save(out, name, finding.guarantee, finding.counterexample, examples, seed)
             for name, finding in zip(chosen, findings, strict=True)
             if finding.counterexample is not None
         }

@@ -14,6 +14,8 @@ import numpy as np
 from rich import box
 from rich.table import Table
 
+import bilevel
+import irl
 from benchmarks.registry import UsageError, nearest
 from bilevel.guarantees import Counterexample, Finding, Guarantee, Recipe, judge, search
 from bilevel.guarantees import Path as Trace
@@ -21,7 +23,7 @@ from problems.guarantees import guarantees
 
 
 def choose(names: Sequence[str]) -> dict[str, Guarantee]:
-    """What `names` mean, by the name that calls each: exact names, beginnings of names, or `module:attribute`.
+    """What `names` mean, by the name that calls each: exact names, beginnings, solvers, or `module:attribute`.
 
     Without names, all.
 
@@ -30,17 +32,26 @@ def choose(names: Sequence[str]) -> dict[str, Guarantee]:
     """
     known = guarantees()
     chosen: dict[str, Guarantee] = {}
+    carried = carried_by_solvers()
     for name in names or known:
         if ":" in name:
             matched = {name: _imported(name)}
         elif name in known:
             matched = {name: known[name]}
+        elif name in carried:
+            matched = {key: known[key] for key in carried[name]}
         else:
             matched = {key: guarantee for key, guarantee in known.items() if key.startswith(name)}
         if not matched:
-            raise nearest("guarantee", name, known)
+            raise nearest("guarantee", name, [*known, *carried])
         chosen |= matched
     return chosen
+
+
+def carried_by_solvers() -> dict[str, tuple[str, ...]]:
+    """Names of guarantees by the solver that carries them."""
+    solvers: dict[str, Any] = {**bilevel.solvers.ALL, **irl.solvers.ALL}
+    return {name: kind.guarantees for name, kind in solvers.items() if kind.guarantees}
 
 
 def _imported(name: str) -> Guarantee:
@@ -134,11 +145,17 @@ def table(findings: Sequence[Finding]) -> Table:
     return out
 
 
-def save(folder: Path, name: str, guarantee: Guarantee, found: Counterexample) -> str:
-    """Write counterexample.json, instance.npz and path.png into a folder of its own; return the command to replay."""
+def save(
+    folder: Path, name: str, guarantee: Guarantee, found: Counterexample, examples: int, seed: int
+) -> str:  # fmt: skip
+    """Write counterexample.json, instance.npz and path.png into a folder of its own; return the command to replay.
+
+    An instance that was drawn finished, not as a recipe, is found again by the same search.
+    """
     folder = folder / guarantee.name
     folder.mkdir(parents=True, exist_ok=True)
     data = {"guarantee": guarantee.name, "statement": guarantee.statement, "broken": found.broken}
+    data |= {"search": {"examples": examples, "seed": seed}}
     text = json.dumps(data | path_data(found.path), indent=1)
     (folder / "counterexample.json").write_text(text, "utf8")
     drawn = found.path.drawn
@@ -147,6 +164,8 @@ def save(folder: Path, name: str, guarantee: Guarantee, found: Counterexample) -
     arrays: dict[str, Any] = {jax.tree_util.keystr(where).strip("."): np.asarray(leaf) for where, leaf in leaves}
     np.savez(folder / "instance.npz", **arrays)
     plot(folder / "path.png", guarantee, found.path)
+    if not isinstance(drawn, Recipe):
+        return f"bilevax verify {name} --examples {examples} --seed {seed}"
     return f"bilevax verify {name} --replay {folder}"
 
 

@@ -22,6 +22,9 @@ class Solver:
     full_batch: ClassVar[bool] = False
     """True where every step uses all of the data (`source.full()`) instead of the sources' batches."""
 
+    guarantees: ClassVar[tuple[str, ...]] = ()
+    """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
+
     many_minimisers: ClassVar[bool] = False
     """True where g(x, .) on a set may have many minimisers: `solve` then judges y by its true lower gap."""
 

@@ -227,6 +227,8 @@ def expected_step(
 ) -> Expected:
     """Bounds of (E|x+ - x*|^2)^(1/2), … after a step of SOBA (tables None) or SABA, on quadratics (our derivation).
 
+    There y(x) and v(x) are affine, so that y+ - y(x+) = (I - a H)(y - y(x)) - dy/dx (mean of x+ - x) plus noise of mean
+    zero, -a (noise of R) + dy/dx c (noise of the direction), and likewise v: means add up, noise adds in quadrature.
     Deviations from the mean over blocks, in L^2: SOBA's are at most spread z + optimum, z the distance to (x*, y*) or
     (x*, y*, v*). SABA's estimate new_i - old_i + mean has a variance of at most the mean of |new_i - old_i|^2, so the
     deviation is at most lipschitz z + table. Its tables follow t+^2 = (1 - 1/n) t^2 + (lipschitz z)^2/n.
@@ -248,8 +250,8 @@ def expected_step(
     q_a, q_b = contraction(a, constants.mu, constants.L_g), contraction(b, constants.mu, constants.L_g)
     after = Errors(
         e=jnp.hypot(means[0], c * both),
-        d=jnp.hypot(q_a * d, a * nu_g) + l_y * moved,
-        u=jnp.hypot(q_b * u + b * constants.L_fy * d, b * both) + l_v * moved,
+        d=jnp.hypot(q_a * d + l_y * means[3], a * nu_g + l_y * c * both),
+        u=jnp.hypot(q_b * u + b * constants.L_fy * d + l_v * means[3], (b + l_v * c) * both),
     )
     moved_y = a * jnp.hypot(constants.L_g * d, nu_g)
     moved_v = b * jnp.hypot(constants.L_g * u + constants.L_fy * d, both)
@@ -277,13 +279,13 @@ def after_steps(
 
 
 def soba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, errors: Errors, num_steps: int) -> Steps:
-    """Of a = b = 2^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F): SOBA's with batches that make the bound of E|x - x*|^2
+    """Of a = b = 8^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F): SOBA's with batches that make the bound of E|x - x*|^2
 
     after `num_steps` steps least. With constant steps the bound ends at a level that the noise sets; with these it
     falls with their number.
     """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(8)
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(16)[::2]
+    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(18)[::3]
+    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(30)[::2]
 
     def end(a: Array, c: Array) -> Array:
         return after_steps(constants, mu_F, L_F, Steps(a, a, c), noise, errors, None, num_steps)[0].e
@@ -293,29 +295,33 @@ def soba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, errors: 
     return Steps(a[i], a[i], c[j])
 
 
-def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 150) -> tuple[Steps, Array]:
-    """(steps, factor): of a = b = 4^-i 2/(mu + L_g), c = 8^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
+def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 5) -> tuple[Steps, Array]:
+    """(steps, factor): of a = b = 8^-i 2/(mu + L_g), c = 16^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
 
-    `expected_step` is monotone and positively homogeneous: where it takes w > 0 to at most factor w in each component,
-    all errors and tables are below factor^k times a multiple of w. w is what `rounds` steps make of (1, …, 1). A factor
-    of one or more: no contraction was found.
+    `expected_step` is a monotone, convex and positively homogeneous map T: where T w <= factor w for a w > 0, all
+    errors and tables are below factor^k times a multiple of w. w is found by policy iteration: the dominant eigenvector of
+    T's derivative at the last w. A factor of one or more: no contraction was found.
     """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(12)[::2]
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(30)[::3]
+    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(24)[::3]
+    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(48)[::4]
 
     def factor(a: Array, c: Array) -> Array:
-        def step(w: Array) -> Array:
+        def T(w: Array) -> Array:
             errors, tables = Errors(*w[:3]), Tables(*w[3:])
             errors, tables, _ = expected_step(constants, mu_F, L_F, Steps(a, a, c), noise, errors, tables)
             assert tables is not None
             return jnp.stack([*errors, *tables])
 
-        def body(_: Array, w: Array) -> Array:
-            w = step(w)
-            return w / jnp.max(w)
+        def improve(_: Array, w: Array) -> Array:
+            def square(_: Array, M: Array) -> Array:
+                M = M @ M
+                return M / jnp.maximum(jnp.max(M), 1e-300)
 
-        w = jax.lax.fori_loop(0, rounds, body, jnp.ones(5))
-        return jnp.max(step(w) / jnp.maximum(w, 1e-30))
+            w = jax.lax.fori_loop(0, 14, square, jax.jacfwd(T)(w)) @ w
+            return w / jnp.max(w) + 1e-9
+
+        w = jax.lax.fori_loop(0, rounds, improve, jnp.ones(5))
+        return jnp.max(T(w) / w)
 
     factors = jax.vmap(lambda a: jax.vmap(lambda c: factor(a, c))(c))(a)
     i, j = jnp.unravel_index(jnp.nanargmin(factors), factors.shape)

@@ -58,6 +58,7 @@ class AID(Solver):
     num_lower_steps: int = static(default=10)
     linear: LinearSolver | None = None
     full_batch = True
+    guarantees = ("aid", "aid-bias")
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -82,6 +82,7 @@ class DSBLO(Solver):
     option: str = static(default="II")
     num_lower_steps: int = static(default=2)
     num_perturbations: int = static(default=1)
+    guarantees = ("ds-blo", "ds-blo-accuracy", "ds-blo-goldstein", "ds-blo-implicit", "ds-blo-law", "ds-blo-momentum")
 
     def __post_init__(self) -> None:
         """Check what is not an array."""

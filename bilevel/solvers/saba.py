@@ -70,6 +70,7 @@ class SABA(Solver):
     lower_step_size: Any = None
     linear_step_size: Any = None
     upper_step_size: Any = None
+    guarantees = ("saba", "saba-rate")
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -134,8 +134,8 @@ class SampledPenalty(Solver):
     num_ladder_steps: int = static(default=200)
     refresh: bool = static(default=True)
     chunk: int = static(default=1024)
-    full_batch = True
-    many_minimisers = True
+    full_batch = many_minimisers = True
+    guarantees = ("sampled-value", "sampled-penalty", "sampled-kkt")
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the choices."""

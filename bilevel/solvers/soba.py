@@ -49,6 +49,7 @@ class SOBA(Solver):
     lower_step_size: Any = None
     linear_step_size: Any = None
     upper_step_size: Any = None
+    guarantees = ("soba", "soba-projected", "soba-batches", "soba-batches-rate")
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

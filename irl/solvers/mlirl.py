@@ -70,6 +70,7 @@ class MLIRL(Solver):
     policy_evaluation: bool = static(default=False)
     num_rollouts: int | None = static(default=None)
     rollout_length: int = static(default=50)
+    guarantees = ("ml-irl", "ml-irl-linear", "finite-sample")
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

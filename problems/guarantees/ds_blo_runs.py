@@ -12,8 +12,8 @@ from which gradients deviate with a variance of at most slope^2/4, and its infim
 
 **The law.** With a = 1 - beta, a g_{t+1} = m_{t+1} - beta m_t and m_t = (gamma1 |m_t| + gamma2) (x_t - x_{t+1}). So the
 mean of g over T steps is at most gamma2 |x_1 - x_{T+1}|/T + 2 L/(a T) + gamma1 L^2/gamma2 in size. g_{t+1} - G(xbar)
-are martingale differences in an interval of length `slope`; G is Lipschitz with l = slope h/(sigma (2 pi)^(1/2)) + mu, and
-|xbar - x_t| <= rho. By Azuma's inequality, over all RUNS runs, with probability 1 - LEVEL,
+are martingale differences in an interval of length `slope`; G is Lipschitz with l = slope h/(sigma (2 pi)^(1/2)) + mu,
+and |xbar - x_t| <= rho. By Azuma's inequality, over all RUNS runs, with probability 1 - LEVEL,
 
     |mean G(x_t)| <= mean gamma2 |x_1 - x_{T+1}|/T + 2 L/(a T) + gamma1 L^2/gamma2 + l rho
                      + slope (log(2/LEVEL)/(2 T RUNS))^(1/2):

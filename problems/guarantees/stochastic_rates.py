@@ -131,7 +131,7 @@ def soba(make: Callable[..., Any] = SOBA.from_theory) -> Guarantee:
         return jnp.stack(after)
 
     return Guarantee(
-        "soba-batches-rate", "ours, bilevel.theory", ASSUMPTIONS, sums, measure, bound, (4, 16, 64, 256), rounding,
+        "soba-batches-rate", "ours, bilevel.theory", ASSUMPTIONS, sums, measure, bound, (8, 64, 512), rounding,
         "root mean squares of |x - x*|, |y - y(x)|, |v - v(x)| after K steps with step sizes made for K", "power",
         LANES,
     )  # fmt: skip
