@@ -299,8 +299,8 @@ def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: 
     """(steps, factor): of a = b = 8^-i 2/(mu + L_g), c = 16^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
 
     `expected_step` is a monotone, convex and positively homogeneous map T: where T w <= factor w for a w > 0, all
-    errors and tables are below factor^k times a multiple of w. w is found by policy iteration: the dominant eigenvector of
-    T's derivative at the last w. A factor of one or more: no contraction was found.
+    errors and tables are below factor^k times a multiple of w. w is found by policy iteration: the dominant eigenvector
+    of T's derivative at the last w. A factor of one or more: no contraction was found.
     """
     a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(24)[::3]
     c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(48)[::4]

@@ -212,11 +212,14 @@ def law(make: Callable[..., Any] = DSBLO) -> Guarantee:
 def distances(known: KnownRun, x: Array) -> Array:
     """How far 0 is from the hull of G at points within the radius of x, shaped like x: at least the true distance."""
     near = known.sigma / known.kink.h * jnp.linspace(-4, 4, 33)
-    points = jnp.concatenate([near, 1 + near])
-    evenly = x[..., None] + known.radius * jnp.linspace(-1.0, 1.0, 17)
-    around = jnp.clip(points, x[..., None] - known.radius, x[..., None] + known.radius)
-    values = smoothed_slope(known, jnp.concatenate([evenly, around], axis=-1))
-    return jnp.maximum(jnp.maximum(jnp.min(values, axis=-1), -jnp.max(values, axis=-1)), 0)
+    kinks, evenly = jnp.concatenate([near, 1 + near]), known.radius * jnp.linspace(-1.0, 1.0, 17)
+
+    def one(x: Array) -> Array:
+        around = jnp.clip(kinks, x - known.radius, x + known.radius)
+        values = smoothed_slope(known, jnp.concatenate([x + evenly, around]))
+        return jnp.maximum(jnp.maximum(jnp.min(values), -jnp.max(values)), 0)
+
+    return jax.vmap(one)(x.ravel()).reshape(x.shape)
 
 
 def goldstein(make: Callable[..., Any] = DSBLO) -> Guarantee:
@@ -228,7 +231,7 @@ def goldstein(make: Callable[..., Any] = DSBLO) -> Guarantee:
         for T in horizon:
             settings = _settings(known, T)
             x, m, _ = paths(instance, make, settings, keys, T)
-            kept = jnp.where(jnp.arange(T)[None] < T - settings.K, 1.0, 0.0)
+            kept = jnp.where(jnp.arange(T, dtype=float)[None] < T - settings.K, 1.0, 0.0)
             far = jnp.sum(kept * distances(known, x[:, :T]), axis=1) / jnp.sum(kept)
             size = jnp.abs(m[:, :T])
             energy = jnp.mean(size**2 / (settings.gamma1 * size + settings.gamma2), axis=1)
@@ -237,8 +240,8 @@ def goldstein(make: Callable[..., Any] = DSBLO) -> Guarantee:
 
     def bound(known: KnownRun, T: int) -> Array:
         settings = _settings(known, T)
-        far = theory_nonsmooth.goldstein_distance(known.L, known.gap, known.kink.slope / 2, settings, T)
-        energy = theory_nonsmooth.mean_momentum(known.L, known.gap, known.L, settings, T)
+        far = theory_nonsmooth.goldstein_distance(known.L, known.gap, known.kink.slope / 2, settings, float(T))
+        energy = theory_nonsmooth.mean_momentum(known.L, known.gap, known.L, settings, float(T))
         return jnp.stack([far, _length(known, settings, energy)])
 
     drawn = starts(radius=strategies.fractions(0.1, 1.0))
@@ -251,7 +254,7 @@ def goldstein(make: Callable[..., Any] = DSBLO) -> Guarantee:
 
 
 def _settings(known: KnownRun, T: int) -> Momentum:
-    return theory_nonsmooth.momentum_settings(known.L, known.gap, known.kink.slope / 2, known.radius, T)
+    return theory_nonsmooth.momentum_settings(known.L, known.gap, known.kink.slope / 2, known.radius, float(T))
 
 
 def _length(known: KnownRun, settings: Momentum, energy: Array) -> Array:

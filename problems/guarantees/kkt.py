@@ -50,10 +50,10 @@ COARSE = GRID[::4]
 
 
 def slopes(w: Waves, x: Array, y: Array) -> tuple[Array, Array]:
-    """(d/dx, d/dy) of the wave at (x, y), by hand, shaped like y."""
+    """(d/dx, d/dy) of the wave at (x, y), by hand, shaped like y [n]."""
     powers = 2 * (1.0 + jnp.arange(TERMS, dtype=float))
-    waves = w.weights * powers * jnp.cos(powers * (y[..., None] + x * w.shifts))
-    return jnp.sum(waves * w.shifts, axis=-1), jnp.sum(waves, axis=-1)
+    waves = (w.weights * powers)[None] * jnp.cos(powers[None] * (y[:, None] + (x * w.shifts)[None]))
+    return waves @ w.shifts, jnp.sum(waves, axis=-1)
 
 
 def outside_cone(slope: Array, z: Array) -> Array:

@@ -161,7 +161,7 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
             return *_away(instance)(z), z.f, z.g
 
         found = root_mean_squares(look, center, second_moments(step, pair_keys(), start, center, horizon))
-        return found / jnp.array([1.0, 1.0, 1.0, BLOCKS**0.5, BLOCKS**0.5])  # tables: a mean over blocks
+        return found / jnp.array([[1.0, 1.0, 1.0, BLOCKS**0.5, BLOCKS**0.5]])  # tables: a mean over blocks
 
     def bound(known: KnownSum, k: int) -> Array:
         mean = known.mean

@@ -63,6 +63,29 @@ def test_a_counterexample_is_kept_and_replayed(tmp_path, monkeypatch):
     assert json.loads(again.stdout)["measured"] == saved["measured"]
 
 
+FINISHED = (
+    FALSE
+    + """
+import dataclasses
+from hypothesis import strategies as st
+
+WHOLE = dataclasses.replace(FALSE, name="whole", instances=st.integers(0, 9).map(lambda k: point(None, k / 9)))
+"""
+)
+
+
+def test_an_instance_that_is_no_recipe_is_found_again_by_its_search(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "finished_claims.py").write_text(FINISHED, "utf8")
+    arguments = "finished_claims:WHOLE", "--examples", 30, "--seed", 3
+    result = call(*arguments, "--out", "kept")
+    assert result.exit_code == 1, result.stderr
+    assert "bilevax verify finished_claims:WHOLE --examples 30 --seed 3" in result.stdout
+    saved = json.loads((tmp_path / "kept/whole/counterexample.json").read_text("utf8"))
+    assert saved["search"] == {"examples": 30, "seed": 3}
+    np.testing.assert_allclose(np.load(tmp_path / "kept/whole/instance.npz")["value"], [5 / 9] * 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -6,7 +6,6 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy import integrate, stats
 
 import bilevel
@@ -192,7 +191,7 @@ def test_the_kinks_smoothed_slope_and_infimum():
 def test_goldstein_distances_fall_with_the_budget():
     """Means of 16 runs each after 64 and 1024 steps: Welch's test of "no smaller" is rejected at the level 1e-6."""
     assert stats.t.ppf(1 - ds_blo_runs.LEVEL, ds_blo_runs.RUNS - 1) <= ds_blo_runs.STUDENT
-    instance = runs()
+    instance = runs(x=0.9)
     known = instance.constants
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -205,10 +204,3 @@ def test_goldstein_distances_fall_with_the_budget():
     few, many = (np.asarray(mean_distances(T)) for T in (64, 1024))
     assert stats.ttest_ind(many, few, equal_var=False, alternative="less").pvalue < 1e-6
     assert many.mean() <= few.mean() / 2
-
-
-@pytest.mark.parametrize("name", ["ds-blo-momentum", "reward-ball-network"])
-def test_guarantees_hold_on_few_draws(name):
-    from bilevel.guarantees import search
-
-    assert search(guarantees()[name], examples=5).verdict == "holds"
