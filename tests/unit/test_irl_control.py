@@ -12,10 +12,9 @@ import scipy.stats
 import bilevel
 import irl
 from bilevel.struct import static, struct
-from irl import control, environments, expert, networks, rollouts, sac, soft
+from irl import control, environments, networks, rollouts, sac, soft
 
 TINY = irl.SAC(hidden=(8,), batch_size=16, discount=0.9)
-PATIENT = irl.SAC(hidden=(8,), batch_size=16, discount=0.9, learning_rate=0.01)
 SHORT = {"num_env_steps": 20, "num_lower_steps": 20, "num_rollouts": 3, "block": 10, "capacity": 100, "num_random": 10}
 
 
@@ -385,16 +384,3 @@ class TestRuns:
         errors = -0.9 * V * np.where(ended, 0, 1) * np.asarray(p.lower_data.full().expert.inside)
         a = np.asarray(p.lower_data.full().expert.action)
         np.testing.assert_allclose(residual, -(errors @ a) / len(errors), rtol=1e-10)
-
-    def test_an_expert_learns_and_demonstrates(self, key):
-        """Reward 1 a step: it learns to stay away from the end."""
-        heard = []
-        trained = expert.train(
-            Corridor(), key, agent=PATIENT, num_steps=1200, chunk=600, block=10, num_random=50,
-            callback=lambda *args: heard.append(args),
-        )  # fmt: skip
-        assert [steps for steps, _ in heard] == [600, 1200]
-        assert trained.returns[-1] == 6
-        shown = expert.demonstrate(Corridor(), PATIENT, trained.weights, key, num=3)
-        np.testing.assert_array_equal(shown.returns, shown.lengths)
-        assert not shown.terminated.any()

@@ -1,0 +1,210 @@
+"""Deep inverse RL against its rivals: `python -m benchmarks.control --demonstrations experts`.
+
+Every environment x number of demonstrated episodes x method x seed is a cell: networks and budgets are the same for all
+methods. A cell writes one JSON file into --out when it is done; the same command runs only what is missing, and
+--table prints what there is, unfinished cells named. The folder of demonstrations holds one .npz file for each
+environment, named after it as `bilevax expert` does.
+
+return: mean of ten episodes of the last policy's mode (never the best on the way). ratio: to the expert's mean return
+in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's correlation
+of the learned with the true reward over transitions of random episodes and of the last policy's.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.stats
+from rich.console import Console
+from rich.table import Table
+
+import bilevel
+import irl
+from benchmarks.terminal import use_compilation_cache
+from irl import expert, rollouts
+from irl.environments import GYMNAX, Environment
+from irl.imitation import Imitation
+from irl.rollouts import Steps
+
+METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "MLIRL(s,a)": (irl.DeepMLIRL, {}),
+    "MLIRL(s)": (irl.DeepMLIRL, {}),
+    "BC": (irl.BC, {}),
+    "GAIL": (irl.GAIL, {"num_upper_steps": 10, "learning_rate": 3e-4}),
+    "AIRL": (irl.AIRL, {"num_upper_steps": 10, "learning_rate": 3e-4}),
+    "IQLearn": (irl.IQLearn, {}),
+    "f-IRL(FKL)": (irl.FIRL, {"divergence": "fkl"}),
+    "f-IRL(RKL)": (irl.FIRL, {"divergence": "rkl"}),
+    "f-IRL(JS)": (irl.FIRL, {"divergence": "js"}),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    environment: str
+    trajectories: int
+    method: str
+    seed: int
+    steps: int
+
+    @property
+    def file(self) -> str:
+        """Its name in the results."""
+        name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in self.method)
+        return f"{self.environment}-{self.trajectories}-{name}-{self.seed}-{self.steps}.json"
+
+
+def agent_of(name: str) -> irl.SAC:
+    """The lower level that all methods share."""
+    small = {"hidden": (64, 64), "batch_size": 128}
+    return irl.SAC(**(small if name in GYMNAX else {"hidden": (256, 256), "batch_size": 128}))
+
+
+def load(folder: Path, name: str) -> irl.Demonstrations | None:
+    """The demonstrations of an environment in a folder: a file that starts with its name, whatever its version."""
+    stem = name.lower().split("-v")[0]
+    found = sorted(path for path in folder.glob("*.npz") if path.stem.lower().replace("_", "-").split("-v")[0] == stem)
+    return irl.Demonstrations.load(found[0]) if found else None
+
+
+def uniform(environment: Environment, observation: jax.Array, key: jax.Array) -> jax.Array:
+    """Random actions."""
+    n, k = observation.shape[0], environment.action_size
+    if environment.num_actions is None:
+        return jax.random.uniform(key, (n, k), observation.dtype, -1, 1)
+    return jax.nn.one_hot(jax.random.randint(key, (n,), 0, k), k, dtype=observation.dtype)
+
+
+@jax.jit
+def random_episodes(environment: Environment, key: jax.Array) -> Steps:
+    """Ten episodes of random actions."""
+    return rollouts.episodes(environment, partial(uniform, environment), key, 10)
+
+
+def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float:
+    """Spearman's correlation of the method's reward with the true one, the sides counting the same; NaN for BC."""
+    if isinstance(solver, irl.BC):
+        return float("nan")
+    learned, true = [], []
+    for steps in sides:
+        flat = steps.flat
+        at = np.flatnonzero(np.asarray(flat.inside))
+        at = np.random.default_rng(0).choice(at, 1000)
+        few: Any = jax.tree.map(lambda leaf, at=at: leaf[at], flat)
+        learned.append(np.asarray(solver.reward(problem, state, few)))
+        true.append(np.asarray(few.reward))
+    found: Any = scipy.stats.spearmanr(np.concatenate(learned), np.concatenate(true))
+    return float(found.statistic)
+
+
+def run(cell: Cell, demonstrations: irl.Demonstrations, progress: bool) -> dict[str, Any]:
+    """The result of a cell."""
+    environment, agent = irl.make(cell.environment), agent_of(cell.environment)
+    first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
+    kind, settings = METHODS[cell.method]
+    reward = irl.DeepReward(state_only=cell.method == "MLIRL(s)")
+    problem = irl.to_control(environment, first, reward, agent=agent)
+    solver = kind(**settings)
+
+    def listen(step: int, state: Any, row: dict[str, float]) -> None:
+        if progress and step:
+            names = "returns", "Lhat", "direction", "policy_change", "reward_expert", "reward_agent"
+            told = "  ".join(f"{name} {row[name]:.3g}" for name in names)
+            print(
+                f"{cell.environment} {cell.method} seed {cell.seed}: step {step}  {told}", file=sys.stderr, flush=True
+            )
+
+    key = jax.random.key(cell.seed)
+    begin = time.perf_counter()
+    solution = bilevel.solve(problem, solver, key=key, max_steps=cell.steps, every=1, callback=listen, progress=False)
+    key_random, key_final = jax.random.split(jax.random.key(1000 + cell.seed))
+    shuffled = random_episodes(environment, key_random)
+    final = expert.play(environment, agent, solution.y, key_final, num=10)
+    goal, floor = float(np.mean(demonstrations.returns)), float(jnp.mean(shuffled.returns))
+    reached = float(jnp.mean(final.returns))
+    return {
+        **dataclasses.asdict(cell), "return": reached, "return_std": float(jnp.std(final.returns)), "expert": goal,
+        "random": floor, "ratio": reached / goal if goal > 0 else None, "scaled": (reached - floor) / (goal - floor),
+        "rank": rank(problem, solver, solution.state, [shuffled, final]),
+        "env_steps": int(solution.state.env_steps), "solve_minutes": solution.stats["solve_time"] / 60,
+        "setup_minutes": solution.stats["setup_time"] / 60, "minutes": (time.perf_counter() - begin) / 60,
+        "status": solution.status.name, "device": jax.devices()[0].platform, "load": os.getloadavg()[0],
+        "record": [{name: float(value) for name, value in row.items()} for row in solution.record.rows],
+    }  # fmt: skip
+
+
+def table(cells: list[Cell], out: Path) -> Table:
+    """Means over the seeds that are done."""
+    shown = Table(title="Return of the last policy; means over seeds (lowest to highest)")
+    for name in ("environment", "episodes", "method", "return", "ratio", "scaled", "rank", "steps", "minutes", "seeds"):
+        shown.add_column(name, justify="left" if name in ("environment", "method") else "right")
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.environment, cell.trajectories, cell.method), []).append(cell)
+    for (name, trajectories, method), group in groups.items():
+        done = [json.loads((out / cell.file).read_text("utf8")) for cell in group if (out / cell.file).exists()]
+        seeds = f"{len(done)} of {len(group)}"
+        if not done:
+            shown.add_row(name, str(trajectories), method, *["unfinished"] + [""] * 5, seeds)
+            continue
+        values = {key: [one[key] for one in done if one[key] is not None] for key in ("ratio", "scaled", "rank")}
+        spread = {
+            key: f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if len(v) > 1 else f"{v[0]:.2f}" if v else "-"
+            for key, v in values.items()
+        }
+        mean = {key: np.mean([one[key] for one in done]) for key in ("return", "expert", "env_steps", "solve_minutes")}
+        shown.add_row(
+            name, str(trajectories), method, f"{mean['return']:.0f} of {mean['expert']:.0f}", spread["ratio"],
+            spread["scaled"], spread["rank"], f"{mean['env_steps']:.0f}", f"{mean['solve_minutes']:.1f}", seeds,
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    """Run what is missing and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demonstrations", type=Path, required=True, help="The folder of .npz files.")
+    parser.add_argument("--environments", nargs="+", default=["CartPole-v1", "Pendulum-v1"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
+    parser.add_argument("--trajectories", nargs="+", type=int, default=[1], help="Demonstrated episodes.")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=40, help="Steps of the loop, 1000 updates of the agent each.")
+    parser.add_argument("--out", type=Path, default=Path("results/control"))
+    parser.add_argument("--table", action="store_true", help="Run nothing.")
+    args = parser.parse_args()
+    use_compilation_cache()
+    args.out.mkdir(parents=True, exist_ok=True)
+    cells = [
+        Cell(name, trajectories, method, seed, args.steps)
+        for seed in range(args.seeds)
+        for name in args.environments
+        for trajectories in args.trajectories
+        for method in args.methods
+    ]
+    for name in args.environments if not args.table else []:
+        if load(args.demonstrations, name) is None:
+            parser.error(f"no file for {name} in {args.demonstrations}; make one: bilevax expert {name}")
+    for cell in cells if not args.table else []:
+        path = args.out / cell.file
+        if not path.exists():
+            demonstrations = load(args.demonstrations, cell.environment)
+            assert demonstrations is not None
+            result = run(cell, demonstrations, progress=sys.stderr.isatty())
+            path.with_suffix(".tmp").write_text(json.dumps(result), "utf8")
+            path.with_suffix(".tmp").replace(path)
+    Console(width=140).print(table(cells, args.out))
+
+
+if __name__ == "__main__":
+    main()
