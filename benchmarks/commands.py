@@ -1,0 +1,40 @@
+"""Commands of `bilevax` that need no study: registered in `cli`. Nothing heavy is imported before they run."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.terminal import Json, progress, usage_errors, use_compilation_cache
+
+EXPERT_EXAMPLES = (
+    "bilevax expert Pendulum-v1",
+    "bilevax expert Hopper-v5 --steps 500000 --trajectories 5 --out experts/hopper.npz",
+)
+
+
+def expert(
+    environment: Annotated[str, typer.Argument(metavar="ENV", help="Of gymnax or Gymnasium's MuJoCo.")],
+    steps: Annotated[int | None, typer.Option(min=1000, help="In the environment, and as many updates.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Episodes to save.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and episodes.")] = 0,
+    sampled: Annotated[bool, typer.Option(help="Sample the actions instead of taking the best.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The file. Default: experts/ENV.npz.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an expert by soft actor-critic and save demonstrations of it with their returns."""
+    use_compilation_cache()
+    with usage_errors():
+        from benchmarks import expert as maker
+
+        total = (maker.steps_of(environment) if steps is None else steps) // 1000
+        with progress(total) as on_chunk:
+            made = maker.make(environment, steps, trajectories, seed, sampled, out, on_chunk)
+    if as_json:
+        typer.echo(json.dumps(made))
+        return
+    typer.echo(
+        f"{made['trajectories']} episodes of {made['environment']}, return {made['return_mean']:.1f} +- "
+        f"{made['return_std']:.1f}, {made['length_mean']:.0f} steps on average: {made['file']}"
+    )
