@@ -29,7 +29,7 @@ from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import Newton
 from bilevel.polyhedral import ActiveSet
-from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.projected import ProjectedNewton
 from bilevel.record import OracleCount, Record, Solution, SolveError, Status
 from bilevel.run import advance, solve, solve_many

@@ -1,7 +1,7 @@
 """Convergence diagnostics: what the referee recomputes from (x, y) alone."""
 
 import operator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,29 +10,15 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, polyhedral
+from bilevel.gap import LowerGap as LowerGap
+from bilevel.gap import lower_gap as lower_gap
 from bilevel.goldstein import goldstein as goldstein
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import Newton
 from bilevel.problem import BilevelProblem
+from bilevel.record import Measurement as Measurement
 
 PyTree = Any
-
-
-class Measurement(NamedTuple):
-    """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
-
-    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y; for a constrained lower level
-    |y - Proj(y - grad_y g)| on its feasible set. violation: distance of x to X plus that of y to Y plus the norm of the
-    coupling's violations. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
-    """
-
-    value: Array
-    hypergradient: Array
-    error_bound: Array
-    lower_residual: Array
-    violation: Array
-    status: Array
-    lower_distance: Array | float = 0.0
 
 
 def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree) -> PyTree:

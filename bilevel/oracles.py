@@ -154,47 +154,6 @@ def value_gap_gradients(
     return jax.tree.map(operator.sub, gx, lower_gradient_x(problem, x, z, batch)), gy
 
 
-def sample_values(
-    problem: BilevelProblem, x: PyTree, ys: PyTree, upper: PyTree, lower: PyTree, chunk: int | None = None
-) -> tuple[Array, Array]:
-    """(f(x, y_i), g(x, y_i)), shapes [n], for y_i stacked along the first axis of ys; n values of each are counted."""
-
-    def both(y: PyTree) -> tuple[Array, Array]:
-        return upper_value(problem, x, y, upper), lower_value(problem, x, y, lower)
-
-    return batched(both, chunk)(ys)
-
-
-def sample_gradients(
-    problem: BilevelProblem, x: PyTree, ys: PyTree, a: Array, b: Array, upper: PyTree, lower: PyTree,
-    chunk: int | None = None,
-) -> tuple[PyTree, PyTree]:  # fmt: skip
-    """Gradients in x and in ys of sum_i a_i f(x, y_i) + b_i g(x, y_i), a and b of shape [n] constant.
-
-    Counted as n gradients of each. With `chunk`, at most so many samples are in memory at once.
-    """
-    assert isinstance(problem.lower, Minimize)
-    size = len(a)
-    _count(upper_gradients=size, lower_gradients=size)
-    f, g = problem.upper, problem.lower.g
-
-    def weighted(x: PyTree, ys: PyTree, a: Array, b: Array) -> Array:
-        return jnp.sum(jax.vmap(lambda y, a, b: a * f(x, y, upper) + b * g(x, y, lower))(ys, a, b))
-
-    slopes = lambda *parts: whole(jax.grad(weighted, argnums=(0, 1))(x, *split(parts)))  # noqa: E731
-    part = _divisor(size, chunk)
-    if part == size:
-        return slopes(ys, a, b)
-
-    def add(total: PyTree, piece: PyTree) -> tuple[PyTree, PyTree]:
-        by_x, by_y = slopes(*piece)
-        return jax.tree.map(operator.add, total, by_x), by_y
-
-    pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), (ys, a, b))
-    total, by_y = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, x), pieces)
-    return total, jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), by_y)
-
-
 def weighted_value_and_gradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, a: Array | float, b: Array | float, upper: PyTree, lower: PyTree
 ) -> tuple[Array, PyTree]:
@@ -275,12 +234,6 @@ def coupling_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """max(c, 0) and e of `coupling_values` in one vector: zero exactly where the coupling holds."""
     c, e = coupling_values(problem, x, y)
     return jnp.concatenate([jnp.maximum(c, 0), e])
-
-
-def coupling_jacobian(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
-    """The derivative of `coupling_residual` in the raveled y, shape [rows, dim y]; zero rows where it is slack."""
-    flat, unravel = ravel_pytree(y)
-    return jax.jacobian(lambda flat: coupling_residual(problem, x, unravel(flat)))(flat)
 
 
 def residual_square_gradients(

@@ -18,11 +18,38 @@ from jax import Array
 
 from bilevel import sharding
 from bilevel.data import Full, PerSample, Source
-from bilevel.sets import Reals, Set
+from bilevel.sets import Box, Product, Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
 
 PyTree = Any
 Objective = Callable[[PyTree, PyTree, PyTree], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Separable:
+    """An objective that is a sum over n blocks of y: (x, y, batch) -> [], the sum of terms(x, y, batch) -> [n].
+
+    Every leaf of y has shape [n, ...]; y_i is row i of all of them, and term i depends on y through y_i alone:
+
+        f(x, y) = sum_i f_i(x, y_i),        g(x, y) = sum_i g_i(x, y_i),        Y a box.
+
+    So each block's lower level is solved for itself, v(x) = sum_i min g_i(x, .), whatever n is. Every solver takes it
+    as the function that it is; `SampledPenalty` and `diagnostics.lower_gap` take the blocks apart where both
+    objectives are separable, Y is a box (or a product of boxes) and nothing is coupled. A sample is then a y in which
+    each block has its own point, one call of `terms` at it serves all n blocks, and minima are taken for each block.
+
+        def upper_terms(x, y, batch): ...        # [n], e.g. the defender's losses of n images, each with its own y_i
+        def lower_terms(x, y, batch): ...        # [n], e.g. the attacker's
+        BilevelProblem(Separable(upper_terms), Minimize(Separable(lower_terms)), y_set=Box(lo, hi), ...)
+
+    For a mean over the blocks let the terms be divided by n. `terms` is a module-level function.
+    """
+
+    terms: Callable[[PyTree, PyTree, PyTree], Array]
+
+    def __call__(self, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+        """The sum of the terms, shape []."""
+        return jnp.sum(self.terms(x, y, batch))
 
 
 @struct
@@ -98,6 +125,12 @@ class BilevelProblem:
         """Whether the lower level has a set or a coupling."""
         return not isinstance(self.y_set, Reals) or self.coupling is not None
 
+    @property
+    def separable(self) -> bool:
+        """Whether both objectives are `Separable`, Y is a product of intervals, and nothing is coupled."""
+        lower = isinstance(self.lower, Minimize) and isinstance(self.lower.g, Separable)
+        return lower and isinstance(self.upper, Separable) and self.coupling is None and _intervals(self.y_set)
+
     def on_full_data(self) -> "BilevelProblem":
         """The same problem with all of the data in every batch: what solvers that are not stochastic run on."""
         upper, lower = Full(self.upper_data.full()), Full(self.lower_data.full())
@@ -160,6 +193,10 @@ class BilevelProblem:
             _check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
         _check_coupling(self.coupling, x, y)
         return self
+
+
+def _intervals(set: Set) -> bool:
+    return all(map(_intervals, set.factors())) if isinstance(set, Product) else isinstance(set, Box | Reals)
 
 
 def _check_callable(name: str, value: object, signature: str) -> None:
@@ -251,12 +288,21 @@ def _shape_of(name: str, function: Callable, *args: PyTree) -> PyTree:
 
 
 def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: PyTree) -> None:
+    if isinstance(function, Separable):
+        out, rows = _shape_of(f"{name} (Separable)", function.terms, x, y, batch), jax.tree.map(np.shape, y)
+        if {shape[:1] for shape in jax.tree.leaves(rows, is_leaf=_is_shape)} != {getattr(out, "shape", None)}:
+            got = f"terms shaped {jax.tree.map(np.shape, out)} for y shaped {rows}"
+            invalid(f"{name} (Separable)", got, "n terms, and n rows in every leaf of y", "Give each block a row.")
     out = _shape_of(name, function, x, y, batch)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
         got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
         invalid(name, got, "a scalar, shape []", "Take the mean over the batch.")
     if not jnp.issubdtype(out.dtype, jnp.floating):
         invalid(name, f"dtype {out.dtype}", "a floating-point dtype", "Compute the objective in floats.")
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
 
 
 def _check_map(name: str, T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:

@@ -2,9 +2,10 @@
 
 import enum
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from jax import Array
 
 from bilevel.struct import static, struct
 
@@ -85,6 +86,23 @@ class OracleCount:
         """
         upper = self.upper_values + self.upper_gradients
         return upper * upper_fraction + (self.total - upper) * lower_fraction
+
+
+class Measurement(NamedTuple):
+    """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
+
+    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y; for a constrained lower level
+    |y - Proj(y - grad_y g)| on its feasible set. violation: distance of x to X plus that of y to Y plus the norm of the
+    coupling's violations. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
+    """
+
+    value: Array
+    hypergradient: Array
+    error_bound: Array
+    lower_residual: Array
+    violation: Array
+    status: Array
+    lower_distance: Array | float = 0.0
 
 
 class Record:

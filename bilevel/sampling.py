@@ -11,13 +11,15 @@ with L_y the Lipschitz constant of g in y (and <= (l_yy/2) d^2 at an interior mi
 
 both with the gradient sum_i w_i grad_x g_i (Danskin).
 
-A coupled set Y(x) = {y in Y : c(x, y) = 0}, c >= 0 the positive part of inequalities or an equality's residual, is
-replaced by Y and the two objectives with the squared violation, `uncoupled`:
+Points are arrays [n, m], n blocks of m numbers (`Blocks`): n = 1, unless the problem is separable, and then every
+minimum above is taken for each block.
 
-    g + (b/2) |c|^2,        f + (n/2) |c|^2,
+A coupled set Y(x) = {y in Y : c(x, y) <= 0, e(x, y) = 0} has its samples moved into it, by `refine.restore`, and both
+objectives get the squared violation that is left where Y(x) is empty, `uncoupled`:
 
-because weights on samples must never trade a violation at one against slack at another. Its minimiser violates the
-constraints by |multiplier|/b; `restore` and `polish` take it back.
+    g + (b/2) |[c]_+, e|^2,        f + (n/2) |[c]_+, e|^2.
+
+Weights on samples never trade a violation at one against slack at another.
 """
 
 import dataclasses
@@ -31,7 +33,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import erfinv, gammainc
 
-from bilevel import oracles
+from bilevel import oracles, sample_oracles
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
 from bilevel.struct import struct
@@ -52,19 +54,81 @@ class Smoothness:
     D_g: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """A problem with y as an array [n, m]: n blocks that neither the objectives nor Y(x) tie together, of m numbers.
+
+    n = 1 unless `problem.separable`. upper, lower: all of the data. pack: a y to its array; unpack: back.
+    """
+
+    problem: BilevelProblem
+    n: int
+    m: int
+    pack: Callable[[PyTree], Array]
+    unpack: Callable[[Array], PyTree]
+    upper: PyTree
+    lower: PyTree
+
+    def project(self, y: Array) -> Array:
+        """The point of Y nearest to y, shape [n, m]."""
+        return self.pack(self.problem.y_set.project(self.unpack(y)))
+
+    def stack(self, ys: Array) -> PyTree:
+        """Points [N, n, m] as stacked pytrees."""
+        return jax.vmap(self.unpack)(ys)
+
+    def values(self, x: PyTree, ys: Array, chunk: int | None = None) -> tuple[Array, Array]:
+        """(f, g) of the blocks of points [N, n, m], shapes [N, n]."""
+        return sample_oracles.sample_values(self.problem, x, self.stack(ys), self.upper, self.lower, chunk)
+
+    def gradients(self, x: PyTree, ys: Array, a: Array, b: Array, chunk: int | None = None) -> tuple[PyTree, Array]:
+        """Gradients in x and in ys, [N, n, m], of the sum of a f + b g over all samples and blocks."""
+        stacked = self.stack(ys)
+        by_x, by_y = sample_oracles.sample_gradients(self.problem, x, stacked, a, b, self.upper, self.lower, chunk)
+        return by_x, jax.vmap(self.pack)(by_y)
+
+    def violation(self, x: PyTree, y: Array) -> Array:
+        """The distance of y to Y plus the norm of the coupling's residual, shape []."""
+        point = self.unpack(y)
+        rows = oracles.coupling_residual(self.problem, x, point)
+        return self.problem.y_set.violation(point) + jnp.sqrt(rows @ rows)
+
+
+def blocks(problem: BilevelProblem, y: PyTree) -> Blocks:
+    """The view of `problem`, for points shaped like y."""
+    flat, unravel = ravel_pytree(y)
+    leaves, treedef = jax.tree.flatten(y)
+    num = leaves[0].shape[0] if problem.separable else 1
+    sizes = [leaf.size // num for leaf in leaves]
+
+    def pack(y: PyTree) -> Array:
+        if num == 1:
+            return ravel_pytree(y)[0][None]
+        return jnp.concatenate([leaf.reshape(num, -1) for leaf in jax.tree.leaves(y)], axis=1)
+
+    def unpack(z: Array) -> PyTree:
+        if num == 1:
+            return unravel(z[0])
+        parts = jnp.split(z, np.cumsum(sizes)[:-1], axis=1)
+        return treedef.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
+
+    data = problem.upper_data.full(), problem.lower_data.full()
+    return Blocks(problem, num, flat.size // num, pack, unpack, *data)
+
+
 def take(tree: PyTree, index: Any) -> PyTree:
     """Entries `index` of the first axis of every leaf."""
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
+def pick(ys: Array, index: Array) -> Array:
+    """Point index[.., j] for block j: from ys [N, n, …] and index [n] or [K, n], shapes [n, …] or [K, n, …]."""
+    return ys[index, jnp.arange(ys.shape[1])]
+
+
 def join(*trees: PyTree) -> PyTree:
     """Stacked points, one after the other."""
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-
-
-def where(mask: Array, a: PyTree, b: PyTree) -> PyTree:
-    """Stacked points: those of a where mask, shape [n], is true, else those of b."""
-    return jax.tree.map(lambda p, q: jnp.where(mask.reshape(mask.shape + (1,) * (p.ndim - mask.ndim)), p, q), a, b)
 
 
 def repeat(point: PyTree, num: int) -> PyTree:
@@ -75,22 +139,15 @@ def repeat(point: PyTree, num: int) -> PyTree:
 def sobol(key: Array, num: int, dim: int, dtype: Any) -> Array:
     """`num` points of a scrambled Sobol sequence in (0, 1)^dim, shape [num, dim].
 
-    A random lower-triangular bit matrix and a random digital shift for each dimension (Matousek's linear scramble): the
-    points of a Sobol net stay a net, and each one is uniform. SciPy gives the net itself, when the function is traced.
+    SciPy's linear matrix scramble, fixed and made when the function is traced, and a random digital shift for each
+    dimension: the points of a Sobol net stay a net, and each one is uniform.
     """
     from scipy.stats import qmc
 
-    whole = qmc.Sobol(dim, scramble=False, bits=BITS).random_base2(int(np.ceil(np.log2(max(num, 1)))))[:num]
+    whole = qmc.Sobol(dim, scramble=True, bits=BITS, rng=0).random_base2(int(np.ceil(np.log2(max(num, 1)))))[:num]
     net = jnp.asarray((whole * 2**BITS).astype(np.uint32))
-    random = jax.random.bits(key, (dim, BITS + 1), jnp.uint32) >> jnp.uint32(32 - BITS)
-    row = jnp.arange(BITS, dtype=jnp.uint32)  # row k makes bit k, counted from the most significant one
-    one = jnp.uint32(1)
-    leading = one << (jnp.uint32(BITS - 1) - row)
-    above = ~(2 * leading - one) & jnp.uint32(2**BITS - 1)  # the bits before k
-    rows = leading[None, :] | (random[:, :BITS] & above[None, :])
-    bits = lax.population_count(net[:, :, None] & rows[None]) & one  # [num, dim, BITS]
-    mixed = jnp.sum(bits * leading[None, None, :], axis=2, dtype=jnp.uint32)
-    return (jnp.asarray(mixed ^ random[None, :, BITS], dtype) + jnp.asarray(0.5, dtype)) / 2**BITS
+    shift = jax.random.bits(key, (1, dim), jnp.uint32) >> jnp.uint32(32 - BITS)
+    return (jnp.asarray(net ^ shift, dtype) + jnp.asarray(0.5, dtype)) / 2**BITS
 
 
 def kronecker(num: int, dim: int, dtype: Any) -> Array:
@@ -164,34 +221,52 @@ def edge(set: Set, points: PyTree) -> PyTree:
     return jax.vmap(set.project)(jax.tree.map(outwards, points))
 
 
-def cover(set: Set, key: Array, num: int, like: PyTree) -> PyTree:
-    """`num` points of `set` on a scrambled Sobol net, shaped like `like` and stacked; the last eighth at its `edge`."""
+def cover(set: Set, key: Array, num: int, like: PyTree, uniform: Array | None = None) -> PyTree:
+    """`num` points of `set` on a scrambled Sobol net, shaped like `like` and stacked; the last eighth at its `edge`.
+
+    uniform: [num, dim] in (0, 1), instead of the net.
+    """
     flat = ravel_pytree(like)[0]
-    points = fill(set, sobol(key, num, flat.size, flat.dtype), key, like)
+    uniform = sobol(key, num, flat.size, flat.dtype) if uniform is None else uniform
+    points = fill(set, uniform, key, like)
     inside = num - num // 8
     if inside == num or isinstance(set, Reals):
         return points
     return join(take(points, slice(0, inside)), edge(set, take(points, slice(inside, num))))
 
 
-def near(set: Set, key: Array, num: int, points: PyTree, others: PyTree) -> PyTree:
-    """`num` points of `set` in turn near each of `points`: a refinement that adapts to them.
+def cover_blocks(view: Blocks, key: Array, num: int, uniform: Array | None = None) -> Array:
+    """`cover` of Y, shape [num, n, m]: each block has its own scramble of one net in m dimensions.
+
+    uniform: [num, m], instead of the net, the same for all blocks.
+    """
+    like = view.unpack(jnp.zeros((view.n, view.m), _dtype(view)))
+    if uniform is None:
+        nets = jax.vmap(lambda key: sobol(key, num, view.m, _dtype(view)), out_axes=1)(jax.random.split(key, view.n))
+    else:
+        nets = jnp.broadcast_to(uniform[:, None], (num, view.n, view.m))
+    flat = jax.vmap(lambda z: ravel_pytree(view.unpack(z))[0])(nets)  # each block's row where its numbers are in y
+    return jax.vmap(view.pack)(cover(view.problem.y_set, key, num, like, flat))
+
+
+def _dtype(view: Blocks) -> Any:
+    return jax.eval_shape(lambda: view.pack(view.problem.init(jax.random.key(0))[1])).dtype
+
+
+def near(view: Blocks, key: Array, num: int, points: Array, others: Array) -> Array:
+    """`num` points of Y, [num, n, m], in turn near each of `points` [K, n, m]: a refinement that adapts to them.
 
     Three of four are off by up to s times the spread of `others` in every coordinate, s log-uniform in [1e-4, 1]; the
     fourth has about one coordinate of one of `others` instead of its own.
     """
-    flat = jax.vmap(lambda y: ravel_pytree(y)[0])
-    unravel = ravel_pytree(take(points, 0))[1]
-    pool = flat(others)
-    parents = flat(points)[jnp.arange(num) % len(flat(points))]
-    size = parents.shape[1]
-    u = jax.random.uniform(key, (num, 2 * size + 2), parents.dtype)
-    spread = jnp.std(pool, axis=0)[None] * 10 ** (-4 * u[:, -2:-1])
-    shaken = parents + spread * (2 * u[:, :size] - 1)
-    donors = pool[(u[:, -1] * len(pool)).astype(int)]
-    crossed = jnp.where(u[:, size:-2] * size < 1, donors, parents)
-    mixed = jnp.where((jnp.arange(num) % 4 == 3)[:, None], crossed, shaken)
-    return jax.vmap(lambda y: set.project(unravel(y)))(mixed)
+    turn, m = np.arange(num), view.m
+    parents = points[turn % len(points)]
+    u = jax.random.uniform(key, (num, view.n, 2 * m + 2), parents.dtype)
+    spread = jnp.std(others, axis=0)[None] * 10 ** (-4 * u[..., -2:-1])
+    shaken = parents + spread * (2 * u[..., :m] - 1)
+    donors = pick(others, (u[..., -1] * len(others)).astype(int))
+    crossed = jnp.where(u[..., m:-2] * m < 1, donors, parents)
+    return jax.vmap(view.project)(jnp.where((turn % 4 == 3)[:, None, None], crossed, shaken))
 
 
 def smoothness(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, num: int = 32) -> tuple[Array, Array]:
@@ -254,7 +329,7 @@ def starts(set: Set, key: Array, num: int, x0: PyTree) -> PyTree:
 
 
 def smooth_min(values: Array, t: Any, entropic: bool) -> tuple[Array, Array]:
-    """(smoothed minimum of `values`, weights), shapes [] and [n], at temperature t > 0; see the module's docstring."""
+    """(smoothed minimum of `values`, weights), shapes [] and [N], at temperature t > 0; see the module's docstring."""
     if entropic:
         least = jnp.min(values)
         scaled = (least - values) / t
@@ -265,105 +340,25 @@ def smooth_min(values: Array, t: Any, entropic: bool) -> tuple[Array, Array]:
     return least + weights @ finite + t / 2 * weights @ weights, weights
 
 
-def uncoupled(problem: BilevelProblem, upper_weight: Any, lower_weight: Any, shift: Any = None) -> BilevelProblem:
-    """The problem with penalties on its coupling instead, f + (n/2) |[c]_+|^2 and g + (b/2) |[c + shift]_+|^2.
+def uncoupled(problem: BilevelProblem, upper_weight: Any, lower_weight: Any) -> BilevelProblem:
+    """The problem with penalties on its coupling added, f + (n/2) |r|^2 and g + (b/2) |r|^2, r = [c]_+ and e.
 
-    n and b are the weights; shift, shape [rows], is m/b for the method of multipliers, zero where None; equalities are
-    taken without the positive part. For use inside jit.
+    n and b are the weights. For use inside jit.
     """
     if problem.coupling is None:
         return problem
     assert isinstance(problem.lower, Minimize)
     f, g = problem.upper, problem.lower.g
 
-    def square(x: PyTree, y: PyTree, shift: Any) -> Array:
-        rows = shifted(problem, x, y, shift)
+    def square(x: PyTree, y: PyTree) -> Array:
+        rows = oracles.coupling_residual(problem, x, y)
         return rows @ rows / 2
 
     return dataclasses.replace(
         problem,
-        upper=lambda x, y, batch: f(x, y, batch) + upper_weight * square(x, y, None),
-        lower=Minimize(lambda x, y, batch: g(x, y, batch) + lower_weight * square(x, y, shift)),
-        coupling=None,
+        upper=lambda x, y, batch: f(x, y, batch) + upper_weight * square(x, y),
+        lower=Minimize(lambda x, y, batch: g(x, y, batch) + lower_weight * square(x, y)),
     )
-
-
-def shifted(problem: BilevelProblem, x: PyTree, y: PyTree, shift: Any) -> Array:
-    """[c + shift]_+ for the inequalities and e + shift for the equalities of the coupling, shape [rows]."""
-    c, e = oracles.coupling_values(problem, x, y)
-    rows = jnp.concatenate([c, e]) + (0 if shift is None else shift)
-    return jnp.where(jnp.arange(len(rows)) < len(c), jnp.maximum(rows, 0), rows)
-
-
-def violation(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
-    """The distance of y to Y plus the norm of the coupling's residual, shape []."""
-    rows = oracles.coupling_residual(problem, x, y)
-    return problem.y_set.violation(y) + jnp.sqrt(rows @ rows)
-
-
-def restore(problem: BilevelProblem, x: PyTree, y: PyTree, num_steps: int = 8) -> PyTree:
-    """Move y into Y(x) by projected Gauss-Newton steps on the coupling's violated rows; onto Y where there is none."""
-    if problem.coupling is None:
-        return problem.y_set.project(y)
-
-    def step(y: PyTree, _: None) -> tuple[PyTree, None]:
-        flat, unravel = ravel_pytree(y)
-        c, J = oracles.coupling_residual(problem, x, y), oracles.coupling_jacobian(problem, x, y)
-        K = J @ J.T
-        size = jnp.max(jnp.abs(jnp.diag(K)), initial=0)
-        rounding = 10 * len(c) * jnp.finfo(flat.dtype).eps * jnp.where(size > 0, size, 1)
-        K = K + rounding * jnp.eye(len(c), dtype=K.dtype)
-        return problem.y_set.project(unravel(flat - J.T @ jnp.linalg.solve(K, c))), None
-
-    return lax.scan(step, problem.y_set.project(y), length=num_steps)[0]
-
-
-def polish(problem: BilevelProblem, x: PyTree, y: PyTree, num_steps: int = 60, rounds: int = 8) -> PyTree:
-    """A local minimiser of g(x, .) over Y(x) near y, by projected gradient steps of Barzilai and Borwein's length.
-
-    With a coupling: the method of multipliers, `rounds` times `num_steps` such steps on g + (b/2) |[c + m/b]_+|^2 with
-    m <- b [c + m/b]_+ (equalities without the positive part) and b rising threefold, then `restore`. Gradients: one
-    for each step.
-    """
-    batch = problem.lower_data.full()
-
-    def descent(problem: BilevelProblem, y: PyTree) -> PyTree:
-        look = lambda y: oracles.lower_value_and_gradient(problem, x, y, batch)  # noqa: E731
-        return descend(problem.y_set, look, y, num_steps)[0]
-
-    y = problem.y_set.project(y)
-    if problem.coupling is None:
-        return _by_coordinates(problem, x, descent(problem, y), batch)
-    first = 10 * (1 + jnp.linalg.norm(ravel_pytree(oracles.lower_value_and_gradient(problem, x, y, batch)[1])[0]))
-
-    def multiply(carry: tuple[PyTree, Array], k: Array) -> tuple[tuple[PyTree, Array], None]:
-        y, m = carry
-        b = first * 3**k
-        y = descent(uncoupled(problem, 0, b, m / b), y)
-        return (y, b * shifted(problem, x, y, m / b)), None
-
-    y = restore(problem, x, y)
-    m = jnp.zeros_like(oracles.coupling_residual(problem, x, y))
-    (y, _), _ = lax.scan(multiply, (y, m), jnp.arange(rounds, dtype=first.dtype))
-    return restore(problem, x, y)
-
-
-def _by_coordinates(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, rounds: int = 40) -> PyTree:
-    """Move y by +-h in the coordinate that lowers g most, with h halved where none does: for kinks of g."""
-    flat, unravel = ravel_pytree(y)
-    rounding = 1e3 * float(jnp.finfo(flat.dtype).eps)
-    moves = jnp.concatenate([jnp.eye(flat.size, dtype=flat.dtype), -jnp.eye(flat.size, dtype=flat.dtype)])
-
-    def search(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-        flat, g, h = carry
-        trials = jax.vmap(lambda d: ravel_pytree(problem.y_set.project(unravel(flat + h * d)))[0])(moves)
-        values = oracles.batched(lambda flat: oracles.lower_value(problem, x, unravel(flat), batch))(trials)
-        k = jnp.argmin(values)
-        falls = values[k] < g - rounding * jnp.abs(g)
-        return (jnp.where(falls, trials[k], flat), jnp.where(falls, values[k], g), jnp.where(falls, 2 * h, h / 4)), None
-
-    start = flat, oracles.lower_value(problem, x, y, batch), 1e-2 * (1 + jnp.max(jnp.abs(flat)))
-    return unravel(lax.scan(search, start, length=rounds)[0][0])
 
 
 def descend(set: Set, look: Callable, y: PyTree, num_steps: int, size: Any = 0.0) -> tuple[PyTree, Array]:

@@ -31,6 +31,11 @@ class Solver:
     referee: ClassVar[Callable | None] = None
     """(problem, x, y) -> `diagnostics.Measurement`, where `solve` cannot judge by solving the lower level again."""
 
+    @property
+    def least_steps(self) -> int:
+        """Steps before which a run is not called converged: a continuation that has not ended; default 0."""
+        return 0
+
     def init(self, problem: BilevelProblem, key: Array) -> Any:
         """The state before the first step; pure, traced under jit."""
         raise NotImplementedError

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import BilevelProblem, Box, LinearCoupling, Minimize, SmoothCoupling
+from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.gap import measure_global
 from bilevel.struct import invalid
 from problems.datasets import floats
@@ -110,10 +110,49 @@ CASES = {
 }  # fmt: skip
 
 
+POLYNOMIALS = (
+    "mb_3_10",
+    "mb_3_11",
+    "mb_3_12",
+    "mb_3_13",
+    "mb_3_15",
+    "mb_3_16",
+    "mb_3_17",
+    "mb_3_18",
+    "mb_3_19",
+    "ka_ex3",
+)
+
+
+def _polynomial(x: Array, y: Array, batch: Array) -> Array:
+    """sum_ij batch_ij x^i y^j: one function for all polynomials, so that they share what is compiled."""
+    powers = lambda z: jnp.stack([jnp.ones_like(z[0]), z[0], z[0] ** 2, z[0] ** 3, z[0] ** 4])  # noqa: E731
+    return powers(x) @ batch @ powers(y)
+
+
+def _coefficients(function: Scalars) -> Array:
+    """The coefficients [5, 5] of a polynomial of degree at most 4 in x and in y, from its values at 25 points."""
+    points = np.arange(-2.0, 3.0)
+    inverse = np.linalg.inv(np.vander(points, increasing=True))
+    values = np.array([[float(function(x, y)) for y in points] for x in points])
+    return floats(np.round(inverse @ values @ inverse.T, 13) + 0.0)
+
+
 @functools.cache
-def _functions(name: str) -> tuple[Callable, Callable, Callable, SmoothCoupling | None]:
-    """f, g, init and a smooth coupling of a case: made once, so that nothing compiles twice."""
-    case = CASES[name]
+def _init(x: tuple[float, float], y: tuple[float, float]) -> Callable[[Array], tuple[Array, Array]]:
+    """Draw x and y uniformly between their ends."""
+
+    def init(key: Array) -> tuple[Array, Array]:
+        u, w = jax.random.uniform(key, (2, 1), float)
+        return x[0] + u * (x[1] - x[0]), y[0] + w * (y[1] - y[0])
+
+    return init
+
+
+@functools.cache
+def _functions(name: str) -> tuple[Callable, Callable, SmoothCoupling | None]:
+    """f, g and a smooth coupling of a case: made once, so that nothing compiles twice."""
+    case, smooth = CASES[name], CASES[name].smooth
 
     def upper(x: Array, y: Array, batch: None) -> Array:
         return jnp.asarray(case.f(x[0], y[0]))
@@ -121,13 +160,8 @@ def _functions(name: str) -> tuple[Callable, Callable, Callable, SmoothCoupling 
     def lower(x: Array, y: Array, batch: None) -> Array:
         return jnp.asarray(case.g(x[0], y[0]))
 
-    def init(key: Array) -> tuple[Array, Array]:
-        u, w = jax.random.uniform(key, (2, 1), float)
-        return case.x[0] + u * (case.x[1] - case.x[0]), case.y[0] + w * (case.y[1] - case.y[0])
-
-    smooth = case.smooth
     coupling = None if smooth is None else SmoothCoupling(lambda x, y: jnp.asarray(smooth(x[0], y[0]))[None])
-    return upper, lower, init, coupling
+    return upper, lower, coupling
 
 
 def make(seed: int = 0, case: str = "mb_3_19") -> Instance:
@@ -142,13 +176,24 @@ def make(seed: int = 0, case: str = "mb_3_19") -> Instance:
     """
     if case not in CASES:
         invalid("case (nonconvex)", repr(case), f"one of {', '.join(CASES)}", "Choose a case.")
-    upper, lower, init, coupling = _functions(case)
-    spec = CASES[case]
+    spec, data = CASES[case], {}
+    if case in POLYNOMIALS:
+        upper = lower = _polynomial
+        coupling = None
+        data = {"upper_data": Full(_coefficients(spec.f)), "lower_data": Full(_coefficients(spec.g))}
+    else:
+        upper, lower, coupling = _functions(case)
     if spec.linear is not None:
         A, B, b = spec.linear
         coupling = LinearCoupling(floats([[A]]), floats([[B]]), floats([b]))
     problem = BilevelProblem(
-        upper, Minimize(lower), Box(*map(floats, spec.x)), Box(*map(floats, spec.y)), coupling, init=init
+        upper,
+        Minimize(lower),
+        Box(*map(floats, spec.x)),
+        Box(*map(floats, spec.y)),
+        coupling,
+        init=_init(spec.x, spec.y),
+        **data,
     )
     x, y = (None, None) if spec.point is None else (floats([part]) for part in spec.point)
     tags = {"nonconvex-lower", "known-optimum"} | ({"discontinuous"} if spec.discontinuous else set())

@@ -1,6 +1,7 @@
 """Lower levels of any dimension that are not convex, degenerate or coupled, with closed-form optima (n of each block).
 
-    bvfsm               f = (x - a)^2 + |y - (a + c) 1|^2,  y_i in argmin sin(x + y_i - c),  x a number, y in R^n
+    bvfsm               f = (x - a)^2 + |y - (a + c) 1|^2,  y_i in argmin sin(x + y_i - c),  x a number, y in R^n;
+                        both are `Separable` with one term for each y_i
     bvfsm_constrained   f = (x - a)^2 + |y - a 1|^2,  the same g,  0 <= x + y_i <= 1
     lvhba_llc           f = |x - z|^2/2 + |y - 1|^2/2,  g = |y|^2/2 - x'y + 1'z,  1'(x + y + z) = 0,  lower (y, z)
     bicgaffa            f = (y - 2)'(x - 1) + |z + 3|^2,  the same g,  sum x^power + 1'y + 1'z = 0
@@ -38,7 +39,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, SmoothCoupling
+from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.gap import measure_global
 from bilevel.struct import invalid
 from problems.datasets import floats
@@ -49,11 +50,14 @@ PyTree = Any
 
 def _bvfsm_upper(x: Array, y: Array, batch: tuple[Array, Array]) -> Array:
     a, target = batch
-    return jnp.sum((x - a) ** 2) + jnp.sum((y - target) ** 2)
+    return (x - a) ** 2 / y.size + (y - target) ** 2
 
 
 def _bvfsm_lower(x: Array, y: Array, batch: Array) -> Array:
-    return jnp.sum(jnp.sin(x + y - batch))
+    return jnp.sin(x + y - batch)
+
+
+BVFSM = Separable(_bvfsm_upper), Separable(_bvfsm_lower)
 
 
 def _blocks(y: Array) -> tuple[Array, Array]:
@@ -182,7 +186,7 @@ def _bvfsm(case: str, n: int, a: float, c: float, power: int) -> tuple[BilevelPr
     C = -np.pi / 2 + 2 * np.pi * np.round((2 * a + np.pi / 2) / (2 * np.pi))
     x = ((1 - n) * a + n * C) / (1 + n)
     data = {"upper_data": Full((floats(a), floats(a + c))), "lower_data": Full(floats(c))}
-    problem = _problem(_bvfsm_upper, _bvfsm_lower, (-10.0, 10.0), 10.0, (1, n), **data)
+    problem = _problem(*BVFSM, (-10.0, 10.0), 10.0, (1, n), **data)
     return problem, Truth(n * (C - 2 * a) ** 2 / (1 + n), floats([x]), floats(np.full(n, C + c - x)))
 
 
@@ -194,7 +198,7 @@ def _bvfsm_constrained(case: str, n: int, a: float, c: float, power: int) -> tup
     b = np.concatenate([np.ones(n), np.zeros(n)])
     data = {"upper_data": Full((floats(a), floats(a))), "lower_data": Full(floats(c))}
     coupling = LinearCoupling(floats(A), floats(B), floats(b))
-    problem = _problem(_bvfsm_upper, _bvfsm_lower, (-9.0, 9.0), 10.0, (1, n), coupling=coupling, **data)
+    problem = _problem(*BVFSM, (-9.0, 9.0), 10.0, (1, n), coupling=coupling, **data)
     return problem, Truth(n * (t - 2 * a) ** 2 / (1 + n), floats([x]), floats(np.full(n, t - x)))
 
 

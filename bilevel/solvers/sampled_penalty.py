@@ -1,35 +1,20 @@
 """SampledPenalty: a value-function penalty over samples of a lower level that is non-convex and constrained."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import oracles, sample_oracles, sampling
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
-from bilevel.sampling import (
-    Smoothness,
-    cover,
-    descend,
-    join,
-    near,
-    polish,
-    repeat,
-    restore,
-    shifted,
-    smooth_min,
-    starts,
-    take,
-    unbounded,
-    uncoupled,
-    violation,
-    where,
-)
+from bilevel.refine import LENGTHS as NEWTON
+from bilevel.refine import MAX_CG, SIZES, improve, multipliers, polish, restore
+from bilevel.sampling import Blocks, Smoothness, blocks, cover_blocks, near, pick, repeat, smooth_min, starts, take
 from bilevel.solver import Solver
 from bilevel.step import require_number, step_sizes
 from bilevel.struct import invalid, static, struct
@@ -37,27 +22,24 @@ from bilevel.struct import invalid, static, struct
 PyTree = Any
 LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of a line search, times the last one, beside a random one
 FIRST_TEMPERATURE, FIRST_PENALTY, LAST_PENALTY = 0.1, 1e-2, 1e4  # in units of the objectives' spreads at the start
-TRACK = 4  # descent steps by which the two best samples follow x in a line search
-CHECK, BLOCKS = 512, 4  # points of Y where `output` looks for lower values of g; how many of them it polishes
-FEASIBLE = 1e-7
+TRACK = 2  # descent steps by which the two best samples follow x in a line search
+CHECK, BLOCKS, FEASIBLE = 512, 4, 1e-7  # points of Y where `output` looks for a lower g; how many of them it polishes
 
 
 class State(NamedTuple):
     """Everything is stacked over L = num_starts num_ladders lanes; lane i is start i // num_ladders.
 
-    x, y; samples [L, N, ...], whose last 2 num_slots are the slots, the very last of them y; sizes [L, 2 num_slots],
-    the slots' steps, and size [L], x's, 0 where none is known; rule, the step rule's state; shift [L, rows], the
-    multipliers of the coupling over their weight. first, last [L]: the ends
-    of the ladder. smooth []: the first temperature, scales: the spreads of f and g. count: steps done.
+    x, y; samples [L, N, n, m], whose last 2 num_slots are the slots, the very last of them y; sizes [L, 2 num_slots,
+    n], the slots' steps, and size [L], x's, 0 where none is known; rule, the step rule's state. first, last [L]: the
+    ends of the ladder. smooth []: the first temperature, scales: the spreads of f and g. count: steps done.
     """
 
     x: PyTree
     y: PyTree
-    samples: PyTree
+    samples: Array
     sizes: Array
     size: Array
     rule: PyTree
-    shift: Array
     first: Array
     last: Array
     smooth: Array
@@ -84,22 +66,25 @@ class SampledPenalty(Solver):
     M the entropic or quadratic smoothed minimum of `bilevel.sampling`. The lifted P has no minimum that comes only from
     a local minimiser of g; the joint one has one for each. rho climbs a ladder from `penalty` to `max_penalty` while
     rho t falls like 1/rho. There are num_starts times num_ladders independent lanes, which start at points of X and on
-    different rungs of the ladder; `output` takes the best of them.
+    different rungs of the ladder; `output` takes the best of them. A separable problem (`bilevel.Separable`) has these
+    minima and samples for each block: P is the sum.
 
     Samples are renewed at each step, N fixed: fresh Sobol points of Y and its boundary, points near the slots, and the
     slots. Half of the slots descend g(x, .), half f + rho g, y among them; each moves to the best of its share of the
-    new points where that is lower. During a line search the best sample of either kind follows x by TRACK steps. With
-    `refresh=False` the samples stay as drawn and P is a fixed function. A coupled Y(x) enters g by the method of
-    multipliers and f by a growing squared violation; `output` moves y into Y(x).
+    new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
+    Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
+    of a coupled Y(x) are moved into it at each x, and P's gradient has their multipliers; where Y(x) is empty, f grows
+    by the squared violation that is left. Frozen samples have that penalty only.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
     sample before polishing, if its gap is as small: so the optimum is found where it sits at an isolated x.
 
-    Assumptions: f and g smooth, Y bounded and of low dimension (1 to about 10; more, where g is separable or has few
-    minima). Guarantee, with `from_theory`: min_k |G_k|^2 <= 2 L (P_0 - inf P)/K for the gradient mapping G of P.
-    Cost per step: L (7 N + 2 num_slots) values and L (N + 2 num_slots + 60) gradients of f and of g, with N samples a
-    lane; 60, of six trials that follow two samples, and six of the 7 N are the line search's.
+    Assumptions: f and g smooth, Y bounded, its blocks of low dimension (1 to about 10; more, where g has few minima).
+    Guarantee, with `from_theory`: min_k |G_k|^2 <= 2 L (P_0 - inf P)/K for the gradient mapping G of P.
+    Cost per step: L (7 N + 2 num_slots + 144) values, L (N + 2 num_slots + 24) gradients of f and of g and 48 L m HVPs,
+    with N samples a lane in m dimensions (2 N gradients with a coupling); 144, 24, 48 m and six of the 7 N are the line
+    search's.
 
     Args:
         upper_step_size: s > 0, an optax schedule or an optax transformation. Default: the best of five lengths, one of
@@ -190,13 +175,13 @@ class SampledPenalty(Solver):
         key_start, key_x, key_y = jax.random.split(key, 3)
         x0, y0 = problem.init(key_start)
         x0, y0 = problem.x_set.project(x0), problem.y_set.project(y0)
+        view = blocks(problem, y0)
         x, lanes = starts(problem.x_set, key_x, self.num_starts, x0), self.num_starts * self.num_ladders
-        samples = cover(problem.y_set, key_y, self._count, y0)
-        data = problem.upper_data.full(), problem.lower_data.full()
+        samples = cover_blocks(view, key_y, self._count)
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
-            f, g = oracles.sample_values(problem, x, samples, *data, self.chunk)
-            return jnp.std(f), jnp.std(g)
+            f, g = view.values(x, samples, self.chunk)
+            return jnp.std(jnp.sum(f, axis=1)), jnp.std(jnp.sum(g, axis=1))
 
         scales = jax.tree.map(jnp.mean, jax.vmap(spreads)(x))
         scales = jax.tree.map(lambda s: jnp.where((s > 0) & jnp.isfinite(s), s, 1), scales)
@@ -213,156 +198,169 @@ class SampledPenalty(Solver):
         x = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.num_ladders, axis=0), x)
         y, zero = repeat(y0, lanes), jnp.zeros(lanes, unit.dtype)
         rule = () if self.upper_step_size is None else jax.vmap(self.upper_step_size.init)((x, y))
-        shift = repeat(jnp.zeros_like(oracles.coupling_residual(problem, x0, y0)), lanes)
+        samples = repeat(samples, lanes)
+        samples = samples.at[:, -1].set(view.pack(y0)) if self._movable else samples
         return State(
-            x, y, self._with_y(repeat(samples, lanes), y), jnp.zeros((lanes, 2 * self.num_slots), unit.dtype), zero,
-            rule, shift, jnp.tile(foot, self.num_starts), last + zero, smooth, scales, jnp.zeros((), int),
+            x, y, samples, jnp.zeros((lanes, 2 * self.num_slots, view.n), unit.dtype), zero, rule,
+            jnp.tile(foot, self.num_starts), last + zero, smooth, scales, jnp.zeros((), int),
         )  # fmt: skip
 
-    def _with_y(self, samples: PyTree, y: PyTree) -> PyTree:
-        """All lanes' samples with y as the last; the lifted form's frozen samples stay as they are."""
-        if not self.refresh and self.form == "lifted":
-            return samples
-        return jax.tree.map(lambda s, p: s.at[:, -1].set(p), samples, y)
+    @property
+    def least_steps(self) -> int:
+        return self.num_ladder_steps
+
+    @property
+    def _movable(self) -> bool:
+        """Whether the last sample is y; the lifted form's frozen samples stay as they are."""
+        return self.refresh or self.form == "joint"
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
-        data = problem.upper_data.full(), problem.lower_data.full()
         climbed = jnp.minimum(state.count / self.num_ladder_steps, 1).astype(state.first.dtype)
         growth = (state.last / state.first) ** climbed
         rho, smooth, weight = state.first * growth, state.smooth / growth, jnp.sqrt(growth)
         keys = jax.random.split(key, len(rho) + 1)
-        fresh = cover(problem.y_set, keys[0], self.num_samples, take(state.y, 0)) if self.refresh else ()
-        joint, rule = self.form == "joint", self.upper_step_size
-
-        def lane(x, samples, sizes, size, state_of_rule, shift, rho, smooth, weight, key):
-            plain = uncoupled(problem, weight * state.scales[0], state.scales[1], shift)
-
-            def values(x: PyTree, ys: PyTree) -> tuple[Array, Array]:
-                return oracles.sample_values(plain, x, ys, *data, self.chunk)
-
-            def gradients(x: PyTree, ys: PyTree, a: Array, b: Array) -> tuple[PyTree, PyTree]:
-                return oracles.sample_gradients(plain, x, ys, a, b, *data, self.chunk)
-
-            if self.refresh:
-                samples, sizes, f, g = self._renew(problem, x, samples, sizes, rho, fresh, key, values, gradients)
-            else:
-                f, g = values(x, samples)
-            first = -2 * self.num_slots
-            if self.refresh:  # the first slot is the least of g, the last one that of f + rho g or the variable y
-                low, up = jnp.argmin(g), -1 if joint else jnp.argmin(f + rho * g)
-                put = lambda part: part.at[first].set(part[low]).at[-1].set(part[up])  # noqa: E731
-                samples, f, g = jax.tree.map(put, (samples, f, g))
-            objective, a, b = self._penalised(f, g, rho, smooth)
-            by_x, by_y = gradients(x, samples, a, rho * (a - b))
-            y = take(samples, -1)
-            direction = by_x, jax.tree.map(lambda d: d[-1] if joint else jnp.zeros_like(d[-1]), by_y)
-
-            def project(point: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-                return problem.x_set.project(point[0]), problem.y_set.project(point[1]) if joint else point[1]
-
-            if rule is not None:
-                point, state_of_rule = rule.apply((x, y), direction, state_of_rule)
-                x, y = project(point)
-            else:
-
-                def attempt(size: Array) -> tuple[Any, ...]:
-                    x1, y1 = project(jax.tree.map(lambda p, d: p - size * d, (x, y), direction))
-                    ys = jax.tree.map(lambda s, p: s.at[-1].set(p), samples, y1)
-                    if self.refresh:  # the best samples follow x, or else only other samples would be near them
-                        ys = follow(x1, ys, first, 0, 1)
-                        ys = ys if joint else follow(x1, ys, -1, 1, rho)
-                    f1, g1 = values(x1, ys)
-                    value = self._penalised(f1, g1, rho, smooth)[0]
-                    return x1, y1, ys, f1, g1, jnp.where(jnp.isfinite(value), value, jnp.inf)
-
-                def follow(x: PyTree, ys: PyTree, k: int, a: Any, b: Any) -> PyTree:
-                    look = lambda y: oracles.weighted_value_and_gradient(plain, x, y, a, b, *data)  # noqa: E731
-                    moved = descend(problem.y_set, look, take(ys, k), TRACK, sizes[k])[0]
-                    return jax.tree.map(lambda s, p: s.at[k].set(p), ys, moved)
-
-                length = norm(direction)
-                reach = (1 + norm(x)) / jnp.where(length > 0, length, 1)
-                chance = reach * 10 ** jax.random.uniform(jax.random.fold_in(key, 1), (1,), size.dtype, -6, 0)
-                tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
-                tries = jnp.concatenate([chance, tries])
-                tried = oracles.batched(attempt)(tries)
-                k = jnp.argmin(tried[-1])
-                x, y, samples, f, g, objective = take(tried, k)
-                size = jnp.clip(jnp.where(tries[k] > 0, tries[k], tries[-2] / 8), 1e-9 * reach, reach)
-            best = jnp.argmin(f + rho * g)
-            if not joint:
-                y = take(samples, best)
-            gap = g[-1 if joint else best] - jnp.min(g)
-            shift = shifted(problem, x, take(samples, jnp.argmin(g)), shift)
-            return x, y, samples, sizes, size, state_of_rule, shift, Info(objective, rho, gap)
-
-        x, y, samples, sizes, size, state_of_rule, shift, info = oracles.batched(lane)(
-            state.x, state.samples, state.sizes, state.size, state.rule, state.shift, rho, smooth, weight, keys[1:]
+        view = blocks(problem, take(state.y, 0))
+        fresh = cover_blocks(view, keys[0], self.num_samples) if self.refresh else None
+        x, y, samples, sizes, size, rule, info = oracles.batched(partial(self._lane, problem, fresh, state.scales))(
+            state.x, state.y, state.samples, state.sizes, state.size, state.rule, rho, smooth, weight, keys[1:]
         )
         return state._replace(
-            x=x, y=y, samples=self._with_y(samples, y), sizes=sizes, size=size, rule=state_of_rule, shift=shift,
-            count=state.count + 1,
+            x=x, y=y, samples=samples, sizes=sizes, size=size, rule=rule, count=state.count + 1
         ), info  # fmt: skip
 
+    def _lane(self, problem, fresh, scales, x, y, samples, sizes, size, state_of_rule, rho, smooth, weight, key):
+        view = blocks(sampling.uncoupled(problem, weight * scales[0], scales[1]), y)
+        joint, rule, slots = self.form == "joint", self.upper_step_size, 2 * self.num_slots
+        if self.refresh:
+            samples, sizes, f, g = self._renew(view, x, samples[-slots:], sizes, rho, fresh, key)
+            # the first slot becomes the least of g, the last one that of f + rho g or the variable y
+            up = jnp.argmin(f + rho * g, axis=0)
+            ends = jnp.stack([jnp.argmin(g, axis=0), jnp.full_like(up, len(f) - 1) if joint else up])
+            put = lambda part: part.at[np.array([-slots, -1])].set(pick(part, ends))  # noqa: E731
+            samples, f, g = map(put, (samples, f, g))
+        else:
+            f, g = view.values(x, samples, self.chunk)
+        objective, a, b = self._penalised(f, g, rho, smooth)
+        direction = self._direction(view, x, samples, a, b, rho)
+        z = samples[-1]
+
+        def project(x: PyTree, z: Array) -> tuple[PyTree, Array]:
+            x = problem.x_set.project(x)
+            return x, restore(view, x, z) if joint else z
+
+        if rule is not None:
+            pairs = (x, view.unpack(z)), (direction[0], view.unpack(direction[1]))
+            (x, moved), state_of_rule = rule.apply(*pairs, state_of_rule)
+            x, z = project(x, view.pack(moved))
+            samples = samples.at[-1].set(z) if joint else samples
+        else:
+
+            def attempt(size: Array) -> tuple[Any, ...]:
+                x1, z1 = project(*jax.tree.map(lambda p, d: p - size * d, (x, z), direction))
+                ys = samples.at[-1].set(z1) if joint else samples
+                if self.refresh:  # the best samples follow x, or else only other samples would be near them
+                    ends = np.array([-slots] if joint else [-slots, -1])
+                    weights = jnp.arange(len(ends), dtype=size.dtype), jnp.stack([jnp.ones_like(rho), rho])[: len(ends)]
+                    follow = lambda y, a, b, s: improve(view, x1, y, a, b, TRACK, s)[0]  # noqa: E731
+                    ys = ys.at[ends].set(oracles.batched(follow)(ys[ends], *weights, sizes[ends]))
+                f1, g1 = view.values(x1, ys, self.chunk)
+                value = self._penalised(f1, g1, rho, smooth)[0]
+                return x1, ys, f1, g1, jnp.where(jnp.isfinite(value), value, jnp.inf)
+
+            length = norm(direction)
+            reach = (1 + norm(x)) / jnp.where(length > 0, length, 1)
+            chance = reach * 10 ** jax.random.uniform(jax.random.fold_in(key, 1), (1,), size.dtype, -6, 0)
+            tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
+            tries = jnp.concatenate([chance, tries])
+            tried = oracles.batched(attempt)(tries)
+            k = jnp.argmin(tried[-1])
+            x, samples, f, g, objective = take(tried, k)
+            size = jnp.clip(jnp.where(tries[k] > 0, tries[k], tries[-2] / 8), 1e-9 * reach, reach)
+        best = jnp.argmin(f + rho * g, axis=0)
+        z = samples[-1] if joint else pick(samples, best)
+        gap = jnp.sum((g[-1] if joint else pick(g, best)) - jnp.min(g, axis=0))
+        samples = samples.at[-1].set(z) if self._movable else samples
+        return x, view.unpack(z), samples, sizes, size, state_of_rule, Info(objective, rho, gap)
+
     def _penalised(self, f: Array, g: Array, rho: Array, smooth: Array) -> tuple[Array, Array, Array]:
-        """(P, weights of the minimum over f + rho g, weights of that over g) at temperature rho t = smooth."""
-        entropic = self.smoothing == "entropic"
+        """(P, weights of the minimum over f + rho g, weights of that over g) at temperature rho t = smooth, [N, n]."""
+        least = jax.vmap(lambda values, t: smooth_min(values, t, self.smoothing == "entropic"), (1, None), (0, 1))
         frozen_joint = self.form == "joint" and not self.refresh  # y is then no sample of v
-        v, b = smooth_min(g.at[-1].set(jnp.inf) if frozen_joint else g, smooth / rho, entropic)
+        v, b = least(g.at[-1].set(jnp.inf) if frozen_joint else g, smooth / rho)
         if self.form == "joint":
-            return f[-1] + rho * (g[-1] - v), jnp.zeros_like(f).at[-1].set(1), b
-        u, a = smooth_min(f + rho * g, smooth, entropic)
-        return u - rho * v, a, b
+            return jnp.sum(f[-1] + rho * (g[-1] - v)), jnp.zeros_like(f).at[-1].set(1), b
+        u, a = least(f + rho * g, smooth)
+        return jnp.sum(u - rho * v), a, b
 
-    def _renew(self, problem, x, samples, sizes, rho, fresh, key, values, gradients):
+    def _direction(self, view: Blocks, x: PyTree, samples: Array, a: Array, b: Array, rho: Array):
+        """The gradient of P in x, and in the last sample for the joint form; with the multipliers of coupled samples.
+
+        As x moves, a sample at active rows c(x, y_i) = 0 moves with them: its a f + b g changes at the rate of its
+        Lagrangian, a f_x + b g_x + lam' c_x.
+        """
+        if view.problem.coupling is None or not self.refresh:
+            by_x, by_y = view.gradients(x, samples, a, rho * (a - b), self.chunk)
+        else:
+            by_x, by_y = view.gradients(x, samples, a, rho * a, self.chunk)
+            minus, low = view.gradients(x, samples, jnp.zeros_like(b), rho * b, self.chunk)
+            look = lambda y, plus, minus: multipliers(view, x, y, jnp.stack([plus[0], minus[0]]))  # noqa: E731
+            lam = jax.vmap(look)(samples, by_y, low)
+            pull = sample_oracles.coupling_pull(view.problem, x, view.stack(samples), lam[:, 0] - lam[:, 1])[0]
+            by_x = jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull)
+        return by_x, by_y[-1] if self.form == "joint" else jnp.zeros_like(by_y[-1])
+
+    def _renew(self, view: Blocks, x: PyTree, slots: Array, sizes: Array, rho: Array, fresh: Array, key: Array):
         """(samples, sizes, f, g) at x: fresh points, points near the slots, and the slots after a step each."""
-        count = 2 * self.num_slots
-        slots = take(samples, slice(-count, None))
-        is_upper = jnp.arange(count) >= self.num_slots
+        count = len(slots)
+        is_upper = (jnp.arange(count) >= self.num_slots)[:, None]
         a, b = is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1)
-        fixed = (jnp.arange(count) == count - 1) & (self.form == "joint")  # the last slot is then the variable y
-        by_y = gradients(x, slots, a, b)[1]
-        steep = jax.vmap(norm)(by_y)
-        spread = jnp.linalg.norm(jnp.std(jax.vmap(lambda y: ravel_pytree(y)[0])(fresh), axis=0))
-        sizes = jnp.where(sizes > 0, sizes, 0.1 * spread / jnp.where(steep > 0, steep, 1))
-        shift = lambda s, d: s - jnp.where(fixed, 0, sizes).reshape(-1, *[1] * (s.ndim - 1)) * d  # noqa: E731
-        trial = jax.vmap(problem.y_set.project)(jax.tree.map(shift, slots, by_y))
-
-        new = join(fresh, near(problem.y_set, key, self.num_samples // 2, slots, fresh))
-        f, g = values(x, join(new, slots, trial))
-        (f, fs, ft), (g, gs, gt) = (jnp.split(part, [len(part) - 2 * count, len(part) - count]) for part in (f, g))
+        fixed = (jnp.arange(count)[:, None] == count - 1) & (self.form == "joint")  # the last slot is the variable y
+        by_y = view.gradients(x, slots, a, b, self.chunk)[1]
+        steep = jnp.linalg.norm(by_y, axis=2)
+        spread = jnp.linalg.norm(jnp.std(fresh, axis=0), axis=1)
+        sizes = jnp.where(sizes > 0, sizes, 0.1 * spread[None] / jnp.where(steep > 0, steep, 1))
+        trial = slots - jnp.where(fixed, 0, sizes)[:, :, None] * by_y
+        parts = [fresh, near(view, key, self.num_samples // 2, slots, fresh), trial, slots]
+        points = jax.vmap(lambda y: restore(view, x, y, 4))(jnp.concatenate(parts))
+        ends = np.array([len(points) - 2 * count, len(points) - count])
+        (new, trial, slots), (f, ft, fs), (g, gt, gs) = (
+            jnp.split(part, ends) for part in (points, *view.values(x, points, self.chunk))
+        )
         margin = -1e3 * jnp.finfo(f.dtype).eps * (jnp.abs(a * fs) + jnp.abs(b * gs))  # so that rounding decides nothing
         change = a * (ft - fs) + b * (gt - gs)
         falls = change < margin
         sizes = jnp.where(falls, 2 * sizes, jnp.where(change > -margin, sizes / 4, sizes))
-        slots, fs, gs = where(falls, trial, slots), jnp.where(falls, ft, fs), jnp.where(falls, gt, gs)
+        slots = jnp.where(falls[:, :, None], trial, slots)
+        fs, gs = jnp.where(falls, ft, fs), jnp.where(falls, gt, gs)
 
         share = len(f) // count * count  # slot j is challenged by the new points j, j + count, …
-        score = a[None] * f[:share].reshape(-1, count) + b[None] * g[:share].reshape(-1, count)
-        best = jnp.argmin(score, axis=0)
+        fold = lambda part: part[:share].reshape(-1, count, *part.shape[1:])  # noqa: E731
+        score = a[None] * fold(f) + b[None] * fold(g)
         wins = (jnp.min(score, axis=0) - a * fs - b * gs < margin) & ~fixed
-        best = best * count + jnp.arange(count)
-        slots, sizes = where(wins, take(new, best), slots), jnp.where(wins, 0, sizes)
-        fs, gs = jnp.where(wins, f[best], fs), jnp.where(wins, g[best], gs)
-        return join(new, slots), sizes, jnp.concatenate([f, fs]), jnp.concatenate([g, gs])
+        best = jnp.argmin(score, axis=0) * count + jnp.arange(count)[:, None]
+        slots, sizes = jnp.where(wins[:, :, None], pick(new, best), slots), jnp.where(wins, 0, sizes)
+        fs, gs = jnp.where(wins, pick(f, best), fs), jnp.where(wins, pick(g, best), gs)
+        return jnp.concatenate([new, slots]), sizes, jnp.concatenate([f, fs]), jnp.concatenate([g, gs])
 
     def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
         return _best(problem, self, state)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         lanes, slots = self.num_starts * self.num_ladders, 2 * self.num_slots if self.refresh else 0
-        searches = 1 + len(LENGTHS) if self.upper_step_size is None else 0
-        tracked = (1 + (self.form == "lifted")) * (1 + TRACK) * self.refresh
-        values, gradients = self._count * (1 + searches) + slots, self._count + slots + searches * tracked
-        values, gradients = lanes * values, lanes * gradients
-        return OracleCount(values, gradients, values, gradients)
+        m = blocks(problem, problem.init(jax.random.key(0))[1]).m
+        trials = 1 + len(LENGTHS) if self.upper_step_size is None else 0
+        tracked = trials * TRACK * (1 + (self.form == "lifted")) * self.refresh
+        values = self._count * (1 + trials) + slots + tracked * (len(NEWTON) + len(SIZES) + 1)
+        gradients = self._count * (1 + (problem.coupling is not None and self.refresh)) + slots + tracked
+        values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
+        return OracleCount(values, gradients, values, gradients, hvps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         lower, y_set = type(problem.lower).__name__, type(problem.y_set).__name__
         if not isinstance(problem.lower, Minimize):
             return f"SampledPenalty needs a lower level Minimize(g), whose values it compares; got {lower}."
-        if unbounded(problem.y_set):
+        if sampling.unbounded(problem.y_set):
             return f"SampledPenalty samples Y, which must be bounded, below {lower}(g); got y_set = {y_set}, unbounded."
         return None
 
@@ -371,29 +369,31 @@ class SampledPenalty(Solver):
 def _best(problem: BilevelProblem, solver: SampledPenalty, state: State) -> tuple[PyTree, PyTree]:
     """(x, y) of the lane of least f among those whose y is feasible with a gap within lower_tol; else of least gap."""
     problem = problem.on_full_data()
-    data = problem.upper_data.full(), problem.lower_data.full()
-    tolerance = jnp.asarray(solver.lower_tol.value, state.smooth.dtype)
-    check = cover(problem.y_set, jax.random.key(0), CHECK, take(state.y, 0))
+    view = blocks(problem, take(state.y, 0))
+    tolerance = jnp.asarray(solver.lower_tol.value, state.smooth.dtype) / view.n
+    check = cover_blocks(view, jax.random.key(0), CHECK)
 
-    def lane(x: PyTree, y: PyTree, samples: PyTree) -> tuple[PyTree, Array, Array]:
-        def look(ys: PyTree, allowed: float) -> tuple[Array, Array]:
-            f, g = oracles.sample_values(problem, x, ys, *data, solver.chunk)
-            outside = jax.vmap(lambda y: violation(problem, x, y))(ys)
-            return f, jnp.where((outside <= allowed) & jnp.isfinite(g), g, jnp.inf) + 0 * outside
+    def lane(x: PyTree, y: PyTree, samples: Array) -> tuple[PyTree, Array, Array]:
+        def look(ys: Array, allowed: float) -> tuple[Array, Array]:
+            f, g = view.values(x, ys, solver.chunk)
+            outside = jax.vmap(lambda y: view.violation(x, y))(ys)[:, None]
+            return f, jnp.where((outside <= allowed) & jnp.isfinite(g), g, jnp.inf)
 
-        points = join(check, take(samples, slice(-2 * solver.num_slots, None)))
+        settle = jax.vmap(lambda y: restore(view, x, y))
+        points = settle(jnp.concatenate([check, samples[-2 * solver.num_slots :], view.pack(y)[None]]))
         g = look(points, 1e-3)[1]
         share = len(g) // BLOCKS * BLOCKS
-        best = jnp.argmin(g[:share].reshape(-1, BLOCKS), axis=0) * BLOCKS + jnp.arange(BLOCKS)
-        raw = join(jax.tree.map(lambda leaf: leaf[None], restore(problem, x, y)), take(points, best))
-        points = join(jax.vmap(lambda y: polish(problem, x, y))(raw), raw)
+        best = jnp.argmin(g[:share].reshape(-1, BLOCKS, view.n), axis=0) * BLOCKS + jnp.arange(BLOCKS)[:, None]
+        raw = jnp.concatenate([points[-1:], pick(points, best)])
+        points = jnp.concatenate([jax.vmap(lambda y: polish(view, x, y))(raw), raw])
         f, g = look(points, FEASIBLE)
-        gap = jnp.where(jnp.isfinite(g), g - jnp.min(g), jnp.inf)
+        gap = jnp.where(jnp.isfinite(g), g - jnp.min(g, axis=0, keepdims=True), jnp.inf)
         f = jnp.where(gap <= tolerance, f, jnp.inf)
-        f = jnp.where(jnp.arange(len(f)) < len(f) // 2, f, f + 1e-3 * (1 + jnp.abs(f)))
-        k = jnp.where(jnp.isfinite(jnp.min(f)), jnp.argmin(f), jnp.argmin(gap))
-        point = take(points, k)
-        return point, f[k], violation(problem, x, point)
+        f = f.at[len(raw) :].add(1e-3 * (1 + jnp.abs(f[len(raw) :])))
+        found = jnp.isfinite(jnp.min(f, axis=0))
+        k = jnp.where(found, jnp.argmin(f, axis=0), jnp.argmin(gap, axis=0))
+        point = pick(points, k)
+        return view.unpack(point), jnp.sum(jnp.min(f, axis=0)), view.violation(x, point)
 
     y, f, outside = jax.vmap(lane)(state.x, state.y, state.samples)
     k = jnp.where(jnp.isfinite(jnp.min(f)), jnp.argmin(f), jnp.argmin(outside))

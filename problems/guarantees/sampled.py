@@ -139,7 +139,7 @@ def descent(make: Callable[..., Any] = SampledPenalty.from_theory) -> Guarantee:
         problem = instance.problem
         solver = make(known.smoothness, EPSILON, num_samples=NUM_SAMPLES)
         state = solver.init(problem, key)
-        state = state._replace(x=instance.x[None], samples=instance.samples[None])
+        state = state._replace(x=instance.x[None], samples=instance.samples[None, :, None])
         L, ys = _smoothness(known), instance.samples[:, 0]
 
         def P(x: Array) -> Array:

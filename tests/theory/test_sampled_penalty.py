@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import bilevel
 import problems
-from bilevel import oracles, run
+from bilevel import oracles, run, sample_oracles
 from bilevel.gap import measure_global
 from bilevel.sampling import Smoothness, cover, smooth_min, sobol
 
@@ -105,9 +105,9 @@ def penalised(form, smoothing):
     def look(x, y, problem, samples, rho, t):
         data = problem.upper_data.full(), problem.lower_data.full()
         ys = samples.at[-1].set(y) if form == "joint" else samples
-        f, g = oracles.sample_values(problem, x, ys, *data, chunk=8)
+        f, g = sample_oracles.sample_values(problem, x, ys, *data, chunk=8)
         value, a, b = solver._penalised(f, g, rho, rho * t)
-        by_x, by_y = oracles.sample_gradients(problem, x, ys, a, rho * (a - b), *data, chunk=8)
+        by_x, by_y = sample_oracles.sample_gradients(problem, x, ys, a, rho * (a - b), *data, chunk=8)
         return value, by_x, by_y[-1] if form == "joint" else jnp.zeros(1)
 
     return look
@@ -211,10 +211,8 @@ def success(instance, x, y):
     return close & (measured.lower_residual <= 1e-3) & (measured.violation <= 1e-6)
 
 
-@pytest.mark.parametrize("params", [{"case": "mb_3_11"}, {"case": "bvfsm", "n": 3}])
-def test_defaults_find_the_optimum(params):
-    """An isolated optimum, and three lower unknowns with 27 combinations of wells."""
-    instance = problems.make("nonconvex" if "n" not in params else "nonconvex_scaled", **params)
+def test_defaults_find_an_isolated_optimum():
+    instance = problems.make("nonconvex", case="mb_3_11")
     problem, solver = instance.problem, bilevel.SampledPenalty(num_starts=4)
 
     @jax.jit
@@ -223,6 +221,17 @@ def test_defaults_find_the_optimum(params):
         return success(instance, *solver.output(problem, state))
 
     assert all(bool(solve(key)) for key in jax.random.split(KEY, 3))
+
+
+def test_a_separable_problem_ends_converged_at_its_optimum():
+    """20 lower unknowns with three wells each, a block each; before the ladder's end nothing is called converged."""
+    instance = problems.make("nonconvex_scaled", case="bvfsm", n=20)
+    solver = bilevel.SampledPenalty(num_starts=1, num_ladders=1, num_samples=16, num_slots=4)
+    solution = bilevel.solve(instance.problem, solver, key=KEY, max_steps=600, every=100)
+    assert solution.status == bilevel.Status.CONVERGED
+    assert solution.stats["steps"] >= solver.num_ladder_steps
+    assert success(instance, solution.x, solution.y)
+    np.testing.assert_allclose(solution.record["value"][-1], instance.truth.value, rtol=1e-3)
 
 
 def disc(x, y):
@@ -249,7 +258,20 @@ def test_a_lower_set_that_is_empty_for_some_or_all_x(end):
         bilevel.Box(-1.0, 1.0), bilevel.SmoothCoupling(disc), init=outside,
     )  # fmt: skip
     solver = bilevel.SampledPenalty(num_starts=4)
-    end_state, _ = run.advance(problem, solver, solver.init(problem, KEY), KEY, 0, 250)
+
+    @jax.jit
+    def path(state):
+        def body(state, k):
+            state, _ = solver.step(problem, state, jax.random.fold_in(KEY, k))
+            above = jax.vmap(lambda x, y: jnp.max(oracles.coupling_residual(problem, x, y)))(state.x, state.y)
+            return state, (above, state.x)
+
+        return jax.lax.scan(body, state, jnp.arange(250))
+
+    end_state, (above, xs) = path(solver.init(problem, KEY))
+    assert (jnp.abs(xs) <= 2).all()
+    roomy = np.asarray(xs[..., 1] >= xs[..., 0] + 0.25)  # radius 1/2 at least; near 0, Newton's steps only halve |y|
+    assert (np.asarray(above)[roomy] <= 1e-6).all()
     measured = measure_global(problem, *solver.output(problem, end_state))
     if end == 0.0:  # F* = 0 at x = (-1/2, -1/2), where Y(x) = {0} is about to be empty
         assert measured.status == bilevel.Status.ESTIMATED
@@ -278,6 +300,9 @@ def test_bad_input_is_named():
     with pytest.raises(bilevel.InvalidInput, match="epsilon"):
         bilevel.SampledPenalty.from_theory(Smoothness(1.0, 1.0, 1.0, 1.0), 0.0)
     problem, _, _ = wave_problem(0)
+    both = bilevel.Separable(waves)  # returns a number, not a term for each row of y
+    with pytest.raises(bilevel.InvalidInput, match="Separable"):
+        dataclasses.replace(problem, upper=both).validate()
     for y_set in (bilevel.Reals(), bilevel.Box(0.0, jnp.inf)):
         with pytest.raises(bilevel.Unsupported, match="bounded"):
             bilevel.solve(dataclasses.replace(problem, y_set=y_set), bilevel.SampledPenalty(), key=KEY)

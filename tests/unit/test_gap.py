@@ -67,6 +67,27 @@ def test_many_wells_in_four_dimensions():
     np.testing.assert_allclose(found.gap, [1.0, 0.0], atol=1e-9)
 
 
+def test_blocks_of_a_separable_problem_are_minimised_apart():
+    problem = problems.make("nonconvex_scaled", n=50).problem
+    x, y = jnp.array([0.7]), jnp.zeros(50)
+    found = lower_gap(problem, x, y, num_points=64, num_starts=4)
+    np.testing.assert_allclose(found.value, -50, rtol=1e-12)
+    np.testing.assert_allclose(found.gap, 50 * np.sin(0.7 - 2) + 50, rtol=1e-9)
+
+
+def test_rate_of_descent_is_the_slope_of_F_and_0_at_minima():
+    """mb_3_19: F = x^(3/2) - x^(1/2) + x/2 with y = x^(1/2). At a third point y is no lower solution: the gap shows."""
+    problem = problems.make("nonconvex", case="mb_3_19").problem
+    x = np.array([0.5, 0.18894, 0.05, 0.5])
+    y = np.sqrt(x) * np.array([1, 1, 1, 0])
+    found = jax.jit(jax.vmap(lambda x, y: measure_global(problem, x, y)))(x[:, None], y[:, None])
+    slope = np.abs(1.5 * np.sqrt(x) - 0.5 / np.sqrt(x) + 0.5)
+    np.testing.assert_allclose(found.hypergradient[:3], slope[:3], rtol=2e-2, atol=2e-3)
+    assert (found.error_bound <= 1e-4).all()
+    assert (found.lower_residual[:3] <= 1e-12).all()
+    np.testing.assert_allclose(found.lower_residual[3], 0.125)
+
+
 def test_linear_coupling_and_an_infeasible_point():
     """The least y^3 - 3 y over y >= x in [-3, 3]: y = x for x < -2 or x > 1, else 1. A point below x is no solution."""
     problem = problems.make("nonconvex", case="ye_zhu_4_2").problem
