@@ -41,7 +41,7 @@ ROWS = {
     "BOME": bilevel.BOME(),
     "MEHA": bilevel.MEHA(),
 }
-CAUSES = ("local", "gap", "under", "infeasible", "nan")
+CAUSES: tuple[str, ...] = ("local", "gap", "under", "infeasible", "nan")
 
 
 @jax.jit
@@ -123,7 +123,8 @@ def _count(truth: float, F: np.ndarray, gap: np.ndarray, outside: np.ndarray) ->
         "nan": ~(np.isfinite(F) & np.isfinite(gap)), "infeasible": outside > 1e-6, "gap": gap > 1e-3,
         "under": truth - allowed > F, "local": truth + allowed < F,
     }  # fmt: skip
-    failed, causes = np.zeros(SEEDS, bool), dict.fromkeys(CAUSES, 0)
+    failed = np.zeros(SEEDS, bool)
+    causes: dict[str, int] = dict.fromkeys(CAUSES, 0)
     for cause, which in tests.items():
         causes[cause] = int((which & ~failed).sum())
         failed |= which

@@ -283,7 +283,7 @@ def _drive(
         at_start = jax.block_until_ready(lanes.measure(problem, state))
     if tol is None:
         eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0]))
-        tol = float(eps) ** (0.2 if measure is measure_global else 0.5)
+        tol = float(np.power(eps, 0.2 if measure is measure_global else 0.5))
     step, rows = 0, [Record() for _ in range(count)]
     call, passes = solver.cost(problem), passes_per_step(problem, solver)
     if checkpoint is not None and Path(checkpoint).exists():
