@@ -68,18 +68,12 @@ def _objectives(loss: str, lam: float, decay: float, beta: float) -> tuple[Any, 
     return upper, lower, diagonal
 
 
-def first(problem: BilevelProblem, count: int) -> tuple[per_sample.View, PyTree]:
-    """(the problem in the first `count` samples' rows of y alone, y = 0 in Y)."""
-    assert isinstance(problem.upper_data, PerSample)
-    y = jax.tree.map(jnp.zeros_like, problem.init(jax.random.key(0))[1])
-    batch = problem.upper_data.take(jnp.arange(min(count, problem.upper_data.num_samples)))
-    here = per_sample.view(problem, y, batch)
-    return here, here.problem.y_set.project(here.y)
-
-
-def measure_first(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
+def measure_first(problem: BilevelProblem, x: PyTree, y: Array) -> Measurement:
     """F and its Hessian-free gradient on the first MEASURED samples; lower_residual: |y - Proj(y - R/lam)| there."""
-    here, start = first(problem, MEASURED)
+    assert isinstance(problem.upper_data, PerSample)
+    samples = problem.upper_data.take(jnp.arange(min(MEASURED, problem.upper_data.num_samples)))
+    here = per_sample.view(problem, jnp.zeros_like(y), samples)
+    start = here.problem.y_set.project(here.y)
     active = tracking.no_rows_active(here.problem, x, start)
     nothing = jnp.zeros_like(start)
     found = tracking.track(here.problem, x, start, active, nothing, here.lower, MEASURED_STEPS)
