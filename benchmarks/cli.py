@@ -99,6 +99,9 @@ def run(
     processes: Annotated[
         int, typer.Option(min=1, help="Processes of this machine that compute each solve together.")
     ] = 1,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Also print compile time and memory of a step, and write profile.json.")
+    ] = False,
     plot: options.Plot = True,
     as_json: Json = False,
 ) -> None:
@@ -117,7 +120,7 @@ def run(
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
         from benchmarks.runner import execute
 
-        _carry_out(name, cells, precision, out, plot, as_json, execute)
+        _carry_out(name, cells, precision, out, plot, as_json, execute, profile)
 
 
 @app.command(
@@ -162,8 +165,9 @@ def sweep(
 
 
 def _carry_out(
-    name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool]
-) -> None:
+    name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool],
+    profile: bool = False,
+) -> None:  # fmt: skip
     """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
     from benchmarks import files, processes, report, tuning
 
@@ -180,6 +184,10 @@ def _carry_out(
             complete = complete and how(folder, cells, lambda k, cell: on_cell(len(trials) + k, cell))
         loaded = report.load(folder)
         summary = report.write(folder, loaded, plot)
+        if profile:
+            from benchmarks import profile as profiler
+
+            typer.echo(profiler.write(folder, cells), err=as_json)
     _print(folder, loaded, summary, as_json)
     raise typer.Exit(report.exit_code(summary) if complete else 130)
 
@@ -344,6 +352,9 @@ def report_(
 
 
 app.command("expert", epilog=examples(*commands.EXPERT_EXAMPLES))(commands.expert)
+
+
+app.command("peers", epilog=examples(*commands.PEERS_EXAMPLES))(commands.peers)
 
 
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:

@@ -1,6 +1,7 @@
 """Commands of `bilevax` that need no study: registered in `cli`. Nothing heavy is imported before they run."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,12 @@ from benchmarks.terminal import Json, progress, usage_errors, use_compilation_ca
 EXPERT_EXAMPLES = (
     "bilevax expert Pendulum-v1",
     "bilevax expert Hopper-v5 --steps 500000 --trajectories 5 --out experts/hopper.npz",
+)
+
+PEERS_EXAMPLES = (
+    "bilevax peers",
+    "bilevax peers --repeats 101 --python torch-environment/bin/python --json",
+    "Those that are not installed are skipped: pip install 'bilevax[peers]'.",
 )
 
 
@@ -38,3 +45,18 @@ def expert(
         f"{made['trajectories']} episodes of {made['environment']}, return {made['return_mean']:.1f} +- "
         f"{made['return_std']:.1f}, {made['length_mean']:.0f} steps on average: {made['file']}"
     )
+
+
+def peers(
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each library, in turn.")] = 21,
+    python: Annotated[str | None, typer.Option(help="The interpreter that has torch and torchopt.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare hypergradients with other libraries': the same problem, data, precision and thread; error and time."""
+    for name, value in (("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
+                        ("OMP_NUM_THREADS", "1")):  # fmt: skip
+        os.environ.setdefault(name, value)
+    from benchmarks.peers import table
+
+    found = table.run(repeats, python)
+    typer.echo(json.dumps(found) if as_json else table.as_text(found))

@@ -15,7 +15,6 @@ not installed is named and skipped; cvxpylayers' JAX layer runs outside of jit.
 import argparse
 import importlib.util
 import os
-import time
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -29,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevel
+from benchmarks.peers.timing import Measured, interleaved
 from bilevel import polyhedral
 
 DIM_X = 10
@@ -86,6 +86,16 @@ def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return -G.T @ uv[: len(y)] - B.T @ uv[len(y) :]
 
 
+def gradient_of(problem: bilevel.BilevelProblem, y0: jax.Array) -> Callable:
+    """Value and gradient by `bilevel.hypergradient`, cold."""
+
+    def call(x):
+        h = bilevel.hypergradient(problem, x, y0, estimate=False)
+        return h.value, h.gradient
+
+    return call
+
+
 def qpax_call(data: dict, rows: tuple, **settings: float) -> Callable:
     """Value and gradient by qpax."""
     import qpax
@@ -126,9 +136,9 @@ def cvxpylayers_call(data: dict, rows: tuple) -> Callable:
     return jax.value_and_grad(lambda x: upper(x, layer(data["G"] @ x + data["c"], b - B @ x)[0], data))
 
 
-def median_ms(times: list[float]) -> str:
+def median_ms(found: Measured) -> str:
     """Median and minimum in milliseconds."""
-    return f"{1e3 * np.median(times):.2f} ({1e3 * np.min(times):.2f})"
+    return f"{1e3 * found.median:.2f} ({1e3 * found.least:.2f})"
 
 
 def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
@@ -160,24 +170,18 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
         lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=kept, estimate=False))
     )
     points = [1e-3 * np.random.default_rng(k).normal(size=DIM_X) for k in range(repeats)]
-    first, times, errors = {}, {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
-    for name, call in calls.items():
-        begin = time.perf_counter()
-        jax.block_until_ready(call(jnp.asarray(points[0])))
-        first[name] = time.perf_counter() - begin
     solve = jax.jit(polyhedral.solve)
-    for x in points:
-        truth = exact(data, rows, x, np.asarray(solve(problem, jnp.asarray(x), y0, data).y))
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            out = jax.block_until_ready(call(jnp.asarray(x)))
-            times[name].append(time.perf_counter() - begin)
-            errors[name] = max(errors[name], float(np.linalg.norm(out[1] - truth) / np.linalg.norm(truth)))
+    truths = [exact(data, rows, x, np.asarray(solve(problem, jnp.asarray(x), y0, data).y)) for x in points]
+
+    def error(k: int, out: tuple) -> float:
+        return float(np.linalg.norm(out[1] - truths[k]) / np.linalg.norm(truths[k]))
+
+    measured = interleaved(calls, [(jnp.asarray(x),) for x in points], error)
     table = Table(title=f"Solve and gradient, {n} unknowns, {rows_count} rows, float64, one thread")
     for column in ("library", "first call (s)", "steady: median (minimum), ms", "worst relative error"):
         table.add_column(column, justify="left" if column == "library" else "right")
-    for name in calls:
-        table.add_row(name, f"{first[name]:.2f}", median_ms(times[name]), f"{errors[name]:.1e}")
+    for name, row in measured.items():
+        table.add_row(name, f"{row.first:.2f}", median_ms(row), f"{row.worst:.1e}")
     console.print(table)
 
 
@@ -196,19 +200,12 @@ def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 
         rest = (rows[0], jnp.zeros((rows_count, n)), rows[2])
         for name, more in (("qpax, default", {}), ("qpax, tight", {"solver_tol": 1e-10, "target_kappa": 1e-8})):
             calls[name] = jax.jit(jax.vmap(lambda q, more=more: qpax_call(shifted(q), rest, **more)(q)[1]))
-    times = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call(draws))
-    for k in range(repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(call(draws * (1 + 1e-6 * k)))
-            times[name].append(time.perf_counter() - begin)
+    measured = interleaved(calls, [(draws * (1 + 1e-6 * k),) for k in range(repeats)])
     table = Table(title=f"{number} perturbations by vmap, {n} unknowns, {rows_count} rows")
     table.add_column("library")
     table.add_column("steady: median (minimum), ms", justify="right")
-    for name in calls:
-        table.add_row(name, median_ms(times[name]))
+    for name, row in measured.items():
+        table.add_row(name, median_ms(row))
     console.print(table)
 
 

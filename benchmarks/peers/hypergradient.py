@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevel
+from benchmarks.peers.timing import interleaved
 
 
 def upper(x, w, batch):
@@ -190,24 +191,18 @@ def main() -> None:
             # one process lives for one call
             with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 first[name].append(process.submit(first_call, name, options.rows, options.features, points[0]).result())
-    times, errors = {name: [] for name in calls}, dict.fromkeys(calls, 0.0)
-    compiled = {name: jax.jit(call) for name, call in calls.items()}
-    for call in compiled.values():
-        jax.block_until_ready(call(jnp.asarray(points[0])))
-    for x in points:
-        truth = exact(data, x)
-        for name, call in compiled.items():
-            begin = time.perf_counter()
-            out = jax.block_until_ready(call(jnp.asarray(x)))
-            times[name].append(time.perf_counter() - begin)
-            error = np.linalg.norm(np.asarray(out[1]) - truth) / np.linalg.norm(truth)
-            errors[name] = max(errors[name], float(error))
+    compiled, truths = {name: jax.jit(call) for name, call in calls.items()}, [exact(data, x) for x in points]
+
+    def error(k: int, out: tuple) -> float:
+        return float(np.linalg.norm(np.asarray(out[1]) - truths[k]) / np.linalg.norm(truths[k]))
+
+    found = interleaved(compiled, [(jnp.asarray(x),) for x in points], error)
     table = Table(title=f"Ridge hypergradient, {options.rows} rows, {options.features} penalties, float64, one thread")
     for column in ("library", "first call (s)", "steady (ms)", "worst relative error"):
         table.add_column(column, justify="left" if column == "library" else "right")
     for name in calls:
-        steady = f"{1e3 * np.median(times[name]):.2f}"
-        table.add_row(name, f"{np.median(first[name]):.2f}", steady, f"{errors[name]:.1e}")
+        row = found[name]
+        table.add_row(name, f"{np.median(first[name]):.2f}", f"{1e3 * row.median:.2f}", f"{row.worst:.1e}")
     console.print(table)
 
 

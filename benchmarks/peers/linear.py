@@ -7,7 +7,6 @@ NumPy's dense solution. lineax is skipped, and named, where it is not installed.
 
 import argparse
 import importlib.util
-import time
 from collections.abc import Callable
 
 import jax
@@ -16,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.peers.timing import interleaved
 from bilevel.linear import CG, GMRES, Dense, LinearSolver
 
 TOL = 1e-12
@@ -62,22 +62,14 @@ def main() -> None:
         Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
         M, b = jnp.asarray((Q * np.geomspace(1, condition, n)) @ Q.T), jnp.asarray(rng.normal(size=n))
         exact = np.linalg.solve(M, b)
-        compiled, first, times, errors = {name: jax.jit(call) for name, call in calls.items()}, {}, {}, {}
-        for name, call in compiled.items():
-            begin = time.perf_counter()
-            v = jax.block_until_ready(call(M, b))
-            first[name], times[name] = time.perf_counter() - begin, []
-            errors[name] = float(np.linalg.norm(v - exact) / np.linalg.norm(exact))
-        for _ in range(options.repeats):
-            for name, call in compiled.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(call(M, b))
-                times[name].append(time.perf_counter() - begin)
+        error = lambda _, v, exact=exact: float(np.linalg.norm(v - exact) / np.linalg.norm(exact))  # noqa: E731
+        compiled = {name: jax.jit(call) for name, call in calls.items()}
+        found = interleaved(compiled, [(M, b)] * options.repeats, error)
         table = Table(title=f"{n} unknowns, condition {condition:g}, float64")
         for column in ("solver", "first call (s)", "steady (ms)", "relative error"):
             table.add_column(column, justify="left" if column == "solver" else "right")
-        for name in calls:
-            table.add_row(name, f"{first[name]:.2f}", f"{1e3 * np.median(times[name]):.2f}", f"{errors[name]:.1e}")
+        for name, row in found.items():
+            table.add_row(name, f"{row.first:.2f}", f"{1e3 * row.median:.2f}", f"{row.worst:.1e}")
         console.print(table)
 
 

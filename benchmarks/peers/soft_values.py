@@ -9,7 +9,6 @@ quartiles, and the fastest, which a busy machine distorts least. Results are hel
 
 import argparse
 import functools
-import time
 from collections.abc import Callable
 
 import jax
@@ -21,6 +20,7 @@ from rich.table import Table
 from scipy.special import logsumexp
 
 import irl
+from benchmarks.peers.timing import interleaved
 from problems.gridworld import grid
 
 
@@ -84,13 +84,8 @@ def measure(mdp: irl.MDP, sweeps: int, repeats: int) -> dict[str, np.ndarray]:
     first = [np.asarray(call()) for call in calls.values()]
     for other in first[1:]:
         np.testing.assert_allclose(first[0], other, rtol=1e-11, atol=1e-11)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            begin = time.perf_counter()
-            call()
-            times[name].append(1e6 * (time.perf_counter() - begin) / sweeps)
-    return {name: np.array(each) for name, each in times.items()}
+    found = interleaved(calls, [()] * repeats)
+    return {name: 1e6 * np.array(each.seconds) / sweeps for name, each in found.items()}
 
 
 def main() -> None:

@@ -1,0 +1,23 @@
+"""Compile time and memory of a step, from the compiled program."""
+
+import pytest
+
+from benchmarks import profile, scale
+from benchmarks.registry import Cell
+
+
+def test_a_row_for_each_problem_and_solver(tmp_path):
+    cells = [Cell("quadratic[dim_x=20,dim_y=30]", "SOBA", seed) for seed in (0, 1)] + [Cell("constrained", "SOBA", 0)]
+    rows = profile.table(cells)
+    assert [(row["solver"], "reason" in row) for row in rows] == [("SOBA", False), ("SOBA", True)]
+    row = rows[0]
+    matrices = 8 * (2 * 30**2 + 2 * 20 * 30 + 20**2)
+    assert row["peak"] >= row["data"] >= matrices
+    assert (row["x"], row["y"]) == (20, 30)
+    assert row["compile"] > 0
+    assert "unconstrained lower level" in rows[1]["reason"]
+
+
+def test_exponents_are_slopes():
+    assert scale.exponent(2.0, 200.0, 10.0) == pytest.approx(2.0)
+    assert scale.exponent(5.0, 5.0, 10.0) == 0
