@@ -183,7 +183,7 @@ def _table(headings: list[str], left: Sequence[str], first_width: int) -> Table:
 def _filled(headings: list[str], left: Sequence[str], rows: list[list[str]]) -> Table:
     table = _table(headings, left, max((len(row[0]) for row in rows), default=6))
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as they are: "SOBA[a=1]" is no markup
     return table
 
 

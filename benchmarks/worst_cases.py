@@ -63,7 +63,7 @@ def draw(folder: Path, path: Path, count: int) -> Path:
             ax.imshow(np.clip(np.asarray(pictures[k]), 0, 1).squeeze(), cmap="gray_r", vmin=0, vmax=1)
             ax.set(xticks=[], yticks=[])
             ax.set_title(str(said[k]), fontsize=8, pad=1, color="k" if said[k] == labels[k] else "r")
-        short = name.replace("AT[", "").replace("]", "").replace(",", "\n")
+        short = name.replace("[", "\n").replace("]", "").replace(",", "\n")
         line[0].set_ylabel(short, fontsize=6, rotation=0, ha="right", va="center")
     figure.savefig(path, dpi=70)
     return path

@@ -285,6 +285,13 @@ def test_suites_are_checked_and_overridden(tmp_path):
             registry.read_suite(str(path))
 
 
+def test_names_in_tables_are_no_markup():
+    """Rich would take "[b=1]" for a style and leave it out."""
+    text = report.table_text(["solver", "F"], [["SOBA[b=1]", "1.0"], ["SOBA[c=2]", "2.0"]])
+    assert "SOBA[b=1]" in text
+    assert "SOBA[c=2]" in text
+
+
 def test_means_and_spreads():
     spread = report._spread([{"a": 1.0, "b": 2.0}, {"a": 4.0}])
     assert spread["a"] == {"mean": 2.5, "std": pytest.approx(statistics.stdev([1.0, 4.0])), "count": 2}
