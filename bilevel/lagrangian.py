@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.problem import BilevelProblem, LinearCoupling
 from bilevel.sampling import smoothness, starts
-from bilevel.step import move
+from bilevel.step import StepRule, move
 
 PyTree = Any
 SAMPLES = 8
@@ -61,6 +61,25 @@ def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tupl
         return jnp.sqrt(jnp.max(jnp.sum(size, axis=0)) * jnp.max(jnp.sum(size, axis=1), initial=0))
 
     return L_f, L_g, jnp.max(jax.vmap(bound)(*points))
+
+
+def active(problem: BilevelProblem, m: Array) -> Array:
+    """Which rows hold with equality by their multipliers: inequalities where m > 0, and all equalities; [rows]."""
+    return (m > 0) | ~_unequal(problem, m.size)
+
+
+def sizes(
+    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, primal: StepRule | None, dual: StepRule | None,
+    weight: Array | float,
+) -> tuple[Array, Array]:  # fmt: skip
+    """(s, r) of `max_min` for g and weight f + g: the rules' numbers, or s = 1/(weight L_f + L_g), r = 1/(s J^2)."""
+    dtype = ravel_pytree(y)[0].dtype
+    size, dual_size = (None if rule is None else jnp.asarray(rule.value, dtype) for rule in (primal, dual))
+    if size is None or dual_size is None:
+        L_f, L_g, J = lipschitz(problem, key, x, y)
+        size = 1 / (weight * L_f + L_g) if size is None else size
+        dual_size = 1 / (size * jnp.where(J > 0, J, 1) ** 2) if dual_size is None else dual_size
+    return size, dual_size
 
 
 def max_min(

@@ -83,18 +83,13 @@ class BLOCC(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         m = lagrangian.zeros(problem, x, y)
-        sizes = lower, dual, upper = self.lower_step_size, self.dual_step_size, self.upper_step_size
-        size = dual_size = upper_size = None
-        if None in sizes:
-            L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
-            c = jnp.asarray(self.penalty.value, L_g.dtype)
-            size, upper_size = 1 / (L_f / c + L_g), 1 / (L_f + c * L_g)
-            dual_size = 1 / (jnp.where(J > 0, J, 1) ** 2 * (size if lower is None else lower.value))
-        size, dual_size = (
-            jnp.asarray(default if rule is None else rule.value, m.dtype)
-            for rule, default in ((lower, size), (dual, dual_size))
-        )
-        return State(x, y, m, y, m, size, dual_size, stepper(upper, upper_size, x))
+        c, full = jnp.asarray(self.penalty.value, m.dtype), problem.on_full_data()
+        size, dual_size = lagrangian.sizes(full, key, x, y, self.lower_step_size, self.dual_step_size, 1 / c)
+        upper_size = None
+        if self.upper_step_size is None:
+            L_f, L_g, _ = lagrangian.lipschitz(full, key, x, y)
+            upper_size = 1 / (L_f + c * L_g)
+        return State(x, y, m, y, m, size, dual_size, stepper(self.upper_step_size, upper_size, x))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()

@@ -248,6 +248,86 @@ def test_lvhba():
     compare(COUPLED, solver, by_hand, tol=1e-7, w=w, lam=lam, z=z)  # the tolerance is cvxpy's
 
 
+FREE = dataclasses.replace(COUPLED, y_set=bilevel.Reals())
+NONE = jnp.zeros((0, 4)), jnp.zeros((0, 3)), jnp.zeros(0)
+EQUAL = dataclasses.replace(FREE, coupling=bilevel.LinearCoupling(*NONE, *map(jnp.asarray, (A[1:], B[1:], c[1:]))))
+
+
+def test_aipod():
+    """With a basis V of A's kernel and dense matrices, where the solver has a projection and products."""
+    C, D, e = A[1:], B[1:], 0.06
+    inverse, V = C.T @ np.linalg.inv(C @ C.T), np.linalg.svd(C)[2][2:].T
+
+    def by_hand(k, x, y):
+        for _ in range(3):
+            y = y - a * g.y(x, y)
+            y = y - inverse @ (C @ y + D @ x - c[1:])
+        hessian, mixed = H + 3 * np.diag(y**2), G + np.vstack([2 * np.diag(x), np.zeros(3)]).T
+        term, total = V.T @ f.y(x, y), V.T @ f.y(x, y)
+        for _ in range(4):
+            term = term - e * V.T @ hessian @ V @ term
+            total = total + term
+        v = e * V @ total
+        slope = f.x(x, y) - mixed @ v - D.T @ inverse.T @ (f.y(x, y) - hessian @ v)
+        return {"x": in_x(x - b * slope), "y": y}
+
+    compare(EQUAL, bilevel.AiPOD(a, e, b, num_lower_steps=3, num_linear_steps=4), by_hand)
+
+
+def multiplier_steps(x, y, m, gradient, project):
+    for _ in range(3):
+        y = y - a * (gradient(y) + A.T @ m)
+        m = project(m + 0.07 * rows(x, y))
+    return y, m
+
+
+def test_f2cba_with_equalities_alone():
+    d = 0.3**2
+    only = lambda m: np.concatenate([[0], m[1:]])  # noqa: E731  (the first row is not there)
+
+    def by_hand(k, x, y, z, m, n):
+        z, n = multiplier_steps(x, z, np.concatenate([[0], n]), lambda z: g.y(x, z), only)
+        y, m = multiplier_steps(x, y, np.concatenate([[0], m]), lambda y: d * f.y(x, y) + g.y(x, y), only)
+        slope = f.x(x, y) + (g.x(x, y) + B.T @ m - g.x(x, z) - B.T @ n) / d
+        return {"x": in_x(x - b * slope), "y": y, "z": z, "m": m[1:], "n": n[1:]}
+
+    solver = bilevel.F2CBA(a, 0.07, b, alpha=0.3, num_lower_steps=3)
+    start = {"z": np.array([0.2, 0.1, -0.3, 0.5]), "m": np.array([0.3, -0.2]), "n": np.array([0.0, 0.4])}
+    compare(EQUAL, solver, by_hand, **start)
+
+
+@pytest.mark.parametrize("radius", [None, 0.02])
+def test_f2cba_with_inequalities(radius):
+    """The penalised minimiser by SciPy; the second inequality is inactive, n = 0 there."""
+    d = 0.5**2
+
+    def by_hand(k, x, y, z, n, move):
+        old, x = x, x if radius is None else x + float(jax.random.uniform(KEY, ())) * move
+        z, n = multiplier_steps(x, z, n, lambda z: g.y(x, z), multipliers)
+        held = (n > 0) | np.array([False, False, True])
+
+        def penalised(y):
+            off = held * rows(x, y)
+            value = d * upper(x, y, None) + lower(x, y, None) + n @ rows(x, y) + off @ off / (2 * d)
+            return float(value), d * f.y(x, y) + g.y(x, y) + A.T @ (n + off / d)
+
+        y = optimize.minimize(penalised, y, jac=True, method="BFGS", options={"gtol": 1e-9}).x
+        slope = f.x(x, y) + (g.x(x, y) - g.x(x, z)) / d + B.T @ (held * rows(x, y)) / d**2
+        if radius is None:
+            return {"x": in_x(x - b * slope), "y": y, "z": z, "n": n, "move": move}
+        ahead = move - b * slope
+        ahead = ahead * min(1, radius / np.linalg.norm(ahead))
+        return {"x": in_x(old + move), "y": y, "z": z, "n": n, "move": ahead}
+
+    solver = bilevel.F2CBA(a, 0.07, b, alpha=0.5, radius=radius, num_lower_steps=3, num_penalty_steps=200)
+    start = {
+        "z": np.array([0.2, 0.1, -0.3, 0.5]),
+        "n": np.array([0.3, 0.0, -0.2]),
+        "move": np.array([0.01, 0.0, -0.01]),
+    }
+    compare(FREE, solver, by_hand, tol=1e-5, **start)
+
+
 @pytest.mark.parametrize("name", ["BiCGAFFA", "LVHBA", "MEHA", "ProxF2SA"])
 def test_settings_are_checked(name):
     kind = getattr(bilevel, name)

@@ -79,12 +79,14 @@ def test_ends_are_local_minima_of_the_coupled_toy(solver):
     assert_solved(instance, x[0], y[0])
 
 
-@pytest.mark.parametrize(("solver", "steps"), [(bilevel.BLOCC(), 2000), (bilevel.SFLCB(), 10_000)])
+@pytest.mark.parametrize(
+    ("solver", "steps"), [(bilevel.BLOCC(), 2000), (bilevel.SFLCB(), 10_000), (bilevel.F2CBA(), 3000)]
+)
 def test_known_optima_through_inequalities(solver, steps):
     """The multipliers of the two lower problems differ by those of f alone: both must be right for F to reach 0."""
     instance = problems.make("constrained", kind="random", dim=6, rows=5, seed=1)
     x, _ = end(instance, solver, steps)
-    np.testing.assert_allclose(x, instance.truth.x, atol=1e-6)
+    np.testing.assert_allclose(x, instance.truth.x, atol=1e-5)
 
 
 @pytest.mark.parametrize("power", [1, 3])
@@ -144,3 +146,33 @@ def test_bvfsms_barrier_has_the_derivative_that_it_says(slack):
     expected = -np.log(slack) if slack >= 1e-2 else -np.log(1e-2) - t + t**2 / 2
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     np.testing.assert_allclose(jax.grad(lambda m: barrier(m, jnp.array(1e-2))[0])(slack), slope, rtol=1e-10)
+
+
+def wave(x, y, batch):
+    """sin(c'x + d'y) + log(|x + y|^2 + 1), kept bounded below by |x|^2/20, shape []."""
+    c, d = batch
+    return jnp.sin(c @ x + d @ y) + jnp.log(jnp.sum((x + y) ** 2) + 1) + x @ x / 20
+
+
+def apart(x, y, batch):
+    return jnp.sum((x - y) ** 2) / 2
+
+
+@pytest.mark.parametrize(("solver", "tol"), [(bilevel.AiPOD(), 1e-5), (bilevel.F2CBA(), 0.05)])
+def test_equalities_on_aipods_problem(solver, tol):
+    """There y(x) = (P - A+ B) x in closed form: the end is stationary for F, up to F2CBA's bias of order alpha."""
+    rng = np.random.default_rng(0)
+    A, B, c, d = (rng.normal(size=shape) for shape in ((3, 6), (3, 6), 6, 6))
+    M = np.eye(6) - np.linalg.pinv(A) @ (A + B)
+    none = jnp.zeros((0, 6))
+    rows = bilevel.LinearCoupling(none, none, jnp.zeros(0), jnp.asarray(A), jnp.asarray(B), jnp.zeros(3))
+    data = bilevel.Full((jnp.asarray(c), jnp.asarray(d)))
+    start = jnp.asarray(rng.normal(size=6)), jnp.zeros(6)
+    problem = bilevel.BilevelProblem(
+        wave, bilevel.Minimize(apart), coupling=rows, upper_data=data, init=lambda key: start
+    )
+    x, y = end(problems.Instance(problem), solver, 3000)
+    np.testing.assert_allclose(y, M @ x, atol=tol)
+    slope = jax.grad(lambda x: wave(x, M @ x, data.full()))
+    assert np.linalg.norm(slope(x)) < tol
+    assert np.linalg.norm(slope(start[0])) > 0.5
