@@ -24,7 +24,7 @@ from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
-from bilevel.problem import BilevelProblem
+from bilevel.problem import BilevelProblem, SmoothCoupling
 from bilevel.record import Record, Solution, SolveError, Status
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
@@ -149,7 +149,8 @@ def solve(
         progress: a bar on the terminal; default only on a terminal, after two seconds.
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
         measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
-            with `many_minimisers` on a constrained lower level, looks for its least value (`gap.measure_global`).
+            with `many_minimisers` on a constrained lower level and under a `SmoothCoupling`, looks for its least value
+            (`gap.measure_global`).
         mesh: devices to compute on together (`bilevel.sharding`): data, batches, samples and perturbations are split
             along their first axis. The result is that of one device up to the rounding of sums. With several
             processes each calls `solve` with the same arguments.
@@ -269,8 +270,9 @@ def _drive(
     if reason is not None:
         raise Unsupported(reason)
     if measure is None:
-        implicit = measure_global if solver.many_minimisers and problem.constrained_lower else measure_implicit
-        measure = solver.referee or implicit
+        many_minimisers = solver.many_minimisers and problem.constrained_lower
+        by_value = many_minimisers or isinstance(problem.coupling, SmoothCoupling)  # no implicit derivative there
+        measure = solver.referee or (measure_global if by_value else measure_implicit)
     lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()

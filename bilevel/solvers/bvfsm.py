@@ -93,6 +93,7 @@ class BVFSM(Solver):
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=20)
     full_batch = True
+    many_minimisers = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the weights are numbers, decay a number or a schedule."""

@@ -79,6 +79,7 @@ class MEHA(Solver):
     nonsmooth: Callable | None = static(default=None)
     prox: Callable | None = static(default=None)
     full_batch = True
+    many_minimisers = True
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; gamma is a number."""
