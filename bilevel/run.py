@@ -149,8 +149,7 @@ def solve(
         progress: a bar on the terminal; default only on a terminal, after two seconds.
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
         measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
-            with `many_minimisers` on a constrained lower level and under a `SmoothCoupling`, looks for its least value
-            (`gap.measure_global`).
+            with `many_minimisers` on a constrained lower level and where h is smooth, looks for its least value, `gap`.
         mesh: devices to compute on together (`bilevel.sharding`): data, batches, samples and perturbations are split
             along their first axis. The result is that of one device up to the rounding of sums. With several
             processes each calls `solve` with the same arguments.
@@ -270,8 +269,8 @@ def _drive(
     if reason is not None:
         raise Unsupported(reason)
     if measure is None:
-        many_minimisers = solver.many_minimisers and problem.constrained_lower
-        by_value = many_minimisers or isinstance(problem.coupling, SmoothCoupling)  # no implicit derivative there
+        smooth = isinstance(problem.coupling, SmoothCoupling)  # F has no implicit derivative there
+        by_value = smooth or (solver.many_minimisers and problem.constrained_lower)
         measure = solver.referee or (measure_global if by_value else measure_implicit)
     lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
