@@ -13,6 +13,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.struct import invalid, static, struct
+from bilevel.theory_nonsmooth import momentum_settings
 
 PyTree = Any
 
@@ -123,6 +124,27 @@ class DSBLO(Solver):
         gap = accuracy**2 / (960 * (d**2 + 2 * L_F**2))
         K = math.log(32 * c / accuracy) / -math.log1p(-gap)
         return cls(beta=1 - gap, gamma1=K / radius, gamma2=4 * K / radius * c, option=option, **more)
+
+    @classmethod
+    def for_steps(
+        cls, L_F: float, gap: float, radius: float, num_steps: int, deviation: float | None = None, **more: Any
+    ) -> "DSBLO":
+        """The settings whose bound on the mean Goldstein distance at `radius` over `num_steps` steps is least.
+
+        From `theory_nonsmooth.momentum_settings`, our own proof for option I: other constants than the paper's, which
+        say something from some hundreds of steps on, at the same order num_steps^(-1/4).
+
+        Args:
+            L_F: Lipschitz constant of F and bound of the gradients of F_q.
+            gap: F(x_1) - inf F at most, for the mean of F_q over q.
+            radius: of the Goldstein subdifferential, > 0.
+            num_steps: steps of the run, >= 2.
+            deviation: (E|grad F_q - its mean|^2)^(1/2) at most; default L_F.
+            **more: the other settings.
+        """
+        spread = L_F if deviation is None else deviation
+        found = momentum_settings(L_F, gap, spread, radius, float(num_steps))
+        return cls(beta=found.beta, gamma1=found.gamma1, gamma2=found.gamma2, option="I", **more)
 
     def _gradient(
         self, problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, key: Array, upper: PyTree

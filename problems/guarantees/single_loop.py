@@ -113,6 +113,14 @@ def boxed(key: Array, width: Array, **numbers: Array) -> Boxed:
     return Boxed(free, box, x_star, free.constants._replace(start=start))
 
 
+def _of_free(check: Callable[[Quadratic], Array]) -> Callable[[Boxed], Array]:
+    def checked(instance: Boxed) -> Array:
+        return check(instance.free)
+
+    checked.__name__ = check.__name__
+    return checked
+
+
 def projected(make: Callable[..., Any] = SOBA.from_theory) -> Guarantee:
     """SOBA with x in a box: the solution is a fixed point of the projected step."""
 
@@ -135,9 +143,10 @@ def projected(make: Callable[..., Any] = SOBA.from_theory) -> Guarantee:
         return jnp.concatenate([after, jnp.zeros(1)])
 
     numbers = {name: strategy for name, strategy in QUADRATIC.items() if name != "condition_x"}
+    drawn = strategies.recipes(boxed, width=strategies.sizes(), **numbers)
     return Guarantee(
-        "soba-projected", "ours, bilevel.theory", (), strategies.recipes(boxed, width=strategies.sizes(), **numbers),
-        measure, bound, (1, 2, 5, 10, 20), rounding, "as SOBA, x in a box and never outside of it",
+        "soba-projected", "ours, bilevel.theory", tuple(map(_of_free, REGULAR)), drawn, measure, bound,
+        (1, 2, 5, 10, 20), rounding, "as SOBA, x in a box and never outside of it",
     )  # fmt: skip
 
 

@@ -163,7 +163,7 @@ def reward_ball(solve: Callable = soft.value_iteration) -> Guarantee:
     return Guarantee(
         "reward-ball",
         "ours",
-        (),
+        (bellman_contracts,),
         worlds,
         measure,
         bound,
@@ -190,7 +190,7 @@ def likelihood(gradient: Callable = irl.likelihood_gradient) -> Guarantee:
         return jnp.stack([jnp.zeros(()), jnp.zeros(()), 2 * known.features / (1 - known.discount)])
 
     return Guarantee(
-        "ml-irl-linear", "Zeng et al. 2022; irl.spec", (), worlds, measure, bound, (1,),
+        "ml-irl-linear", "Zeng et al. 2022; irl.spec", (bellman_contracts,), worlds, measure, bound, (1,),
         lambda known: 1e2 * rounding(known) * (1 + known.features) / (1 - known.discount),
         "F = -Lhat is convex: above its tangents, gradient monotone; |grad F| <= 2 max |features|/(1 - gamma)",
     )  # fmt: skip

@@ -142,6 +142,9 @@ def test_momentum_settings_keep_their_radius_and_their_bound_falls_like_the_four
     for s in settings:
         np.testing.assert_allclose(s.K * 1.5 / (s.gamma1 * 1.5 + s.gamma2), 0.3, rtol=1e-12)
         assert s.beta**s.K <= 1e-3**0.5 * 1.001
+    solver = bilevel.DSBLO.for_steps(1.5, 0.8, 0.3, 10**5, deviation=0.5, sigma=0.02)
+    assert (solver.beta, solver.gamma1, solver.gamma2) == tuple(map(float, settings[1][:3]))
+    assert solver.option == "I"
     assert bounds[0] < 1.5  # says something after a thousand steps
     ratios = np.array(bounds[1:]) / bounds[:-1]
     assert (ratios < 0.5).all()  # 100^(-1/4) = 0.32, times the logarithm

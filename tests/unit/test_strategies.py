@@ -1,9 +1,11 @@
 """The public strategies draw what they promise, and shrink to something readable."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
-from hypothesis import find, given, settings
+from hypothesis import Phase, find, given, settings
 
 from bilevel import InvalidInput
 from problems import strategies
@@ -112,3 +114,19 @@ def test_draws_shrink_to_something_readable():
     assert float(smallest.constants.mu) == 1.0
     few = find(strategies.demonstrations(3, 2, 1, 1), lambda d: d.states.max() > 0, settings=quick)
     assert few.states.tolist() == [[1]]
+    smallest = find(strategies.constrained_quadratics(), lambda drawn: drawn.active.any(), settings=quick)
+    assert (smallest.y.shape, smallest.active.tolist()) == ((1,), [True])
+    task = find(strategies.mdps(), lambda task: task.mdp.num_actions > 1, settings=quick)
+    assert task.reward.shape == (1, 2)
+
+
+def test_a_failing_test_prints_the_call_that_made_its_instance():
+    @settings(database=None, max_examples=10, derandomize=True, phases=[Phase.generate, Phase.shrink])
+    @given(strategies.quadratics(max_dim=2))
+    def fails(instance):
+        assert instance.truth.x.size < 2
+
+    with pytest.raises(AssertionError) as failure:
+        fails()
+    printed = re.sub(r"#[^\n]*|\s", "", "\n".join(failure.value.__notes__))
+    assert "instance=make(seed=0,dim_x=2,dim_y=1,condition_x=1.0,condition_y=1.0" in printed
