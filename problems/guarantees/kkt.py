@@ -114,7 +114,7 @@ def correspondence(make: Callable[..., Any] = SampledPenalty.from_theory) -> Gua
         samples, y = instance.samples, jnp.zeros((1, 1))
         state = solver.init(problem, key)
         samples = jnp.concatenate([samples, y]) if joint else samples
-        state = state._replace(x=instance.x[None], y=y, samples=samples[None])
+        state = state._replace(x=instance.x[None], y=y, samples=samples[None, :, None])
         L = _smoothness(known, joint)
 
         def body(state: Any, _: Any) -> Any:

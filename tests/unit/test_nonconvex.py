@@ -111,3 +111,51 @@ def test_another_seed_is_the_same_problem_and_starts_differ():
 def test_bad_input_is_named(family, params, words):
     with pytest.raises(bilevel.InvalidInput, match=words):
         problems.make(family, **params)
+
+
+def least_on_grids(f, g, xs, ys, slack=1e-9):
+    """Min over x of the least f among the y with g within slack of the least; f and g [len(y), …] at each x."""
+    values = []
+    for x in xs:
+        below, above = np.broadcast_arrays(g(x, *ys), f(x, *ys))
+        values.append(np.where(below <= below.min() + slack, above, np.inf).min())
+    return np.min(values)
+
+
+def test_the_other_optima_by_brute_force():
+    """One block; z follows from the equality; the ring is taken in polar coordinates."""
+    make = lambda case, **params: problems.make("nonconvex_scaled", case=case, **params).truth.value  # noqa: E731
+    y = np.linspace(-8, 8, 16001)
+    linear = lambda x, y, z: y**2 / 2 - x * y + z  # noqa: E731
+    value = least_on_grids(
+        lambda x, y: (x - (-x - y)) ** 2 / 2 + (y - 1) ** 2 / 2, lambda x, y: linear(x, y, -x - y),
+        np.linspace(-3, 3, 1201), [y],
+    )  # fmt: skip
+    np.testing.assert_allclose(value, make("lvhba_llc"), atol=2e-3)
+    for power in (1, 3):
+        value = least_on_grids(
+            lambda x, y, p=power: (y - 2) * (x - 1) + (-(x**p) - y + 3) ** 2,
+            lambda x, y, p=power: linear(x, y, -(x**p) - y), np.linspace(-2, 2, 801), [y],
+        )  # fmt: skip
+        np.testing.assert_allclose(value, make("bicgaffa", power=power), atol=5e-3)
+    for c in (1.0, 2.0):
+        value = least_on_grids(
+            lambda x, t: (x - 2) ** 2 + (t - x - 2) ** 2, lambda x, t, c=c: np.sin(t - c) + 0 * x,
+            np.linspace(-9, 9, 3601), [np.linspace(0, 1, 1001)],
+        )  # fmt: skip
+        np.testing.assert_allclose(value, make("bvfsm_constrained", c=c), atol=2e-2)
+    value = least_on_grids(
+        lambda x, y, z: (x - z) ** 2 / 2 + (y - 1) ** 2 / 2, lambda x, y, z: y**2 / 2 - x * y + 0 * z,
+        np.linspace(-3, 3, 121), [np.linspace(-3, 3, 241)[:, None], np.linspace(-3, 3, 121)[None, :]],
+    )  # fmt: skip
+    np.testing.assert_allclose(value, make("bome_degenerate"), atol=1e-3)
+    value = least_on_grids(
+        lambda x, r, a: (x - 1) ** 2 + r**2 - 4 * r * np.cos(a) + 4, lambda x, r, a: (r**2 - x**2) ** 2 + 0 * a,
+        np.linspace(0.5, 2, 151), [np.linspace(0, 3, 601)[:, None], np.linspace(0, np.pi, 101)[None, :]],
+    )  # fmt: skip
+    np.testing.assert_allclose(value, make("ring", n=2), atol=2e-2)
+    grid, b = np.linspace(-1, 1, 2001), 0.5  # meha_lasso with n = 2: each y_i by itself
+    lower = lambda x, b: grid[np.argmin((grid - b) ** 2 / 2 + x * np.abs(grid))]  # noqa: E731
+    xs = np.linspace(0, 1, 101)
+    value = min(lower(x, b) for x in xs) + min(lower(x, -b) for x in xs)
+    np.testing.assert_allclose(value, make("meha_lasso", n=2), atol=1e-3)
