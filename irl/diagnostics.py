@@ -28,6 +28,38 @@ def objective(problem: BilevelProblem, x: PyTree) -> Array:
     return problem.upper(x, soft.value_iteration(mdp, reward.table(x)).Q, problem.upper_data.full())
 
 
+def epic_distance(first: Array, second: Array, discount: float | Array) -> Array:
+    """The EPIC distance of two rewards, [], in [0, 1]: 0 for equal up to shaping and positive scale, 1 for opposite.
+
+    With states S, S' and actions A uniform and independent, each reward is first made canonical,
+
+        C(s, a, s') = R(s, a, s') + E[gamma R(s', A, S') - R(s, A, S') - gamma R(S, A, S')],
+
+    which no shaping gamma phi(s') - phi(s) changes; the distance is sqrt((1 - rho)/2) with the correlation rho of the
+    canonical rewards over uniform (s, a, s').
+
+    Args:
+        first: a reward [S, A], or [S, A, S] where it depends on the next state.
+        second: another, in either form.
+        discount: gamma.
+
+    Reference: Gleave, Dennis, Legg, Russell, Leike. Quantifying differences in reward functions. ICLR 2021,
+        arXiv:2006.13900, Definitions 4.1 and 4.6.
+    Differs from the paper: uniform distributions only.
+    """
+
+    def canonical(R: Array) -> Array:
+        S = R.shape[0]
+        R = jnp.broadcast_to(R[:, :, None], (*R.shape, S)) if R.ndim == 2 else R
+        mean = jnp.mean(R, axis=(1, 2))
+        C = R + discount * mean[None, None, :] - mean[:, None, None]
+        return (C - jnp.mean(C)).ravel()
+
+    one, other = canonical(jnp.asarray(first)), canonical(jnp.asarray(second))
+    rho = jnp.sum(one * other) / jnp.sqrt(jnp.sum(one**2) * jnp.sum(other**2))
+    return jnp.sqrt(jnp.clip((1 - rho) / 2, 0, 1))
+
+
 class EarlyStopping:
     """A callback for `bilevel.solve`: stop when F on held-out demonstrations has not fallen for some measurements.
 
