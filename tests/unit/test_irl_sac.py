@@ -66,11 +66,7 @@ class TestAgent:
     def test_actor_critic_update_is_the_formulas(self, key):
         """Target, losses and the tuned temperature's direction, recomputed by hand from the networks."""
         agent = irl.SAC(hidden=(8,), tuned=True, target_entropy=-1.0, learning_rate=0.01, target_rate=0.25)
-        world = environments.Tabular(
-            irl.MDP.dense(np.eye(3)[:, None, :], start=np.full(3, 1 / 3), discount=0.9), jnp.zeros((3, 1)), 5
-        )
-        world = control.Sizes(3, 2, None) if world else None
-        learner = agent.init(world, key)
+        learner = agent.init(control.Sizes(3, 2, None), key)
         k = jax.random.split(key, 6)
         batch = sac.Batch(
             jax.random.normal(k[0], (5, 3)), jnp.tanh(jax.random.normal(k[1], (5, 2))), jax.random.normal(k[2], (5, 3)),
