@@ -95,6 +95,8 @@ def _problem(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> d
         "title": problem["problem"], "about": report.facts(problem) + ".", "sheets": found,
         "reasons": parameters + report.reasons(problem, names),
         "images": _convergence(curves, problem["optimum"] is not None),
+        "active": _active_sets(problem["problem"], names, run),
+        "maps": _maps(problem["problem"], names, run),
     }  # fmt: skip
 
 
@@ -159,6 +161,47 @@ def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known:
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
     return _data_uri(figure)
+
+
+def _active_sets(problem: str, names: dict[str, str], run: report.Run) -> list[str]:
+    """How many lower constraints are active, and how many changed since the last measurement, at the first seed."""
+    found = {
+        names[cell.solver]: result["active"]
+        for cell, result in reversed(run.results)
+        if cell.problem == problem and result is not None and result.get("active")
+    }
+    if not found:
+        return []
+    figure, axes = _figure(2)
+    for ax, (what, text) in zip(axes, (("count", "active"), ("changed", "changed since the last")), strict=True):
+        for k, (name, rows) in enumerate(reversed(found.items())):
+            values = [row[what] for row in rows]
+            ax.step([row["oracles"] for row in rows], values, where="post", label=name, **_style(k))
+        ax.set_xlabel(UNITS["oracles"])
+        ax.set_ylabel(f"lower constraints {text}")
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return [_data_uri(figure)]
+
+
+def _maps(problem: str, names: dict[str, str], run: report.Run) -> list[str]:
+    """The maps of the instance at the first seed: what is the same for all solvers once, the others by solver."""
+    drawn: dict[str, Any] = {}
+    for cell, result in run.results:
+        if cell.problem == problem and cell.seed == 0 and result is not None:
+            for name, values in result.get("maps", {}).items():
+                true = name.startswith("true")
+                drawn.setdefault(name if true else f"{names[cell.solver]}: {name}", values)
+    images = []
+    for title, values in drawn.items():
+        figure, (ax,) = _figure(1)
+        image = ax.imshow(np.array(values, float), cmap="viridis")
+        ax.set_title(title, fontsize=9)
+        ax.set_xlabel("column")
+        ax.set_ylabel("row")
+        figure.colorbar(image, ax=ax, label="reward, less its mean")
+        images.append(_data_uri(figure))
+    return images
 
 
 def _style(k: int) -> dict[str, str]:

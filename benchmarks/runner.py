@@ -25,9 +25,11 @@ from benchmarks.files import (
     write_json,
 )
 from benchmarks.registry import Cell, build_instance, build_solver
+from bilevel import oracles
 from bilevel.run import passes_per_step
 
 PyTree = Any
+ACTIVE = 1e-6  # slack up to which a constraint counts as active
 
 
 @dataclasses.dataclass
@@ -145,13 +147,39 @@ def step_limit(cell: Cell, problem: bilevel.BilevelProblem, solver: bilevel.Solv
     return min(limits, default=1000 if cell.time_limit is None else 2**31 - 2)
 
 
+class Active:
+    """A callback that counts, at each measurement, the lower constraints that hold with equality, and what changed."""
+
+    def __init__(self, problem: bilevel.BilevelProblem, solver: bilevel.Solver) -> None:
+        """Of the runs of `solver` on `problem`."""
+        self.problem, self.solver, self.rows, self.last = problem, solver, [], None
+
+    def __call__(self, step: int, state: PyTree, row: dict[str, float]) -> None:
+        """Add a row: oracles, time, count, changed."""
+        now = np.asarray(_active(self.problem, *self.solver.output(self.problem, state)))
+        changed = 0 if self.last is None else int((now != self.last).sum())
+        self.rows.append({"oracles": row["oracles"], "time": row["time"], "count": int(now.sum()), "changed": changed})
+        self.last = now
+
+
+@jax.jit
+def _active(problem: bilevel.BilevelProblem, x: PyTree, y: PyTree) -> jax.Array:
+    """Which rows of the coupling and constraints of y_set are active at (x, y) to within ACTIVE, as one vector."""
+    near = jax.tree.leaves(problem.y_set.active(y, ACTIVE))
+    values = oracles.coupling_values(problem, x, y)[0]
+    return jax.numpy.concatenate([*(jax.numpy.ravel(part) for part in near), values >= -ACTIVE])
+
+
 def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[str, Any]:
+    active = Active(instance.problem, solver) if instance.problem.constrained_lower else None
     solution = bilevel.solve(
         instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),
         every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=False, measure=instance.measure,
-        mesh=processes.mesh(),
+        mesh=processes.mesh(), callback=active,
     )  # fmt: skip
     result = {"status": solution.status.name, "stats": solution.stats, "record": solution.record.rows}
+    if active is not None:
+        result["active"] = active.rows
     if solution.status == bilevel.Status.INTERRUPTED or not processes.leads():
         return result
     points = path.with_suffix(".npz")
@@ -164,4 +192,6 @@ def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[
             status = bilevel.Status.NONFINITE
             return result | {"status": status.name, "reason": status.advice, "metrics": metrics}
         verdict = referee.judge(instance, x, y, solution.record.rows)
+    if instance.maps is not None:
+        result["maps"] = {name: np.asarray(values).tolist() for name, values in instance.maps(x, y).items()}
     return result | {"metrics": metrics, "referee": verdict}

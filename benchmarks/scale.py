@@ -115,13 +115,16 @@ def exponent(small: float, large: float, ratio: float) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description="cost against size, with fitted exponents")
-    parser.add_argument("cases", nargs="*", choices=[*CASES, []], default=list(CASES))
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--quick", action="store_true", help="sizes ten times smaller")
     parser.add_argument("--solver", action="append", help="only these")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     console = Console(width=120)
-    for case in options.cases:
+    unknown = sorted(set(options.cases) - set(CASES))
+    if unknown:
+        parser.error(f"unknown case {unknown[0]!r}; expected {', '.join(CASES)}")
+    for case in options.cases or CASES:
         sizes = [size // 10 if options.quick else size for size in SIZES[case]]
         found: dict[str, dict[int, dict[str, float]]] = {}
         for size in sizes:

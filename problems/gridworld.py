@@ -69,6 +69,14 @@ def _metrics(reward: irl.Reward, r_true: np.ndarray, pi: np.ndarray, d: np.ndarr
     return numbers
 
 
+def _maps(reward: irl.Reward, r_true: np.ndarray, x: PyTree, Q: Array) -> dict[str, np.ndarray]:
+    """Both rewards over the cells, means over the actions, less their own means, which no demonstration shows."""
+    side = round(len(r_true) ** 0.5)
+    tables = {"true reward": r_true, "learned reward": np.asarray(reward.table(x))}
+    means = {name: table.mean(axis=1).reshape(side, side) for name, table in tables.items()}
+    return {name: values - values.mean() for name, values in means.items()}
+
+
 def recovery(
     mdp: irl.MDP,
     reward: irl.Reward,
@@ -114,6 +122,7 @@ def recovery(
         constants=known,
         tags=frozenset({"irl", "fixed-point", kind} | ({"stochastic"} if batch_size is not None else set())),
         metrics=metrics,
+        maps=partial(_maps, reward, r_true),
         baselines={
             "uniform policy": lambda: metrics(None, np.zeros(counted.shape)),
             "behavioural cloning": lambda: metrics(None, np.log(counted + 1e-3 / counted.size)),

@@ -29,6 +29,7 @@ class Instance:
         metrics: (x, y) -> named numbers for people, e.g. test accuracy.
         baselines: name -> function without arguments -> the same named numbers, for rows beside the solvers'.
         measure: (problem, x, y) -> `bilevel.diagnostics.Measurement`, how the run is measured.
+        maps: (x, y) -> named arrays [rows, columns] that the report draws, e.g. a reward over a grid.
     """
 
     problem: BilevelProblem
@@ -38,3 +39,4 @@ class Instance:
     metrics: Callable[[PyTree, PyTree], dict[str, float]] | None = None
     baselines: dict[str, Callable[[], dict[str, float]]] = field(default_factory=dict)
     measure: Callable = measure_implicit
+    maps: Callable[[PyTree, PyTree], dict[str, Any]] | None = None

@@ -55,6 +55,10 @@ def folder(tmp_path_factory, synthetic):
     results[EVIL, "C", 0] = result(rows([5.0, 1e60, None]), "NONFINITE", reason="<b>too far</b>")
     results[EVIL, "D", 0] = result([], "UNSUPPORTED", reason="no & never")
     results[EVIL, "E", 0] = None
+    counts = [{"oracles": 20.0 * k, "time": 0.5 * k, "count": k, "changed": k % 2} for k in range(3)]
+    results["q", "B", 0] |= {"active": counts}
+    grids = {"true reward": [[0.0, 1.0], [2.0, 3.0]], "learned reward": [[0.1, 0.9], [2.0, 3.0]]}
+    results["q", "A[x=1]", 0] |= {"maps": grids}
     return write(tmp_path_factory.mktemp("page") / "run", results, optima={("q", 0): 0.5, ("q", 1): 1.0})
 
 
@@ -85,7 +89,7 @@ def test_the_page_is_closed_in_itself_and_runs_nothing(text):
         svg = xml.etree.ElementTree.fromstring(base64.b64decode(image["src"].partition(",")[2]))
         assert svg.tag.endswith("}svg")
         links = [value for node in svg.iter() for name, value in node.attrib.items() if name.endswith("href")]
-        assert all(link.startswith("#") for link in links)
+        assert all(link.startswith(("#", "data:image/png;base64,")) for link in links)  # maps are pixels inside
         assert not any(node.tag.endswith("}script") for node in svg.iter())
 
 
@@ -131,6 +135,12 @@ def test_bands_step_from_measurement_to_measurement():
     assert middle.tolist() == [7, 5, 3, np.inf]
     assert low.tolist() == [6.5, 3.5, 2.5, np.inf]
     assert high.tolist() == [7.5, 6.5, 3.5, np.inf]
+
+
+def test_active_sets_and_maps_are_drawn_where_there_are_any(text):
+    alternatives = [image["alt"] for image in Reader(text).all("img")]
+    assert alternatives.count("Active lower constraints on q by oracle calls") == 1
+    assert alternatives.count("Reward over the cells of q") == 2
 
 
 def test_the_command_names_the_page(folder, called, tmp_path):
