@@ -6,14 +6,17 @@ From multipliers lam, R = gradient + C' lam, and an active set a, the model's st
 
     S_aa dlam_a = (C (y + p0) - bound)_a,    p = p0 - H^-1 C' dlam,    p0 = -H^-1 R,    dlam_i = -lam_i outside of a.
 
-The search for a is a semismooth Newton method: solve for the rows in a, take in the rows that are violated, drop those
-with a multiplier of the wrong sign, all at once. It takes a few passes, one when warm-started. Where the number of
-wrong rows has not fallen for three passes, one row is changed at a time until it has (Kostreva's rule, finite for
-independent rows). Where rows are dependent, or the search is long, the dual method of Goldfarb and Idnani
-(`least_distance`) takes over, in z = L'p: it is finite, and finds out where the rows contradict each other.
+The active set that the search starts from is tried first, and where it is the right one nothing else is done: one pass,
+without a factorization where its inverse is given. Else the search for a is a semismooth Newton method: solve for the
+rows in a, take in the rows that are violated, drop those with a multiplier of the wrong sign, all at once. It takes a
+few passes. Where the number of wrong rows has not fallen for three passes, one row is changed at a time until it has
+(Kostreva's rule, finite for independent rows). Where rows are dependent, or the search is long, the dual method of
+Goldfarb and Idnani (`least_distance`) takes over, in z = L'p: it is finite, and finds out where the rows contradict
+each other.
 
 Calls of LAPACK form one chain: XLA's thread pool can deadlock on two batched ones that wait for nothing of each other
-(jaxlib 0.10 on two cores). So triangular factors are inverted once and the rest is products.
+(jaxlib 0.10 on two cores). So triangular factors are inverted once and the rest is products, which also are the
+smallest number of kernels; iterative refinement, the caller's, makes up for the inverses' rounding.
 
 Reference: Hintermueller, Ito, Kunisch. The primal-dual active set strategy as a semismooth Newton method. SIAM Journal
 on Optimization 13, 2002. Kostreva. Block pivot methods for solving the complementarity problem. Linear Algebra and its
@@ -22,8 +25,8 @@ Applications 21, 1978.
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
@@ -41,7 +44,7 @@ class Rows(NamedTuple):
 
 class Factor(NamedTuple):
     """Of H and the rows: L [n, n] lower, L L' = H, and X = L^-1; W [n, m] = X C' with columns of norm one, S = W'W
-    [m, m]; d [m], the norms divided out: rows are measured in the norm of H^-1.
+    [m, m]; d [m], the norms divided out: rows are measured in the norm of H^-1; length [m], d_i |C_i|.
     """
 
     L: Array
@@ -49,6 +52,7 @@ class Factor(NamedTuple):
     W: Array
     S: Array
     d: Array
+    length: Array
 
 
 def factorize(H: Array, C: Array) -> Factor:
@@ -56,20 +60,19 @@ def factorize(H: Array, C: Array) -> Factor:
     L = lax.linalg.cholesky(H, symmetrize_input=False)
     X = solve_triangular(L, jnp.eye(len(H), dtype=H.dtype), lower=True)
     W = X @ C.T
-    length = jnp.linalg.norm(W, axis=0)
-    d = 1 / jnp.where(length > 0, length, 1)
+    norms = jnp.linalg.norm(W, axis=0)
+    d = 1 / jnp.where(norms > 0, norms, 1)
     W = W * d[None, :]
-    return Factor(L, X, W, W.T @ W, d)
+    return Factor(L, X, W, W.T @ W, d, d * jnp.linalg.norm(C, axis=1))
 
 
 class Model(NamedTuple):
-    """Solution of the quadratic model: step p [n], multipliers, active set, K, passes, and how the search ended."""
+    """Solution of the quadratic model: step p [n], multipliers, active set, its inverse, how the search ended."""
 
     p: Array
     multipliers: Array
     active: Array
-    K: Array
-    passes: Array
+    inverse: Array  # [m, m], `masked_inverse` of S
     empty: Array
     unsolved: Array
     dependent: Array
@@ -77,34 +80,46 @@ class Model(NamedTuple):
     noise: Array  # rounding in it
 
 
-def masked_factor(S: Array, a: Array, ridge: Array | float = 0.0) -> Array:
-    """Cholesky factor of S + ridge I on the rows in a, the identity elsewhere."""
-    inside = a != 0
-    K = jnp.where(inside[:, None] & inside[None, :], S, 0) + jnp.diag(jnp.where(inside, ridge, 1).astype(S.dtype))
-    return lax.linalg.cholesky(K, symmetrize_input=False)
+def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:
+    """(Y [m, m], whose Y'Y is the inverse of S + ridge I on the rows in a and zero elsewhere; whether these rows are
+    independent).
+    """
+    inside, m = a != 0, len(a)
+    unit = np.eye(m, dtype=S.dtype)  # a literal: XLA would build it anew before every loop
+    K = jnp.where(inside[:, None] & inside[None, :], S, 0) + unit * jnp.where(inside, ridge, 1).astype(S.dtype)[None]
+    L = lax.linalg.cholesky(K, symmetrize_input=False)
+    Y = solve_triangular(L, unit * inside.astype(S.dtype)[None], lower=True)
+    smallest = jnp.min(jnp.diagonal(L), initial=1.0) ** 2
+    return Y, smallest > 1e3 * float(jnp.finfo(S.dtype).eps) * max(m, 1)
 
 
-def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a: Array, max_changes: int) -> Model:
-    """The quadratic model's solution from the active set a; R = grad_y g + C' lam."""
-    _, X, W, S, d = factor
+def solve_model(
+    factor: Factor, limits: Rows, y: Array, R: Array, lam: Array | None, a: Array, max_changes: int,
+    inverse: Array | None = None,
+) -> Model:  # fmt: skip
+    """The quadratic model's solution from the active set a; R = grad_y g + C' lam, lam = 0 where it is None.
+
+    inverse: `masked_inverse` of a, if it is at hand.
+    """
+    _, X, W, S, d, length = factor
     eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
     z0 = -X @ R
     at = limits.C @ y
-    lo, hi, base = d * (limits.lo - at), d * (limits.hi - at), lam / d
+    lo, hi = d * (limits.lo - at), d * (limits.hi - at)
+    base = jnp.zeros_like(d) if lam is None else lam / d
     fixed = limits.lo == limits.hi
     reach = W.T @ z0
     finite = lambda end: jnp.where(jnp.isfinite(end), jnp.abs(end), 0)  # noqa: E731
-    size = d * (jnp.abs(limits.C) @ jnp.abs(y) + jnp.maximum(finite(limits.lo), finite(limits.hi)))
+    size = length * jnp.linalg.norm(y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
     noise = 10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0))
 
-    def solve_on(a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array, Array, Array]:
-        """(change of lam, C p, K, whether the rows in a are independent), scaled."""
-        K = masked_factor(S, a, ridge)
+    def step_on(a: Array, inverse: Array) -> tuple[Array, Array]:
+        """(change of lam, C p), scaled."""
         out = jnp.where(a != 0, 0, -base)
-        rhs = jnp.where(a != 0, reach - jnp.where(a > 0, hi, lo) - S @ out, out)
-        change = jnp.where(a != 0, jax.scipy.linalg.cho_solve((K, True), jnp.where(a != 0, rhs, 0)), out)
-        pivots = jnp.diagonal(K)
-        return change, reach - S @ change, K, jnp.min(pivots, initial=1.0) ** 2 > 1e3 * eps * max(m, 1)
+        moved = 0 if lam is None else S @ out
+        rhs = jnp.where(a != 0, reach - jnp.where(a > 0, hi, lo) - moved, 0)
+        change = (inverse @ rhs) @ inverse + out
+        return change, reach - S @ change
 
     def wrong(a: Array, change: Array, value: Array) -> Array:
         """What each row should be instead: its violated side, 0 for a multiplier of the wrong sign, else a."""
@@ -117,7 +132,8 @@ def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a:
 
     def search(c: tuple) -> tuple:
         a, _, _, _, passes, best, patience, phase, _, _ = c
-        change, value, K, independent = solve_on(a, jnp.where(phase == ridged, eps**0.5, 0))
+        inverse, independent = masked_inverse(S, a, jnp.where(phase == ridged, eps**0.5, 0))
+        change, value = step_on(a, inverse)
         better = wrong(a, change, value)
         off = better != a
         count = jnp.sum(off)
@@ -132,11 +148,7 @@ def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a:
         a = jnp.where(done | failed | begin_ridge | alone, a, better)
         best = jnp.where(begin_ridge, m + 1, jnp.minimum(best, count))
         phase = jnp.where(begin_ridge, ridged, jnp.where(end_ridge, last_pass, phase))
-        return a, change, value, K, passes + 1, best, patience, phase, done, failed & ~done
-
-    no = jnp.array(False)
-    begin = (a, base, base, S, jnp.array(0), jnp.array(m + 1), jnp.array(3), jnp.array(exact), no, no)
-    a, change, value, K, passes, *_, failed = lax.while_loop(lambda c: ~(c[-1] | c[-2]), search, begin)
+        return a, change, value, inverse, passes + 1, best, patience, phase, done, failed & ~done
 
     def dual(c: tuple) -> tuple:
         """The dual method in z = L'p, from the unconstrained step."""
@@ -144,27 +156,42 @@ def solve_model(factor: Factor, limits: Rows, y: Array, R: Array, lam: Array, a:
         slack, allow = jnp.concatenate([hi - free, free - lo]), jnp.concatenate([noise, noise])
         # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
         exact = nearest(jnp.concatenate([W.T, -W.T]), slack, allow, skip=~c[-1])
-        a = exact.active[:m].astype(lam.dtype) - exact.active[m:].astype(lam.dtype)
-        *rest, independent = solve_on(a)
-        return a, *rest, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
+        a = exact.active[:m].astype(a0.dtype) - exact.active[m:].astype(a0.dtype)
+        inverse, independent = masked_inverse(S, a)
+        return a, *step_on(a, inverse), inverse, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
 
-    # A loop of at most one pass: XLA's conditional would copy every array that it sees.
-    a, change, value, K, dependent, empty, unsolved, _ = lax.while_loop(
-        lambda c: c[-1], dual, (a, change, value, K, no, no, no, failed)
+    def find(c: tuple) -> tuple:
+        """The search and, where it fails, the dual method: loops of at most one pass, since XLA's conditional would
+        copy every array that it sees.
+        """
+        begin = (*c[:4], jnp.array(0), jnp.array(m + 1), jnp.array(3), jnp.array(exact), no, no)
+        *found, failed = lax.while_loop(lambda c: ~(c[-1] | c[-2]), search, begin)
+        return lax.while_loop(lambda c: c[-1], dual, (*found[:4], no, no, no, failed))
+
+    no, a0 = jnp.array(False), a
+    if inverse is None:
+        inverse, independent = masked_inverse(S, a)
+    else:
+        independent = ~no
+    change, value = step_on(a, inverse)
+    better = wrong(a, change, value)
+    good = independent & jnp.isfinite(change).all()
+    again = jnp.any(better != a) | ~good
+    a, change, value, inverse, dependent, empty, unsolved, _ = lax.while_loop(
+        lambda c: c[-1], find, (jnp.where(good, better, a), change, value, inverse, no, no, no, again)
     )
     total = base + change
     inside = jnp.minimum(hi - value, value - lo)
     room = jnp.where(fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), inside))
     p = (z0 - W @ change) @ X
     unsolved = unsolved | ~jnp.isfinite(p).all()
-    return Model(p, d * total, a, K, passes, empty, unsolved, dependent, room, noise)
+    return Model(p, d * total, a, inverse, empty, unsolved, dependent, room, noise)
 
 
-def kkt_solve(factor: Factor, K: Array, active: Array, r: Array, s: Array) -> tuple[Array, Array]:
-    """(u [n], v [m]) with H u + C_a' v_a = r, C_a u = s_a, and v_i = s_i on inactive rows: the adjoint, for s = 0."""
-    inside = active != 0
+def kkt_solve(factor: Factor, inverse: Array, active: Array, r: Array, s: Array | None = None) -> tuple[Array, Array]:
+    """(u [n], v [m]) with H u + C_a' v_a = r, C_a u = s_a, and v_i = s_i on inactive rows; s = 0 where it is None."""
     z = factor.X @ r
-    rhs = jnp.where(inside, factor.W.T @ z - factor.d * s, 0)
-    v = jnp.where(inside, jax.scipy.linalg.cho_solve((K, True), rhs), 0)
+    reach = factor.W.T @ z
+    v = (inverse @ (reach if s is None else reach - factor.d * s)) @ inverse
     u = (z - factor.W @ v) @ factor.X
-    return u, jnp.where(inside, factor.d * v, s)
+    return u, factor.d * v if s is None else jnp.where(active != 0, factor.d * v, s)

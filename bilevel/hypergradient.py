@@ -35,7 +35,7 @@ from bilevel.lower import Newton, pack_scalars, row_norms
 from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
 from bilevel.projected import ProjectedNewton
-from bilevel.record import Status
+from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -69,38 +69,6 @@ class Unrolled:
 
     step_size: Any
     num_steps: int = static(default=100)
-
-
-@struct
-class Hypergradient:
-    """A hypergradient and how far to trust it.
-
-    value: f(x, y), shape []. gradient: shaped like x. y: the lower-level point used. lower_residual: |R(x, y)|.
-    linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm:
-    rigorous in exact arithmetic, with an allowance for rounding, where `constants` were given, else estimated; infinite
-    where it is not known. active_margin: distance to a change of the active set, infinite without constraints.
-    status: a `Status` as an integer array: CONVERGED (bound proved from the constants), ESTIMATED, UNCHECKED (no bound
-    asked for), UNSOLVED_LINEAR, or why the lower level failed. v: the adjoint, a warm start.
-    """
-
-    value: Array
-    gradient: PyTree
-    y: PyTree
-    lower_residual: Array
-    linear_residual: Array
-    error_bound: Array
-    active_margin: Array
-    status: Array
-    v: PyTree
-
-    def __str__(self) -> str:
-        """Numbers and the status sentence."""
-        status = Status(int(self.status))
-        return (
-            f"F = {float(self.value):.10g}, |gradient| = {float(_norm(self.gradient)):.4e}, "
-            f"error <= {float(self.error_bound):.1e}, "
-            f"lower residual {float(self.lower_residual):.1e}\n{status.name}: {status.advice}"
-        )
 
 
 def _norm(tree: PyTree) -> Array:
@@ -143,11 +111,9 @@ def hypergradient(
     if problem.constrained_lower:
         large = None if method is not None else projected.settings_for(problem, y, lower)
         if large is not None:
-            found = projected_gradient.differentiate(problem, x, y, large, estimate)
-        else:
-            settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
-            found = polyhedral_gradient.differentiate(problem, x, y, settings, estimate)
-        return Hypergradient(**found._asdict())
+            return projected_gradient.differentiate(problem, x, y, large, estimate)
+        settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
+        return polyhedral_gradient.differentiate(problem, x, y, settings, estimate)
     if v is not None:
         check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()

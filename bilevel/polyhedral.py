@@ -24,7 +24,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_factor, solve_model
+from bilevel.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.record import Status
 from bilevel.sets import Box, Polyhedron, Product, Reals, Set, Simplex
@@ -41,15 +41,17 @@ class ActiveSet:
         tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
         max_steps: steps of the outer (SQP) loop; a quadratic g takes two.
         max_changes: passes of the primal-dual search, after which the finite dual method takes over.
-        factor: a solution's `factor`, to be used again for a quadratic g whose g_yy depends on x as little as the rows'
-            normals do; nothing checks that.
         start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
             holds with equality, and those that the unconstrained step violates.
+        factor: a solution's `factor`, to be used again for a quadratic g whose g_yy depends on x as little as the rows'
+            normals do. Where it does not belong to this problem, refinement makes up for it or the end is STALLED.
+        inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
     """
 
     tol: Any = None
     start: Any = None
     factor: Any = None
+    inverse: Any = None
     max_steps: int = static(default=100)
     max_changes: int = static(default=200)
 
@@ -60,10 +62,12 @@ class PolyhedralSolution(NamedTuple):
     y: shaped like the problem's. multipliers [m], signed. active [m]: 1 at hi, -1 at lo, 0 between. margin []: how far
     the bound of a row must move, in units of y, until that row changes sides, the least over the rows: the slack of
     inactive ones, |lam_i| (C H^-1 C')_ii of active ones, both over |C_i|; equalities do not count. residual []: norm of
-    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, K: the factors of the last step.
+    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, inverse: the last step's.
     weak, noise [m]: rows whose multiplier, or slack, is rounding error, and how much slack that is.
     status []: CONVERGED; WEAKLY_ACTIVE, solved with a margin of rounding error, or with active rows that depend on each
     other; INFEASIBLE_LOWER, y is NaN; SADDLE, H is not positive definite; MAX_STEPS, STALLED, NONFINITE.
+
+    `kept` makes of it the settings of a warm start.
     """
 
     y: PyTree
@@ -74,9 +78,13 @@ class PolyhedralSolution(NamedTuple):
     steps: Array
     status: Array
     factor: Factor
-    K: Array
+    inverse: Array
     weak: Array
     noise: Array
+
+    def kept(self) -> ActiveSet:
+        """Settings for a problem with the same g_yy and normals: start here, with these factors."""
+        return ActiveSet(start=self.active, factor=self.factor, inverse=self.inverse)
 
 
 def settings_for(problem: BilevelProblem, what: str, lower: Any, method: Any = None) -> ActiveSet:
@@ -219,18 +227,14 @@ def solve(
     nobody = jnp.zeros(m, dtype)
     if constant:
         grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
-        factor = factor_at(flat) if settings.factor is None else settings.factor
+        kept = settings.factor is not None
+        factor = settings.factor if kept else factor_at(flat)
         a = guess(grad, factor) if start is None else jnp.asarray(start, dtype)
-        model = solve_model(factor, limits, flat, grad, nobody, a, settings.max_changes)
-        point, lam = flat + model.p, model.multipliers
-        # One step of iterative refinement on the same rows.
-        R = ravel_pytree(oracles.residual(problem, x, unravel(point), batch))[0] + limits.C.T @ lam
-        off = jnp.where(model.active > 0, limits.hi, limits.lo) - limits.C @ point
-        p, change = kkt_solve(factor, model.K, model.active, -R, jnp.where(model.active != 0, off, 0))
-        status = _ends(jnp.array(Status.CONVERGED), factor, model, bad | ~jnp.isfinite(grad).all())
-        end = _Search(point + p, zero, zero, zero, zero, no, factor, model._replace(multipliers=lam + change),
-                      jnp.array(2), status)  # fmt: skip
-        return _certify(problem, x, unravel, batch, limits, end)
+        inverse = settings.inverse if kept and start is not None else None
+        model = solve_model(factor, limits, flat, grad, None, a, settings.max_changes, inverse)
+        end = _refine(problem, x, unravel, batch, limits, factor, model, flat, jnp.linalg.norm(grad))
+        status = _ends(end.status, factor, model, bad)
+        return _certify(unravel, limits, end._replace(status=status))
 
     def body(c: _Search) -> _Search:
         first = c.steps == 0
@@ -263,9 +267,7 @@ def solve(
                        c.steps + 1, status)  # fmt: skip
 
     a0 = nobody if start is None else jnp.asarray(start, dtype)
-    nothing = Model(
-        jnp.zeros_like(flat), nobody, a0, jnp.zeros((m, m), dtype), jnp.array(0), no, no, no, nobody, nobody
-    )
+    nothing = Model(jnp.zeros_like(flat), nobody, a0, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
     begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat), nothing, jnp.array(0),
                     jnp.array(Status.MAX_STEPS))  # fmt: skip
 
@@ -273,8 +275,62 @@ def solve(
         return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
 
     end = lax.while_loop(go_on, body, begin)
-    end = end._replace(y=end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0))
-    return _certify(problem, x, unravel, batch, limits, end)
+    last = end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0)
+    R = ravel_pytree(oracles.residual(problem, x, unravel(last), batch))[0] + limits.C.T @ end.model.multipliers
+    return _certify(unravel, limits, _Found(last, end.factor, end.model, limits.C @ last, R, end.steps, end.status))
+
+
+class _Found(NamedTuple):
+    """y; factor and model; C y; grad_y g + C' lam there; steps; status."""
+
+    y: Array
+    factor: Factor
+    model: Model
+    at: Array
+    R: Array
+    steps: Array
+    status: Array
+
+
+REFINEMENTS = 5
+
+
+def _refine(
+    problem: BilevelProblem, x: PyTree, unravel: Any, batch: PyTree, limits: Rows, factor: Factor, model: Model,
+    flat: Array, size: Array,
+) -> _Found:  # fmt: skip
+    """The quadratic g's solution from its model's: iterative refinement on the model's rows, until the residual is
+    rounding error, measured by |grad_y g| at the start, `size`, or no longer halves. A step's own rounding error is in
+    proportion to its length, so that a step of some length is always followed by another one.
+    """
+    eps, n = jnp.finfo(flat.dtype).eps, flat.size
+    inside = model.active != 0
+    bound = jnp.where(model.active > 0, limits.hi, limits.lo)
+
+    def look(flat: Array, lam: Array) -> tuple[Array, Array, Array]:
+        """(C y, R, the residual's norm in units of what rounding makes of it)."""
+        at = limits.C @ flat
+        R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + limits.C.T @ lam
+        off = jnp.max(jnp.where(inside, factor.d * jnp.abs(bound - at) / model.noise, 0), initial=0.0)
+        return at, R, jnp.maximum(off, jnp.linalg.norm(R) / (10 * n**0.5 * eps * size))
+
+    def go_on(c: tuple) -> Array:
+        size, before, far, count = c[-4:]
+        return ((size > 1) | far) & (size <= before / 2) & (count < REFINEMENTS)
+
+    def body(c: tuple) -> tuple:
+        flat, lam, at, R, size, _, _, count = c
+        p, change = kkt_solve(factor, model.inverse, model.active, -R, jnp.where(inside, bound - at, 0))
+        return follow(flat, lam + change, p, size, count + 1)
+
+    def follow(flat: Array, lam: Array, p: Array, before: Array, count: Array) -> tuple:
+        y = flat + p
+        return y, lam, *look(y, lam), before, jnp.linalg.norm(p) > 0.1 * jnp.linalg.norm(y), count
+
+    begin = follow(flat, model.multipliers, model.p, jnp.full((), jnp.inf, flat.dtype), jnp.array(0))
+    flat, lam, at, R, size, _, _, count = lax.while_loop(go_on, body, begin)
+    status = jnp.where(size <= eps**-0.5, Status.CONVERGED, Status.STALLED)
+    return _Found(flat, factor, model._replace(multipliers=lam), at, R, count + 2, status)
 
 
 def _ends(status: Array, factor: Factor, model: Model, bad: Array) -> Array:
@@ -285,27 +341,20 @@ def _ends(status: Array, factor: Factor, model: Model, bad: Array) -> Array:
     return jnp.where(bad, Status.NONFINITE, status)
 
 
-def _certify(
-    problem: BilevelProblem, x: PyTree, unravel: Any, batch: PyTree, limits: Rows, end: _Search
-) -> PolyhedralSolution:
-    """The residual at the last point, recomputed, the margin and the final status."""
-    model, d = end.model, end.factor.d
+def _certify(unravel: Any, limits: Rows, end: _Found) -> PolyhedralSolution:
+    """The residual's norm at the last point, the margin and the final status."""
+    model, d, length = end.model, end.factor.d, end.factor.length
     nan = end.status == Status.INFEASIBLE_LOWER
-    last = jnp.where(nan, jnp.nan, end.y)
-    grad = ravel_pytree(oracles.residual(problem, x, unravel(last), batch))[0]
-    at = limits.C @ last
-    outside = jnp.maximum(jnp.maximum(at - limits.hi, limits.lo - at), 0)
-    residual = jnp.sqrt(jnp.sum((grad + limits.C.T @ model.multipliers) ** 2) + jnp.sum(outside**2))
-    length = jnp.linalg.norm(limits.C, axis=1)
-    units = jnp.where(length > 0, 1 / (d * jnp.where(length > 0, length, 1)), jnp.inf)
+    outside = jnp.maximum(jnp.maximum(end.at - limits.hi, limits.lo - end.at), 0)
+    residual = jnp.sqrt(jnp.sum(end.R**2) + jnp.sum(outside**2))
     weak = (model.room <= 10 * model.noise) & (length > 0)
-    margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * jnp.where(length > 0, units, 0), jnp.inf),
-                     initial=jnp.inf)  # fmt: skip
+    units = 1 / jnp.where(length > 0, length, 1)
+    margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * units, jnp.inf), initial=jnp.inf)
     status = jnp.where(
         (end.status == Status.CONVERGED) & (jnp.any(weak) | model.dependent), Status.WEAKLY_ACTIVE, end.status
     )
     return PolyhedralSolution(
-        y=unravel(last),
+        y=unravel(jnp.where(nan, jnp.nan, end.y)),
         multipliers=jnp.where(nan, jnp.nan, model.multipliers),
         active=model.active,
         margin=jnp.where(nan, jnp.nan, jnp.where(model.dependent, 0, margin)),
@@ -313,7 +362,7 @@ def _certify(
         steps=end.steps,
         status=status,
         factor=end.factor,
-        K=model.K + 0 * residual,  # so that the adjoint's solve waits for the last one: see `active_set`
+        inverse=model.inverse,
         weak=weak,
         noise=10 * model.noise / d,
     )
@@ -321,13 +370,12 @@ def _certify(
 
 def adjoint(solution: PolyhedralSolution, fy: Array) -> tuple[Array, Array]:
     """(u [n], v [m]) of the module's adjoint system for f_y [n]; v is zero on inactive rows."""
-    nothing = jnp.zeros_like(solution.multipliers)
-    return kkt_solve(solution.factor, solution.K, solution.active, fy, nothing)
+    return kkt_solve(solution.factor, solution.inverse, solution.active, fy)
 
 
 def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSolution:
     """The solution with the factors of another Hessian."""
-    return solution._replace(factor=factor, K=masked_factor(factor.S, solution.active))
+    return solution._replace(factor=factor, inverse=masked_inverse(factor.S, solution.active)[0])
 
 
 def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
@@ -342,7 +390,7 @@ def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
     """
     factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
     nobody = jnp.zeros(len(limits.C), flat.dtype)
-    model = solve_model(factor, limits, flat, d, nobody, nobody, ActiveSet().max_changes)
+    model = solve_model(factor, limits, flat, d, None, nobody, ActiveSet().max_changes)
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)
 
 

@@ -8,7 +8,8 @@ F is differentiable where every active row has a multiplier and the active rows 
 kink, and this is one of its one-sided derivatives. `directional` gives them all.
 """
 
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -19,23 +20,9 @@ from bilevel.active_set import Rows, factorize, kkt_solve, solve_model
 from bilevel.linear import refine
 from bilevel.polyhedral import ActiveSet, PolyhedralSolution
 from bilevel.problem import BilevelProblem
-from bilevel.record import Status
+from bilevel.record import Hypergradient, Status
 
 PyTree = Any
-
-
-class Differentiated(NamedTuple):
-    """The fields of `Hypergradient`."""
-
-    value: Array
-    gradient: PyTree
-    y: PyTree
-    lower_residual: Array
-    linear_residual: Array
-    error_bound: Array
-    active_margin: Array
-    status: Array
-    v: PyTree
 
 
 def lower_failed(status: Array) -> Array:
@@ -53,12 +40,13 @@ def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, 
 
 def differentiate(
     problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet, estimate: bool = True
-) -> Differentiated:
+) -> Hypergradient:
     """The hypergradient from the warm start y, by Newton corrections of (y, lam) and (u, v) together.
 
-    Pass 0 solves for (u, v), pass 1 gives the gradient, pass 2 one that is right to higher order: twice the distance of
-    the two, plus an allowance for rounding, estimates the first one's error. It is an estimate, and supposes that the
-    active set is the right one, which the margin shows; no proof from constants is offered here.
+    The first solves for (u, v), which gives the gradient; with `estimate` a second one gives a gradient that is right
+    to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It
+    is an estimate, and supposes that the active set is the right one, which the margin shows; no proof from constants
+    is offered here.
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = polyhedral.solve(problem, x, y, lower_batch, settings)
@@ -67,50 +55,53 @@ def differentiate(
     inside = found.active != 0
     bound = jnp.where(found.active > 0, limits.hi, limits.lo)
     flat, unravel = ravel_pytree(found.y)
-    solve = lambda r, s: kkt_solve(found.factor, found.K, found.active, r, s)  # noqa: E731
+    fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
 
-    def look(carry: tuple, _: None) -> tuple:
-        flat, lam, u, v = carry
+    solve = partial(kkt_solve, found.factor, found.inverse, found.active)
+
+    def look(flat: Array, lam: Array, u: Array, v: Array) -> tuple[tuple, tuple]:
+        """((y, lam, u, v, residuals), what is seen there)."""
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
         implicit = cross + limits.B.T @ v
         R, r_u = R + limits.C.T @ lam, fy - Hu - limits.C.T @ v
         off, r_v = (jnp.where(inside, part, 0) for part in (bound - limits.C @ flat, -(limits.C @ u)))
-        d, dlam = solve(-R, off)
-        du, dv = solve(r_u, r_v + 0 * dlam)  # one chain of LAPACK calls: see `active_set`
         sizes = jnp.stack([jnp.linalg.norm(part) for part in (jnp.append(R, off), jnp.append(r_u, r_v), fx, implicit)])
-        return (flat + d, lam + dlam, u + du, v + dv), (flat, u, value, fx - implicit, sizes)
+        return (flat, lam, u, v, R, off, r_u, r_v), (flat, u, value, fx - implicit, sizes)
 
-    eps, nothing = jnp.finfo(flat.dtype).eps, jnp.zeros_like(found.multipliers)
+    def correct(carry: tuple, _: None) -> tuple[tuple, tuple]:
+        """Solve for the corrections of (y, lam) and (u, v), and look there."""
+        flat, lam, u, v, R, off, r_u, r_v = carry
+        (d, dlam), (du, dv) = solve(-R, off), solve(r_u, r_v)
+        return look(flat + d, lam + dlam, u + du, v + dv)
+
     lam = jnp.where(inside, found.multipliers, 0)
     if estimate:
-        start = flat, lam, jnp.zeros_like(flat), nothing
-        ys, us, values, slopes, sizes = lax.scan(look, start, length=3)[1]
-        error = 2 * jnp.linalg.norm(slopes[2] - slopes[1]) + eps * flat.size * jnp.sum(sizes[1, 2:])
+        zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(lam)
+        begin = flat, lam, zero, nothing, zero, nothing, fy, nothing
+        (y, _), (u, _), (value, _), (slope, better), (sizes, _) = lax.scan(correct, begin, length=2)[1]
+        error = 2 * jnp.linalg.norm(better - slope) + jnp.finfo(flat.dtype).eps * flat.size * jnp.sum(sizes[2:])
         good = jnp.array(Status.ESTIMATED)
-    else:  # the adjoint solved once, without refinement
-        fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
-        once = look((flat, lam, *solve(fy, nothing)), None)[1]
-        ys, us, values, slopes, sizes = (jnp.stack([part, part]) for part in once)
+    else:
+        y, u, value, slope, sizes = look(flat, lam, *solve(fy))[1]
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
     return conclude(
-        found.status, good, x, values[1], slopes[1], error,
-        y=unravel(ys[1]), lower_residual=sizes[1, 0], linear_residual=sizes[1, 1], active_margin=found.margin,
-        v=unravel(us[1]),
+        found.status, good, x, value, slope, error,
+        y=unravel(y), lower_residual=sizes[0], linear_residual=sizes[1], active_margin=found.margin, v=unravel(u),
     )  # fmt: skip
 
 
 def conclude(
     solved: Array, good: Array, x: PyTree, value: Array, gradient: Array, error: Array, **rest: Any
-) -> Differentiated:
+) -> Hypergradient:
     """The answer where the lower level ended as `solved`: with status `good` where that is CONVERGED and all is finite.
 
     gradient [dim x]; a failure is never a number.
     """
     failed = lower_failed(solved)
     finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
-    return Differentiated(
+    return Hypergradient(
         value=jnp.where(failed, jnp.nan, value),
         gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),
         error_bound=jnp.where(failed | ~finite, jnp.inf, error),
@@ -142,7 +133,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Acti
         return jnp.concatenate([R + limits.C.T @ jnp.where(inside, lam, 0), jnp.where(inside, off, lam)])
 
     def inverse(r: Array) -> Array:
-        return jnp.concatenate(kkt_solve(found.factor, found.K, found.active, r[:n], r[n:]))
+        return jnp.concatenate(kkt_solve(found.factor, found.inverse, found.active, r[:n], r[n:]))
 
     def tangent(matvec: Any, b: Array) -> Array:
         solve = lambda matvec, b: refine(matvec, inverse, b)  # noqa: E731
@@ -186,7 +177,7 @@ def directional(
         cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
         slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
         start = jnp.where(strong, 1, 0).astype(at.dtype)
-        model = solve_model(found.factor, cone, zero, slope, jnp.zeros_like(at), start, 200)
+        model = solve_model(found.factor, cone, zero, slope, None, start, 200)
         change = sign * (fx @ d) + fy @ model.p
         return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
 

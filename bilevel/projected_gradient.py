@@ -7,22 +7,22 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, projected
-from bilevel.polyhedral_gradient import Differentiated, conclude, lower_failed
+from bilevel.polyhedral_gradient import conclude, lower_failed
 from bilevel.problem import BilevelProblem
 from bilevel.projected import ProjectedNewton
-from bilevel.record import Status
+from bilevel.record import Hypergradient, Status
 
 PyTree = Any
 
 
 def differentiate(
     problem: BilevelProblem, x: PyTree, y: PyTree, settings: ProjectedNewton, estimate: bool = True
-) -> Differentiated:
+) -> Hypergradient:
     """The hypergradient from the warm start y, by corrections of y and of the adjoint u in the face's tangent space.
 
-    Pass 0 solves for u, pass 1 gives the gradient, pass 2 one that is right to higher order: twice the distance of the
-    two, plus an allowance for rounding, estimates the first one's error. It supposes that the face is the right one,
-    which the margin shows; no proof from constants is offered here.
+    The first solves for u and gives the gradient; with `estimate` a second one gives a gradient that is right to higher
+    order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It supposes
+    that the face is the right one, which the margin shows; no proof from constants is offered here.
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = projected.solve(problem, x, y, lower_batch, settings)
@@ -30,31 +30,34 @@ def differentiate(
     flat, unravel = ravel_pytree(found.y)
     solve = projected.tangent_solve(problem, x, found.y, lower_batch, face)
 
-    def look(carry: tuple, _: None) -> tuple:
-        flat, u = carry
+    def correct(carry: tuple, _: None) -> tuple:
+        """Solve for the corrections of y and u, and look at the corrected point."""
+        flat, u, r_y, r_u = carry
+        flat = ravel_pytree(problem.y_set.project(unravel(flat + solve(-r_y))))[0]
+        u = u + solve(r_u)
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
         r_y, r_u = face.tangent(R), face.tangent(fy - Hu - face.mu * u)
-        d, du = solve(-r_y), solve(r_u)
-        moved = ravel_pytree(problem.y_set.project(unravel(flat + d)))[0]
-        sizes = jnp.stack([jnp.linalg.norm(part) for part in (r_y, r_u, fx, cross, fy)])
-        return (moved, u + du), (flat, u, value, fx - cross, sizes)
+        sizes = jnp.stack([jnp.linalg.norm(part) for part in (r_u, fx, cross, fy)])
+        return (flat, u, r_y, r_u), (flat, u, value, fx - cross, sizes)
 
-    passes = 3 if estimate else 2
-    ys, us, values, slopes, sizes = lax.scan(look, (flat, jnp.zeros_like(flat)), length=passes)[1]
+    R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
+    fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
+    begin = flat, jnp.zeros_like(flat), face.tangent(R), face.tangent(fy)
+    ys, us, values, slopes, sizes = lax.scan(correct, begin, length=2 if estimate else 1)[1]
     eps = jnp.finfo(flat.dtype).eps
     if estimate:
-        error = 2 * jnp.linalg.norm(slopes[2] - slopes[1]) + eps * flat.size * jnp.sum(sizes[1, 2:4])
-        solved = sizes[1, 1] <= jnp.maximum(0.1 * sizes[0, 1], 10 * eps * flat.size * sizes[1, 4])
+        error = 2 * jnp.linalg.norm(slopes[1] - slopes[0]) + eps * flat.size * jnp.sum(sizes[0, 1:3])
+        solved = sizes[0, 0] <= jnp.maximum(0.1 * jnp.linalg.norm(begin[3]), 10 * eps * flat.size * sizes[0, 3])
         error = jnp.where(solved, error, jnp.inf)  # an estimate by a solver that has not solved is none
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
     return conclude(
-        found.status, good, x, values[1], slopes[1], error,
-        y=unravel(ys[1]), lower_residual=found.residual, linear_residual=sizes[1, 1], active_margin=face.margin,
-        v=unravel(us[1]),
+        found.status, good, x, values[0], slopes[0], error,
+        y=unravel(ys[0]), lower_residual=found.residual, linear_residual=sizes[0, 0], active_margin=face.margin,
+        v=unravel(us[0]),
     )  # fmt: skip
 
 

@@ -1,9 +1,10 @@
-"""What a run leaves behind: Status, OracleCount, Record, Solution."""
+"""What computations leave behind: Status, Hypergradient, OracleCount, Record, Solution."""
 
 import enum
 import math
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax import Array
 
@@ -57,6 +58,39 @@ class Status(enum.IntEnum):
         "size, or raise weight decay.",
     )
     UNCHECKED = 12, "Solved, but no error bound was computed. Use an implicit method with estimate=True, or constants=."
+
+
+@struct
+class Hypergradient:
+    """A hypergradient and how far to trust it.
+
+    value: f(x, y), shape []. gradient: shaped like x. y: the lower-level point used. lower_residual: |R(x, y)|.
+    linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm:
+    rigorous in exact arithmetic, with an allowance for rounding, where `constants` were given, else estimated; infinite
+    where it is not known. active_margin: distance to a change of the active set, infinite without constraints.
+    status: a `Status` as an integer array: CONVERGED (bound proved from the constants), ESTIMATED, UNCHECKED (no bound
+    asked for), UNSOLVED_LINEAR, or why the lower level failed. v: the adjoint, a warm start.
+    """
+
+    value: Array
+    gradient: PyTree
+    y: PyTree
+    lower_residual: Array
+    linear_residual: Array
+    error_bound: Array
+    active_margin: Array
+    status: Array
+    v: PyTree
+
+    def __str__(self) -> str:
+        """Numbers and the status sentence."""
+        status = Status(int(self.status))
+        gradient = math.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(self.gradient)))
+        return (
+            f"F = {float(self.value):.10g}, |gradient| = {gradient:.4e}, "
+            f"error <= {float(self.error_bound):.1e}, "
+            f"lower residual {float(self.lower_residual):.1e}\n{status.name}: {status.advice}"
+        )
 
 
 @struct

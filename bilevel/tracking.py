@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, per_sample, polyhedral
-from bilevel.active_set import Factor, factorize, kkt_solve, masked_factor, solve_model
+from bilevel.active_set import Factor, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.data import PerSample
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
@@ -103,21 +103,22 @@ def track(
     factor, definite = _factor_at(problem, x, y, batch, limits.C)
 
     def body(_: int, carry: tuple) -> tuple:
-        flat, active, lam, factor, definite = carry[:5]
+        flat, active, lam, inverse, factor, definite = carry[:6]
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + flat_q + limits.C.T @ lam
-        model = solve_model(factor, limits, flat, R, lam, active, polyhedral.ActiveSet().max_changes)
+        model = solve_model(factor, limits, flat, R, lam, active, polyhedral.ActiveSet().max_changes, inverse)
         feasible = ~(model.empty | model.unsolved)
-        flat = jnp.where(feasible, flat + model.p, jnp.nan)
+        flat, inverse = jnp.where(feasible, flat + model.p, jnp.nan), model.inverse
         if not constant:
             factor, definite = _factor_at(problem, x, unravel(flat), batch, limits.C)
+            inverse = masked_inverse(factor.S, model.active)[0]
         margin = jnp.min(model.room, initial=jnp.inf)
-        return flat, model.active, model.multipliers, factor, definite, feasible, ~model.dependent, margin
+        return flat, model.active, model.multipliers, inverse, factor, definite, feasible, ~model.dependent, margin
 
     yes, far = jnp.array(True), jnp.full((), jnp.inf, flat.dtype)
-    carry = flat, active, jnp.zeros_like(active), factor, definite, yes, yes, far
-    flat, active, _, factor, definite, feasible, independent, margin = lax.fori_loop(0, num_steps, body, carry)
-    K = masked_factor(factor.S + 0 * flat[0], active)  # one chain of LAPACK calls: see `active_set`
-    return Tracked(unravel(flat), active, margin, feasible, independent, definite), factor, K
+    inverse = masked_inverse(factor.S, active)[0]
+    carry = flat, active, jnp.zeros_like(active), inverse, factor, definite, yes, yes, far
+    flat, active, _, inverse, factor, definite, feasible, independent, margin = lax.fori_loop(0, num_steps, body, carry)
+    return Tracked(unravel(flat), active, margin, feasible, independent, definite), factor, inverse
 
 
 def _track_in_box(
@@ -148,14 +149,14 @@ def gradient(
     problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Any, Array], upper: PyTree, lower: PyTree
 ) -> PyTree:
     """Grad F_q(x) of `track`'s result, shaped like x, with f on the batch `upper`."""
-    tracked, factor, K = found
+    tracked, factor, inverse = found
     unravel_y = ravel_pytree(tracked.y)[1]
     fx, fy = oracles.upper_gradients(problem, x, tracked.y, upper)
     if _diagonal_box(problem):
-        D, inside = factor, K
+        D, inside = factor, inverse
         u = unravel_y(jnp.where(inside, ravel_pytree(fy)[0] / D, 0))
         return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, tracked.y, u, lower))
-    u, v = kkt_solve(factor, K, tracked.active, ravel_pytree(fy)[0], jnp.zeros_like(tracked.active))
+    u, v = kkt_solve(factor, inverse, tracked.active, ravel_pytree(fy)[0])
     cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
     return unravel_x(flat - cross - polyhedral.rows(problem, x, tracked.y).B.T @ v)
