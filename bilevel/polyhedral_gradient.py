@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, polyhedral
+from bilevel import constraints, oracles, polyhedral
 from bilevel.active_set import Rows, factorize, kkt_solve, solve_model
 from bilevel.linear import refine
 from bilevel.polyhedral import ActiveSet, PolyhedralSolution
@@ -34,7 +34,7 @@ def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, 
     """`found` with factors of the Hessian at its y; those of a constant Hessian are."""
     if oracles.constant_hessian(problem, x, found.y, batch):
         return found
-    factor = factorize(oracles.lower_hessian(problem, x, found.y, batch), polyhedral.rows(problem, x, found.y).C)
+    factor = factorize(oracles.lower_hessian(problem, x, found.y, batch), constraints.rows(problem, x, found.y).C)
     return polyhedral.refactored(found, factor)
 
 
@@ -51,7 +51,7 @@ def differentiate(
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = polyhedral.solve(problem, x, y, lower_batch, settings)
     found = _at_solution(problem, x, found, lower_batch)
-    limits = polyhedral.rows(problem, x, y)
+    limits = constraints.rows(problem, x, y)
     inside = found.active != 0
     bound = jnp.where(found.active > 0, limits.hi, limits.lo)
     flat, unravel = ravel_pytree(found.y)
@@ -127,7 +127,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Acti
 
     def residual(z: Array) -> Array:
         point, lam = z[:n], z[n:]
-        limits = polyhedral.rows(problem, x, unravel(point))
+        limits = constraints.rows(problem, x, unravel(point))
         R = ravel_pytree(oracles.residual(problem, x, unravel(point), lower_batch))[0]
         off = limits.C @ point - jnp.where(found.active > 0, limits.hi, jnp.where(inside, limits.lo, 0))
         return jnp.concatenate([R + limits.C.T @ jnp.where(inside, lam, 0), jnp.where(inside, off, lam)])
@@ -161,7 +161,7 @@ def directional(
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = polyhedral.solve(problem, x, y, lower_batch, settings)
     found = _at_solution(problem, x, found, lower_batch)
-    limits = polyhedral.rows(problem, x, y)
+    limits = constraints.rows(problem, x, y)
     (fx, fy), d = oracles.upper_gradients(problem, x, found.y, upper_batch), ravel_pytree(direction)[0]
     fx, fy = ravel_pytree(fx)[0], ravel_pytree(fy)[0]
     at = limits.C @ ravel_pytree(found.y)[0]

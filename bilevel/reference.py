@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, polyhedral
+from bilevel import constraints, oracles
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.sets import Ball, Box, Reals
 
@@ -51,11 +51,11 @@ def lower_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> float:
     R = np.asarray(_residual(problem, x, y), float)
     if not problem.constrained_lower:
         return float(np.linalg.norm(R))
-    reason = polyhedral.refuse(problem)
+    reason = constraints.refuse(problem)
     if reason is not None:
         raise RuntimeError(f"reference.lower_residual: {reason}")
     z = np.asarray(ravel_pytree(y)[0], float)
-    C, lo, hi, _ = (np.asarray(part, float) for part in polyhedral.rows(problem, x, y))
+    C, lo, hi, _ = (np.asarray(part, float) for part in constraints.rows(problem, x, y))
     return float(np.linalg.norm(_model(np.eye(z.size), R, z, C, lo, hi) - z))
 
 
@@ -156,18 +156,18 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
 
     Sequential quadratic programming from y with backtracking on g, Clarabel for the models; rows with a slack below
     1e-6 and a multiplier above 1e-6 are active; Newton's method on the equations of the active rows ends it. Only the
-    reading of the sets into rows (`polyhedral.rows`) is shared with the fast path.
+    reading of the sets into rows (`constraints.rows`) is shared with the fast path.
 
     Raises:
         RuntimeError: not a polyhedron, no convergence, or a residual above 1e-8 at the end.
     """
     from scipy import optimize
 
-    reason = polyhedral.refuse(problem)
+    reason = constraints.refuse(problem)
     if reason is not None:
         raise RuntimeError(f"reference.constrained: {reason}")
     (flat_x, unravel_x), (flat, unravel) = ravel_pytree(x), ravel_pytree(y)
-    C, lo, hi, B = (np.asarray(part, float) for part in polyhedral.rows(problem, x, y))
+    C, lo, hi, B = (np.asarray(part, float) for part in constraints.rows(problem, x, y))
     at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
     residual = lambda z: np.asarray(_residual(problem, x, at(z)), float)  # noqa: E731
     hessian = lambda z: np.asarray(_jacobians(problem, x, at(z))[1], float)  # noqa: E731

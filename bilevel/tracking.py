@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, per_sample, polyhedral
+from bilevel import constraints, oracles, per_sample, polyhedral
 from bilevel.active_set import Factor, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.data import PerSample
 from bilevel.problem import BilevelProblem, Minimize
@@ -73,7 +73,7 @@ def no_rows_active(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """The active set to start from: equalities only; empty where none is remembered."""
     if _diagonal_box(problem):
         return jnp.zeros(0, ravel_pytree(y)[0].dtype)
-    limits = polyhedral.rows(problem, x, y)
+    limits = constraints.rows(problem, x, y)
     return (limits.lo == limits.hi).astype(limits.lo.dtype)
 
 
@@ -96,7 +96,7 @@ def track(
     """
     if _diagonal_box(problem):
         return _track_in_box(problem, x, y, active, q, batch, num_steps)
-    limits = polyhedral.rows(problem, x, y)
+    limits = constraints.rows(problem, x, y)
     flat, unravel = ravel_pytree(y)
     flat_q = ravel_pytree(q)[0]
     constant = oracles.constant_hessian(problem, x, y, batch)
@@ -159,7 +159,7 @@ def gradient(
     u, v = kkt_solve(factor, inverse, tracked.active, ravel_pytree(fy)[0])
     cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
-    return unravel_x(flat - cross - polyhedral.rows(problem, x, tracked.y).B.T @ v)
+    return unravel_x(flat - cross - constraints.rows(problem, x, tracked.y).B.T @ v)
 
 
 class Info(NamedTuple):
@@ -214,5 +214,5 @@ def refuse_not_polyhedral(solver: Any, problem: BilevelProblem) -> str | None:
             f"{type(solver).__name__} with PerSample data needs a box and Minimize(g, diagonal=…); got "
             f"y_set = {type(problem.y_set).__name__}, lower = {type(problem.lower).__name__}."
         )
-    reason = polyhedral.refuse(problem)
+    reason = constraints.refuse(problem)
     return None if reason is None else f"{type(solver).__name__} needs a polyhedral lower level: {reason}."

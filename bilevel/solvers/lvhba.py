@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel import lagrangian, oracles, polyhedral
+from bilevel import constraints, lagrangian, oracles, polyhedral
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
@@ -132,7 +132,7 @@ class LVHBA(Solver):
         moved, step = state.step((x, y), (dx, dy))
         flat, unravel = ravel_pytree(moved)
         x, y = unravel(
-            flat + polyhedral.projected_step(polyhedral.joint_rows(problem, x, y), flat, jnp.zeros_like(flat))
+            flat + polyhedral.projected_step(constraints.joint_rows(problem, x, y), flat, jnp.zeros_like(flat))
         )
 
         info = Info(norm(dx), norm(dy), gap, norm(lam - z))
@@ -144,5 +144,5 @@ class LVHBA(Solver):
         return OracleCount(upper_gradients=1, lower_gradients=3)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = polyhedral.refuse_joint(problem)
+        reason = constraints.refuse_joint(problem)
         return None if reason is None else f"LVHBA projects on a polyhedron of (x, y): {reason}."

@@ -13,7 +13,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"sharding"},
     {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint", "report"},
-    {"per_sample"},
+    {"per_sample", "constraints"},
     {"oracles"},
     {"sample_oracles"},
     {"linear", "step", "sampling", "polyhedral"},

@@ -8,7 +8,7 @@ import pytest
 from scipy import sparse
 
 import bilevel
-from bilevel import oracles, polyhedral
+from bilevel import constraints, oracles, polyhedral
 from bilevel.polyhedral import ActiveSet
 
 N, ROWS, DIM_X = 50, 30, 6
@@ -69,7 +69,7 @@ def gradient(problem, x, y, start=None):
     data, found = problem.lower_data.full(), solve(problem, x, y, start)
     value, (fx, fy) = oracles.upper_value_and_gradients(problem, x, found.y, data)
     u, v = polyhedral.adjoint(found, fy)
-    by_rows = polyhedral.rows(problem, x, y).B.T @ v
+    by_rows = constraints.rows(problem, x, y).B.T @ v
     return value, fx - oracles.cross(problem, x, found.y, u, data) - by_rows, found
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import diagnostics, polyhedral, polyhedral_gradient, reference
+from bilevel import constraints, diagnostics, polyhedral, polyhedral_gradient, reference
 
 Status = bilevel.Status
 SIZE = 5
@@ -53,7 +53,7 @@ def problem(request):
 
 def check_optimal(problem, x, found):
     """The certificate of a minimum of a convex program, in NumPy."""
-    C, lo, hi, _ = (np.asarray(part) for part in polyhedral.rows(problem, x, found.y))
+    C, lo, hi, _ = (np.asarray(part) for part in constraints.rows(problem, x, found.y))
     y = np.asarray(jax.flatten_util.ravel_pytree(found.y)[0])
     gradient = jax.flatten_util.ravel_pytree(jax.grad(lower, 1)(x, found.y, DATA))[0]
     lam, at = np.asarray(found.multipliers), C @ y

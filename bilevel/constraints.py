@@ -1,0 +1,109 @@
+"""The constraints of a lower level as two-sided rows lo <= C y <= hi on the raveled y."""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel.active_set import Rows
+from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.sets import Box, Polyhedron, Product, Reals, Set, Simplex
+
+PyTree = Any
+
+
+def refuse(problem: BilevelProblem) -> str | None:
+    """Why the constrained lower level is not of the kind solved here, or None."""
+    if not isinstance(problem.lower, Minimize):
+        return f"a constrained lower level must be Minimize(g); got {type(problem.lower).__name__}"
+    if isinstance(problem.coupling, SmoothCoupling):
+        return "SmoothCoupling is not supported here; write linear constraints as LinearCoupling"
+    return _refuse_set(problem.y_set)
+
+
+def _refuse_set(y_set: Set) -> str | None:
+    if isinstance(y_set, Product):
+        return next(filter(None, map(_refuse_set, y_set.factors())), None)
+    if isinstance(y_set, Reals | Box | Simplex | Polyhedron):
+        return None
+    return f"y_set must be Reals, Box, Simplex, Polyhedron or a Product of them; got {type(y_set).__name__}"
+
+
+def _set_rows(y_set: Set, y: PyTree) -> list[tuple[Array, Array, Array]]:
+    """(C, lo, hi) of the set on the raveled y."""
+    flat, _ = ravel_pytree(y)
+    n, dtype = flat.size, flat.dtype
+    if isinstance(y_set, Box):
+        full = lambda bound: ravel_pytree(bound)[0]  # noqa: E731
+        return [(jnp.eye(n, dtype=dtype), *(full(end) for end in y_set.bounds(y)))]
+    if isinstance(y_set, Simplex):
+        scale = jnp.asarray(y_set.scale, dtype)[None]
+        positive = jnp.eye(n, dtype=dtype), jnp.zeros(n, dtype), jnp.full(n, jnp.inf, dtype)
+        return [(jnp.ones((1, n), dtype), scale, scale), positive]
+    if isinstance(y_set, Polyhedron):
+        A, b = jnp.asarray(y_set.A, dtype), jnp.asarray(y_set.b, dtype)
+        return [(A, jnp.full_like(b, -jnp.inf), b)]
+    if isinstance(y_set, Product):
+        blocks, offset = [], 0
+        for factor, part in zip(y_set.factors(), y_set.parts(y), strict=True):
+            size = ravel_pytree(part)[0].size
+            for C, lo, hi in _set_rows(factor, part):
+                wide = jnp.zeros((C.shape[0], n), dtype).at[:, offset : offset + size].set(C)
+                blocks.append((wide, lo, hi))
+            offset += size
+        return blocks
+    return []
+
+
+def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
+    """The constraints of the lower level at x; y gives shapes and dtype only."""
+    (flat_x, _), (flat_y, _) = ravel_pytree(x), ravel_pytree(y)
+    dtype, empty = flat_y.dtype, jnp.zeros((0, flat_x.size), flat_y.dtype)
+    blocks, by_x = [], [empty]
+    coupling = problem.coupling
+    if isinstance(coupling, LinearCoupling):
+        for A, B, b, equal in (
+            (coupling.A_eq, coupling.B_eq, coupling.b_eq, True),
+            (coupling.A, coupling.B, coupling.b, False),
+        ):
+            if A is not None:
+                A, B, b = (jnp.asarray(part, dtype) for part in (A, B, b))
+                bound = b - B @ jnp.asarray(flat_x, dtype)
+                blocks.append((A, bound if equal else jnp.full_like(bound, -jnp.inf), bound))
+                by_x.append(B)
+    fixed = _set_rows(problem.y_set, y)
+    by_x += [jnp.zeros((C.shape[0], flat_x.size), dtype) for C, _, _ in fixed]
+    nothing = jnp.zeros((0, flat_y.size), dtype), jnp.zeros(0, dtype), jnp.zeros(0, dtype)
+    if not blocks and not fixed:  # one row that never binds, so that there always is one
+        never = jnp.full(1, jnp.inf, dtype)
+        return Rows(jnp.zeros((1, flat_y.size), dtype), -never, never, jnp.zeros((1, flat_x.size), dtype))
+    C, lo, hi = (jnp.concatenate(parts) for parts in zip(nothing, *blocks, *fixed, strict=True))
+    return Rows(C, lo, hi, jnp.concatenate(by_x))
+
+
+def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
+    """The constraints of X, Y and the coupling together, on the raveled (x, y); x and y give shapes and dtype only.
+
+    For sets that `refuse_joint` does not refuse.
+    """
+    flat, coupling = ravel_pytree((x, y))[0], problem.coupling
+    if isinstance(coupling, LinearCoupling):
+
+        def both(A: Any, B: Any, b: Any) -> tuple:
+            if b is None:
+                return None, None, None
+            A, B, b = (jnp.asarray(part, flat.dtype) for part in (A, B, b))
+            return jnp.concatenate([B, A], axis=1), jnp.zeros((len(b), 0), flat.dtype), b
+
+        unequal, equal = (coupling.A, coupling.B, coupling.b), (coupling.A_eq, coupling.B_eq, coupling.b_eq)
+        coupling = LinearCoupling(*both(*unequal), *both(*equal))
+    sets = Product((problem.x_set, problem.y_set))
+    return rows(dataclasses.replace(problem, coupling=coupling, y_set=sets), jnp.zeros(0, flat.dtype), (x, y))
+
+
+def refuse_joint(problem: BilevelProblem) -> str | None:
+    """Why X, Y and the coupling together are not of the kind that `joint_rows` describes, or None."""
+    reason = _refuse_set(problem.x_set)
+    return refuse(problem) if reason is None else reason.replace("y_set", "x_set")
