@@ -181,7 +181,8 @@ class Solution:
 
     Attributes:
         x, y: the solver's output. status: a `Status`. record: a `Record`.
-        stats: dictionary with steps, setup_time (compile), solve_time, measure_time in seconds, oracles, solver, tol.
+        stats: dictionary with steps, setup_time (compile), solve_time, measure_time in seconds, oracles, solver, tol;
+            failed = {assumption of the method that steps saw fail: at how many of them}.
         state: the solver's state, for `advance`. info: the last step's information from the solver.
     """
 

@@ -42,7 +42,11 @@ def solution_text(solution: "Solution", max_rows: int = 12) -> str:
         f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
         f"measuring {stats['measure_time']:.3f} s; {unit}"
     )
-    return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer])
+    failed = [
+        f"assumption failed at {number} of {stats['steps']} steps: {sentence}"
+        for sentence, number in stats.get("failed", {}).items()
+    ]
+    return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer, *failed])
 
 
 class Progress:

@@ -48,13 +48,23 @@ def advance(
 
     Pure: safe under jit, vmap and shard_map. `start` and `num_steps` may be traced. With num_steps = 0 info is zeros.
     """
+    return _steps(problem, solver, state, key, start, num_steps, ())[:2]
+
+
+def _steps(
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int,
+    watched: tuple[str, ...],
+) -> tuple[PyTree, PyTree, Array]:  # fmt: skip
+    """`advance`, and at how many of the steps each `watched` field of info was false, shape [len(watched)]."""
     shapes = jax.eval_shape(lambda s: solver.step(problem, s, key)[1], state)
     nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
-    def body(k: Array, carry: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
-        return solver.step(problem, carry[0], jax.random.fold_in(key, k))
+    def body(k: Array, carry: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
+        state, info = solver.step(problem, carry[0], jax.random.fold_in(key, k))
+        return state, info, carry[2] + jnp.array([~getattr(info, name) for name in watched], carry[2].dtype)
 
-    return jax.lax.fori_loop(start, start + num_steps, body, (state, nothing))
+    begin = state, nothing, jnp.zeros(len(watched), int)
+    return jax.lax.fori_loop(start, start + num_steps, body, begin)
 
 
 class Lanes(NamedTuple):
@@ -86,19 +96,14 @@ def _init(problem: BilevelProblem, solver: Solver, key: Array, many: bool) -> Py
 
 @partial(jax.jit, static_argnames="many")
 def _advance(
-    problem: BilevelProblem,
-    solver: Solver,
-    state: PyTree,
-    key: Array,
-    start: int,
-    num_steps: int,
-    many: bool,
-) -> tuple[PyTree, PyTree, Array]:
-    """(state, info, whether the state is finite)."""
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: bool
+) -> tuple[PyTree, PyTree, Array, Array]:
+    """(state, info, whether the state is finite, at how many steps each of the solver's assumptions failed)."""
 
-    def one(state: PyTree, key: Array) -> tuple[PyTree, PyTree, Array]:
-        state, info = advance(problem, solver, state, key, start, num_steps)
-        return state, info, _all_finite(state)
+    def one(state: PyTree, key: Array) -> tuple[PyTree, PyTree, Array, Array]:
+        watched = tuple(solver.assumptions)
+        state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
+        return state, info, _all_finite(state), failed
 
     return sharding.whole(jax.vmap(one)(state, key) if many else one(state, key))
 
@@ -280,7 +285,8 @@ def _drive(
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
-        state, info, _ = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
+        state, info, _, failed = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
+        failed = np.asarray(failed)
         at_start = jax.block_until_ready(lanes.measure(problem, state))
     if tol is None:
         eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0]))
@@ -291,13 +297,14 @@ def _drive(
         saved, notes = load_checkpoint(checkpoint, (state, info), owner=owner)
         state, info = sharding.place(saved, mesh)
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
-        rows = [Record.decode(rows) for rows in notes["rows"]]
+        rows, failed = [Record.decode(rows) for rows in notes["rows"]], np.array(notes["failed"], failed.dtype)
 
-    finished: dict[int, tuple[PyTree, PyTree, Status, int]] = {}  # lane -> (state, info, status, step), set aside
+    finished: dict[int, tuple] = {}  # lane -> (status, step, state, info, failed), set aside
 
     def save() -> None:
         if checkpoint is not None:
             notes = {"step": step, "time": clock.solve, "rows": [record.encode() for record in rows]}
+            notes["failed"] = failed.tolist()
             save_checkpoint(checkpoint, (state, info), owner=owner, notes=notes)
 
     def look() -> bool:
@@ -319,13 +326,13 @@ def _drive(
             within = all(number <= tol for number in (gap, m.lower_residual, m.lower_distance, m.violation))
             within = within and step >= solver.least_steps
             if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
-                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.CONVERGED, step
+                finished[k] = Status.CONVERGED, step, *_lane((state, info, failed), many, k)
             elif not np.isfinite(m.value) and m.status != Status.INFEASIBLE_LOWER:  # so far out that F overflows
-                finished[k] = _lane(state, many, k), _lane(info, many, k), Status.NONFINITE, step
+                finished[k] = Status.NONFINITE, step, *_lane((state, info, failed), many, k)
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
         if stop:
-            finished.setdefault(0, (state, info, Status.STOPPED, step))
+            finished.setdefault(0, (Status.STOPPED, step, state, info, failed))
         return len(finished) == count
 
     ending = Status.MAX_STEPS
@@ -340,16 +347,17 @@ def _drive(
                 piece = min(piece, target - step) if jax.process_count() == 1 else target - step
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    new_state, new_info, finite = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
+                    ahead = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
+                    *new, finite, seen = ahead
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
                 bad = [k for k in np.flatnonzero(~np.atleast_1d(finite)).tolist() if k not in finished]
                 if bad:
                     for k in bad:
-                        last, last_info, at = _last_finite(lanes, problem, state, key, step, piece, many, k)
-                        finished[k] = last, last_info, Status.NONFINITE, at
+                        at, last, last_info, more = _last_finite(lanes, problem, state, key, step, piece, many, k)
+                        finished[k] = Status.NONFINITE, at, last, last_info, _lane(failed, many, k) + more
                     done = len(finished) == count
                 if not done:
-                    state, info, step = new_state, new_info, step + piece
+                    (state, info), step, failed = new, step + piece, failed + np.asarray(seen)
                 bar.update(step, rows[0])
                 if time_limit is not None and sharding.agreed(clock.solve) >= time_limit and step < max_steps:
                     ending, done = Status.TIME_LIMIT, True
@@ -363,8 +371,8 @@ def _drive(
 
     solutions = []
     for k in range(count):
-        so_far = _lane(state, many, k), _lane(info, many, k), ending, step
-        at_state, at_info, status, at = finished.get(k, so_far)
+        so_far = ending, step, *_lane((state, info, failed), many, k)
+        status, at, at_state, at_info, times = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
         if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] in (Status.INFEASIBLE_LOWER, Status.SATURATED):
             status = Status(rows[k].rows[-1]["status"])  # a run may pass through such x, but not end there
@@ -372,6 +380,7 @@ def _drive(
             "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
             "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,
             "cost": call.as_dict(),
+            "failed": {text: n for text, n in zip(solver.assumptions.values(), times.tolist(), strict=True) if n},
         }  # fmt: skip
         solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
     return solutions
@@ -386,15 +395,18 @@ def _last_finite(
     piece: int,
     many: bool,
     k: int,
-) -> tuple[PyTree, PyTree, int]:
-    """(state, info, step) just before lane k turned non-finite: bisection, since every path is repeatable."""
+) -> tuple[int, PyTree, PyTree, Array]:
+    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and what
+    `_advance` counted from `start` to the step that did it.
+    """
     good, bad = 0, piece
-    best, info, _ = lanes.advance(problem, state, key, start, 0)
+    best, info, *_ = lanes.advance(problem, state, key, start, 0)
     while bad - good > 1:
         middle = (good + bad) // 2
-        trial, trial_info, finite = lanes.advance(problem, state, key, start, middle)
+        trial, trial_info, finite, _ = lanes.advance(problem, state, key, start, middle)
         if np.atleast_1d(finite)[k]:
             good, best, info = middle, trial, trial_info
         else:
             bad = middle
-    return _lane(best, many, k), _lane(info, many, k), start + good
+    failed = np.asarray(lanes.advance(problem, state, key, start, bad)[3])
+    return start + good, *_lane((best, info, failed), many, k)

@@ -5,7 +5,8 @@ defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solve
 box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import each other, nor `run`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jax import Array
@@ -30,6 +31,10 @@ class Solver:
 
     referee: ClassVar[Callable | None] = None
     """(problem, x, y) -> `diagnostics.Measurement`, where `solve` cannot judge by solving the lower level again."""
+
+    assumptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """What the steps see of the method's assumptions: the name of a boolean field of `info`, true where the assumption
+    holds, and a sentence that states it. `solve` counts the steps at which it failed, and the report says so."""
 
     @property
     def least_steps(self) -> int:

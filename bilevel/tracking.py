@@ -35,6 +35,7 @@ DISTRIBUTIONS = ("gaussian", "sphere", "ball")
 class Tracked(NamedTuple):
     """Shaped like y; [rows]; scalars. active: as `PolyhedralSolution.active`. margin: the smallest of slacks and
     multipliers, rows in the norm of H^-1. independent: the active rows are. definite: g_yy was found positive definite.
+    strict: the margin is more than rounding error, so that F_q has a derivative.
     """
 
     y: PyTree
@@ -43,6 +44,16 @@ class Tracked(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
+    strict: Array
+
+
+ASSUMPTIONS = {
+    "feasible": "the lower level has a feasible point",
+    "independent": "active rows are linearly independent (LICQ)",
+    "definite": "g_yy is positive definite (strong convexity)",
+    "strict": "active rows have multipliers, inactive ones slack, beyond rounding error (strict complementarity)",
+}
+"""Of the methods that track: `Solver.assumptions`."""
 
 
 def _diagonal_box(problem: BilevelProblem) -> bool:
@@ -111,14 +122,24 @@ def track(
         if not constant:
             factor, definite = _factor_at(problem, x, unravel(flat), batch, limits.C)
             inverse = masked_inverse(factor.S, model.active)[0]
-        margin = jnp.min(model.room, initial=jnp.inf)
-        return flat, model.active, model.multipliers, inverse, factor, definite, feasible, ~model.dependent, margin
+        weak = model.room <= 10 * model.noise
+        seen = jnp.min(model.room, initial=jnp.inf), feasible, ~model.dependent, weak
+        return flat, model.active, model.multipliers, inverse, factor, definite, *seen
 
     yes, far = jnp.array(True), jnp.full((), jnp.inf, flat.dtype)
     inverse = masked_inverse(factor.S, active)[0]
-    carry = flat, active, jnp.zeros_like(active), inverse, factor, definite, yes, yes, far
-    flat, active, _, inverse, factor, definite, feasible, independent, margin = lax.fori_loop(0, num_steps, body, carry)
-    return Tracked(unravel(flat), active, margin, feasible, independent, definite), factor, inverse
+    carry = flat, active, jnp.zeros_like(active), inverse, factor, definite, far, yes, yes, active > 0
+    flat, active, _, inverse, factor, definite, *seen = lax.fori_loop(0, num_steps, body, carry)
+    margin, feasible, independent, weak = seen
+    holding = jnp.where(weak, 1, active)  # the active set has rows that are independent; those without slack may not be
+
+    def holding_independent(_: tuple) -> tuple[Array, Array]:
+        return masked_inverse(factor.S, holding)[1], ~yes
+
+    more = independent & jnp.any(holding != active)
+    independent, _ = lax.while_loop(lambda c: c[1], holding_independent, (independent, more))  # one pass or none
+    seen = margin, feasible, independent, definite, ~jnp.any(weak)
+    return Tracked(unravel(flat), active, *seen), factor, inverse
 
 
 def _track_in_box(
@@ -142,7 +163,8 @@ def _track_in_box(
     inside = (z > lo) & (z < hi) if lo.size else jnp.ones(flat.shape, bool)
     room = jnp.where(lo == hi, inf, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi))) if lo.size else inf
     yes = jnp.array(True)
-    return Tracked(unravel(flat), active, jnp.min(room), yes, yes, jnp.all(D > 0)), D, inside
+    margin, noise = jnp.min(room), 100 * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(z))
+    return Tracked(unravel(flat), active, margin, yes, yes, jnp.all(D > 0), margin > noise), D, inside
 
 
 def gradient(
@@ -170,6 +192,7 @@ class Info(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
+    strict: Array
 
 
 def implicit_step(

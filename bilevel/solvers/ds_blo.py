@@ -32,7 +32,7 @@ class Info(NamedTuple):
     """|m|; the step's length eta |m|; and what can be seen of the assumptions, all [].
 
     margin: the least slack or multiplier at y. feasible: the lower level has a point. independent: its active rows are
-    linearly independent (LICQ). definite: g_yy is positive definite.
+    linearly independent (LICQ). definite: g_yy is positive definite. strict: the margin is more than rounding error.
     """
 
     momentum: Array
@@ -41,6 +41,7 @@ class Info(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
+    strict: Array
 
 
 @struct
@@ -56,7 +57,7 @@ class DSBLO(Solver):
     it: the points x found are Goldstein-stationary for the mean of F_q over q.
 
     Assumptions: g(x, .) strongly convex, rows A y + B x <= b (or a polyhedral set) that are linearly independent where
-    they are active, F Lipschitz. For the theory X is the whole space. Info shows margin, LICQ and definiteness.
+    they are active, F Lipschitz. For the theory X is the whole space. Info and the report show where they fail.
     Cost per step: with T = num_lower_steps and n = dim y, for each of the perturbations 1 upper gradient, T lower
         gradients, n HVPs (n (T + 1) where g is not quadratic; none with `Minimize.diagonal` on a box) and 1 JVP. With
         `PerSample` data all on one batch.
@@ -84,6 +85,7 @@ class DSBLO(Solver):
     num_lower_steps: int = static(default=2)
     num_perturbations: int = static(default=1)
     guarantees = ("ds-blo", "ds-blo-accuracy", "ds-blo-goldstein", "ds-blo-implicit", "ds-blo-law", "ds-blo-momentum")
+    assumptions = tracking.ASSUMPTIONS
 
     def __post_init__(self) -> None:
         """Check what is not an array."""
@@ -188,7 +190,7 @@ class DSBLO(Solver):
         batch, upper = self._batch(problem, state.upper, key_batch, xbar, state.y)
         g, found = self._gradient(problem, xbar, state.y, state.active, key_q, batch)
         m = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.m, g)
-        info = Info(norm(m), eta * size, found.margin, found.feasible, found.independent, found.definite)
+        info = Info(norm(m), eta * size, *found[2:])
         return State(x, found.y, m, found.active, upper), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

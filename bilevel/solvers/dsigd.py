@@ -36,6 +36,7 @@ class Info(NamedTuple):
     feasible: Array
     independent: Array
     definite: Array
+    strict: Array
 
 
 @struct
@@ -74,6 +75,7 @@ class DSIGD(Solver):
     num_trials: int = static(default=12)
     num_lower_steps: int = static(default=2)
     full_batch = True
+    assumptions = tracking.ASSUMPTIONS
 
     def __post_init__(self) -> None:
         """Accept a number as step."""

@@ -51,6 +51,7 @@ class PIGD(Solver):
     upper_step_size: Any = None
     num_lower_steps: int = static(default=2)
     full_batch = True
+    assumptions = tracking.ASSUMPTIONS
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

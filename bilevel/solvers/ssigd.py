@@ -60,6 +60,7 @@ class SSIGD(Solver):
     sigma: Any = 1e-3
     distribution: str = static(default="gaussian")
     num_lower_steps: int = static(default=2)
+    assumptions = tracking.ASSUMPTIONS
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

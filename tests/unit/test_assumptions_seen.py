@@ -1,0 +1,59 @@
+"""Assumptions that a solver's steps see fail: counted over the whole run, and said in the printed report."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import bilevel
+from bilevel import LinearCoupling
+
+
+def upper(x, y, batch):
+    return jnp.sum((y - 2) ** 2) + 0.5 * jnp.sum(x**2)
+
+
+def lower(x, y, batch):
+    return 0.5 * jnp.sum((y - x) ** 2)
+
+
+def init(key):
+    return jnp.array([1.5]), jnp.zeros(1)
+
+
+def problem(A, b):
+    A = jnp.array(A)
+    coupling = LinearCoupling(A, jnp.zeros((len(b), 1)), jnp.array(b))
+    return bilevel.BilevelProblem(upper, bilevel.Minimize(lower), coupling=coupling, init=init)
+
+
+def run(problem, **more):
+    return bilevel.solve(problem, bilevel.PIGD(), key=jax.random.key(0), max_steps=6, every=2, tol=0.0, **more)
+
+
+def test_dependent_active_rows_are_counted_and_reported(tmp_path):
+    """y <= 1 twice, active while x > 1. There F = x^2/2 + 1 and x <- 0.9 x from 1.5, which is 0.98 at step 4; there
+    F' = 2 (x - 2) + x = -1.05 brings it back to 1.09: five of the six steps.
+    """
+    twice = problem([[1.0], [1.0]], [1.0, 1.0])
+    solution = run(twice)
+    licq = "active rows are linearly independent (LICQ)"
+    assert solution.stats["failed"][licq] == 5
+    assert f"assumption failed at 5 of 6 steps: {licq}" in str(solution)
+    path = tmp_path / "half.ckpt"
+    bilevel.solve(twice, bilevel.PIGD(), key=jax.random.key(0), max_steps=4, every=2, tol=0.0, checkpoint=path)
+    assert run(twice, checkpoint=path).stats["failed"] == solution.stats["failed"]
+    many = bilevel.solve_many(twice, bilevel.PIGD(), keys=jax.random.split(jax.random.key(0)), max_steps=6, every=2, tol=0.0)
+    assert [one.stats["failed"] for one in many] == [solution.stats["failed"]] * 2
+
+
+def test_nothing_is_said_where_all_holds():
+    solution = run(problem([[1.0], [-1.0]], [1.0, 5.0]))
+    assert solution.stats["failed"] == {}
+    assert "assumption" not in str(solution)
+
+
+def test_an_empty_lower_level_is_reported_beside_the_last_finite_iterate():
+    solution = run(problem([[1.0], [-1.0]], [1.0, -2.0]))
+    assert "the lower level has a feasible point" in solution.stats["failed"]
+    assert "the lower level has a feasible point" in str(solution)
+    assert np.isfinite(solution.x).all()
