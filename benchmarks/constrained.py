@@ -114,8 +114,8 @@ def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
     for c, (size, runs) in enumerate(results.items()):
         for r, (kind, label) in enumerate((("seconds", "solver time"), ("calls", "oracle calls"))):
             costs = np.array([[one[kind] for one in ends] for ends in runs.values()]).T
-            for name, column in zip(runs, np.asarray(ratios(costs)).T, strict=True):
-                axes[r][c].step(limits, fraction_within(column, limits), where="post", label=name)
+            for name, part in zip(runs, np.asarray(fraction_within(ratios(costs), limits)).T, strict=True):
+                axes[r][c].step(limits, part, where="post", label=name)
             axes[r][c].set(xscale="log", xlabel=f"{label} / the best solver's", ylim=(-0.02, 1.02))
             axes[r][c].grid(alpha=0.3)
         axes[0][c].set_title(size)

@@ -44,7 +44,7 @@ class Rows(NamedTuple):
 
 class Factor(NamedTuple):
     """Of H and the rows: L [n, n] lower, L L' = H, and X = L^-1; W [n, m] = X C' with columns of norm one, S = W'W
-    [m, m]; d [m], the norms divided out: rows are measured in the norm of H^-1; length [m], d_i |C_i|.
+    [m, m]; d [m], the norms divided out: rows are measured in the norm of H^-1; length [m], d_i |C_i|; trace [] of H.
     """
 
     L: Array
@@ -53,6 +53,7 @@ class Factor(NamedTuple):
     S: Array
     d: Array
     length: Array
+    trace: Array
 
 
 def factorize(H: Array, C: Array) -> Factor:
@@ -63,7 +64,7 @@ def factorize(H: Array, C: Array) -> Factor:
     norms = jnp.linalg.norm(W, axis=0)
     d = 1 / jnp.where(norms > 0, norms, 1)
     W = W * d[None, :]
-    return Factor(L, X, W, W.T @ W, d, d * jnp.linalg.norm(C, axis=1))
+    return Factor(L, X, W, W.T @ W, d, d * jnp.linalg.norm(C, axis=1), jnp.sum(L**2))
 
 
 class Model(NamedTuple):
@@ -101,7 +102,7 @@ def solve_model(
 
     inverse: `masked_inverse` of a, if it is at hand.
     """
-    _, X, W, S, d, length = factor
+    _, X, W, S, d, length, _ = factor
     eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
     z0 = -X @ R
     at = limits.C @ y

@@ -230,10 +230,10 @@ def _refine(
     flat: Array, size: Array,
 ) -> _Found:  # fmt: skip
     """The quadratic g's solution from its model's: iterative refinement on the model's rows, until the residual is
-    rounding error, measured by |grad_y g| at the start, `size`, or no longer halves. A step's own rounding error is in
-    proportion to its length, so that a step of some length is always followed by another one.
+    rounding error, measured by tr(H) |y| + |grad_y g| at the start (`size`), or no longer halves. A step's own rounding
+    error is in proportion to its length, so that a step of some length is always followed by another one.
     """
-    eps, n = jnp.finfo(flat.dtype).eps, flat.size
+    eps, tiny = (float(getattr(jnp.finfo(flat.dtype), name)) for name in ("eps", "tiny"))
     inside = model.active != 0
     bound = jnp.where(model.active > 0, limits.hi, limits.lo)
 
@@ -241,8 +241,9 @@ def _refine(
         """(C y, R, the residual's norm in units of what rounding makes of it)."""
         at = limits.C @ flat
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + limits.C.T @ lam
-        off = jnp.max(jnp.where(inside, factor.d * jnp.abs(bound - at) / model.noise, 0), initial=0.0)
-        return at, R, jnp.maximum(off, jnp.linalg.norm(R) / (10 * n**0.5 * eps * size))
+        scale = 10 * eps * (factor.trace * jnp.linalg.norm(flat) + size)
+        off = jnp.max(jnp.where(inside, factor.d * jnp.abs(bound - at) / jnp.maximum(model.noise, tiny), 0), initial=0)
+        return at, R, jnp.maximum(off, jnp.linalg.norm(R) / jnp.maximum(scale, tiny))
 
     def go_on(c: tuple) -> Array:
         size, before, far, count = c[-4:]

@@ -37,12 +37,7 @@ _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
 
 
 def advance(
-    problem: BilevelProblem,
-    solver: Solver,
-    state: PyTree,
-    key: Array,
-    start: Array | int,
-    num_steps: Array | int,
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int
 ) -> tuple[PyTree, PyTree]:
     """(state, info of the last step) after steps start, …, start + num_steps - 1.
 

@@ -31,8 +31,8 @@ def run(problem, **more):
 
 
 def test_dependent_active_rows_are_counted_and_reported(tmp_path):
-    """y <= 1 twice, active while x > 1. There F = x^2/2 + 1 and x <- 0.9 x from 1.5, which is 0.98 at step 4; there
-    F' = 2 (x - 2) + x = -1.05 brings it back to 1.09: five of the six steps.
+    """The row y <= 1 twice, active while x > 1. There F = x^2/2 + 1 and x <- 0.9 x from 1.5, which is 0.98 at step 4;
+    there F' = 2 (x - 2) + x = -1.05 brings it back to 1.09: five of the six steps.
     """
     twice = problem([[1.0], [1.0]], [1.0, 1.0])
     solution = run(twice)
@@ -42,7 +42,8 @@ def test_dependent_active_rows_are_counted_and_reported(tmp_path):
     path = tmp_path / "half.ckpt"
     bilevel.solve(twice, bilevel.PIGD(), key=jax.random.key(0), max_steps=4, every=2, tol=0.0, checkpoint=path)
     assert run(twice, checkpoint=path).stats["failed"] == solution.stats["failed"]
-    many = bilevel.solve_many(twice, bilevel.PIGD(), keys=jax.random.split(jax.random.key(0)), max_steps=6, every=2, tol=0.0)
+    keys = jax.random.split(jax.random.key(0))
+    many = bilevel.solve_many(twice, bilevel.PIGD(), keys=keys, max_steps=6, every=2, tol=0.0)
     assert [one.stats["failed"] for one in many] == [solution.stats["failed"]] * 2
 
 

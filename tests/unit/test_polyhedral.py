@@ -150,6 +150,22 @@ def test_200_instances_against_clarabel_dense_kkt_and_finite_differences():
     assert sum(chosen.any() for *_, chosen in instances) >= 150
 
 
+def test_kept_factors_serve_another_x_and_stale_ones_are_noticed():
+    (data, rows, _, _), (other, other_rows, _, _) = instance(3), instance(4)
+    problem, x, y = make(data, rows), jnp.full(DIM_X, 1e-3), jnp.zeros(N)
+    begin = solve(problem, jnp.zeros(DIM_X), y)
+    again = jax.jit(lambda problem, y, found: polyhedral.solve(problem, x, y, problem.lower_data.full(), found.kept()))
+    kept, exact = again(problem, begin.y, begin), solve(problem, x, y)
+    assert Status(int(kept.status)) == Status.CONVERGED
+    np.testing.assert_allclose(kept.y, exact.y, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(kept.active, exact.active)
+    at_rest = again(problem, exact.y, exact)
+    assert Status(int(at_rest.status)) == Status.CONVERGED
+    assert at_rest.steps == 2  # nothing to refine
+    stale = again(make(other, other_rows), y, begin)
+    assert Status(int(stale.status)) == Status.STALLED
+
+
 def test_float32_under_vmap():
     """The error in float32 that docs/design.md states."""
     instances, (data, rows) = stacked(range(24), np.float32)
