@@ -8,6 +8,13 @@ F = 1 - alpha^2/(2 mu). With q ~ N(0, s^2 I) the smoothed F has slope
 
     Phi(x/s) - Phi((x - 1)/s) - alpha + mu x,   so that its minimiser is close to s Phi^-1(alpha).
 
+kind = "ridge": g = (y - x1)^2/2, 0 <= y <= 10, f = 5 (2 y - x1) + (x2 - 3)^2/2, so that for x1 <= 10
+
+    F = 5 |x1| + (x2 - 3)^2/2,
+
+with the minimum 0 at the end of a ridge along which F falls slowly. Descent with a line search along gradients of F
+stops on the ridge, where F still falls.
+
 kind = "quadratic14", "quadratic16", "quadratic17", "quadratic18": four quadratics over R^2 whose global optima lie
 inside smooth faces, with F* = -239.5, -50.5, -5, -211.5.
 
@@ -18,6 +25,9 @@ kind = "random": g = y'H y/2 + x'G y + c'y with `rows` rows, of which `active` a
 with multiplier zero; the others have slack at least 0.1. f = |x - x*|^2/2 + |y - y*|^2/2, so that F* = 0, at x*.
 
 Settings that work: `DSBLO(sigma=0.05)` on the kink; PIGD and SSIGD with their defaults on "random".
+
+Reference: Asl, Overton. Analysis of the gradient method with an Armijo-Wolfe line search on a class of non-smooth
+convex functions. Optimization Methods and Software 35, 2020, arXiv:1711.08517: descent fails on a |x1| + x2.
 """
 
 import functools
@@ -36,7 +46,7 @@ from problems.datasets import floats
 from problems.instance import Instance, Truth
 
 ALPHA, MU = 0.3, 0.2
-KINDS = ("kink", "quadratic14", "quadratic16", "quadratic17", "quadratic18", "toy", "random")
+KINDS = ("kink", "ridge", "quadratic14", "quadratic16", "quadratic17", "quadratic18", "toy", "random")
 
 
 def kink_upper(x: Array, y: Array, batch: Any) -> Array:
@@ -94,6 +104,15 @@ def _quadratic(kind: str) -> Instance:
     return Instance(problem, truth, None, frozenset({"constrained-lower", "quadratic", "known-optimum"}))
 
 
+def _ridge(slope: float = 5.0, end: float = 3.0) -> Instance:
+    """F = slope |x1| + (x2 - end)^2/2."""
+    f = {"S": np.diag([0.0, 1.0]), "Q": np.zeros((2, 1)), "P": np.zeros((1, 1)), "s": [-slope, -end], "p": [2 * slope]}
+    g = {"H": np.eye(1), "G": np.array([[-1.0], [0.0]]), "c": np.zeros(1)}
+    problem = _problem({**f, "r": end**2 / 2}, g, None, y_set=Box(0.0, 10.0))
+    truth = Truth(0.0, floats(np.array([0.0, end])), floats(np.zeros(1)))
+    return Instance(problem, truth, None, frozenset({"constrained-lower", "nonsmooth", "known-optimum"}))
+
+
 def _toy(rng: np.random.Generator, dim: int, rows: int) -> Instance:
     Q1, Q2 = rng.uniform(size=(2, dim, dim))
     coupling = rng.uniform(size=(rows, dim)), rng.uniform(size=(rows, dim)), rng.uniform(size=rows)
@@ -127,7 +146,7 @@ def make(
     Args:
         kind: one of `KINDS`.
         seed: >= 0; for "toy" and "random".
-        dim: size of x and of y, >= 1; not for the four quadratics, which have 2.
+        dim: size of x and of y, >= 1; not for the ridge and the four quadratics.
         rows: constraints of "toy" and "random", >= 1.
         active: rows active at the optimum of "random", at most min(rows, dim); default half of that.
         weak: how many of these have multiplier zero.
@@ -151,4 +170,6 @@ def make(
         return Instance(problem, Truth(0.0, floats(np.zeros(dim)), floats(np.zeros(dim))), None, tags)
     if kind == "toy":
         return _toy(rng, dim, rows)
+    if kind == "ridge":
+        return _ridge()
     return _random(rng, dim, rows, active, weak) if kind == "random" else _quadratic(kind)
