@@ -10,10 +10,12 @@ is no such d, zero is in the hull (`least_distance`). The bound falls with m: ta
 and look at the whole `curve`.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
@@ -102,16 +104,26 @@ def curve(problem: BilevelProblem, x: PyTree, radii: Array, samples: tuple[int, 
     return lax.map(one, jnp.asarray(radii, ravel_pytree(x)[0].dtype))
 
 
-def plot_curve(radii: Array, samples: tuple[int, ...], distances: Array, ax: Any = None) -> Any:
-    """Distance over radius, one line per number of samples; returns matplotlib's axes."""
-    import matplotlib.pyplot as plt
+def plot_curve(radii: Array, samples: tuple[int, ...], distances: Array, path: str | Path, title: str = "") -> Path:
+    """A PNG of `curve`: distance over radius, one line per number of samples."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    ax = plt.subplots()[1] if ax is None else ax
-    for number, line in zip(samples, jnp.asarray(distances).T, strict=True):
-        ax.plot(radii, line, marker="o", label=f"{number} gradients")
-    ax.set(xscale="log", xlabel="radius", ylabel="distance of 0 to the hull of gradients")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    ax = figure.subplots()
+    for number, line in zip(samples, np.asarray(distances).T, strict=True):
+        ax.plot(np.asarray(radii), line, marker="o", label=f"{number} gradients")
+    ax.set(
+        xscale="log", xlabel="radius of the ball, in units of x", ylabel="distance of 0 to the hull of gradients of F"
+    )
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
     ax.legend()
-    return ax
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    return path
 
 
 def smoothed_goldstein(

@@ -58,7 +58,7 @@ def test_the_kinks_distances(key):
     assert 0.3 + 0.2 * 0.1 <= left <= 0.3 + 0.2 * 0.13
 
 
-def test_the_curve_falls_with_samples_and_sees_the_kink_at_its_distance(key):
+def test_the_curve_falls_with_samples_and_sees_the_kink_at_its_distance(key, tmp_path):
     problem = problems.make("constrained", dim=3).problem
     radii = jnp.array([0.05, 0.5])
     x = jnp.full(3, 0.1)  # the kinks are at a distance of 0.1
@@ -66,6 +66,8 @@ def test_the_curve_falls_with_samples_and_sees_the_kink_at_its_distance(key):
     assert (np.diff(distances, axis=1) <= 1e-12).all()
     assert (distances[0] > 1).all()
     assert distances[1, -1] <= 1e-10
+    path = goldstein.plot_curve(radii, (1, 4, 16, 64), distances, tmp_path / "plots" / "curve.png", title="kink")
+    assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_smoothed_estimate_is_small_at_the_smoothed_minimiser(key):
