@@ -43,7 +43,7 @@ class ActiveSet:
         start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
             holds with equality, and those that the unconstrained step violates.
         factor: a solution's `factor`, to be used again for a quadratic g whose g_yy depends on x as little as the rows'
-            normals do. Where it does not belong to this problem, refinement makes up for it or the end is STALLED.
+            normals do. With another g_yy, refinement makes up for it or the end is STALLED; normals are not checked.
         inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
     """
 
