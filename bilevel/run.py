@@ -342,8 +342,7 @@ def _drive(
                 piece = min(piece, target - step) if jax.process_count() == 1 else target - step
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    ahead = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
-                    *new, finite, seen = ahead
+                    *new, finite, seen = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
                 bad = [k for k in np.flatnonzero(~np.atleast_1d(finite)).tolist() if k not in finished]
                 if bad:
@@ -382,14 +381,7 @@ def _drive(
 
 
 def _last_finite(
-    lanes: Lanes,
-    problem: BilevelProblem,
-    state: PyTree,
-    key: Array,
-    start: int,
-    piece: int,
-    many: bool,
-    k: int,
+    lanes: Lanes, problem: BilevelProblem, state: PyTree, key: Array, start: int, piece: int, many: bool, k: int
 ) -> tuple[int, PyTree, PyTree, Array]:
     """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and what
     `_advance` counted from `start` to the step that did it.

@@ -191,8 +191,8 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
         table.add_column(column, justify="left" if column == "library" else "right")
     for name, row in measured.items():
         inside = median_ms(looped[name]) if name in looped else "-"
-        error = "-" if "nothing" in name else f"{row.worst:.1e}"
-        table.add_row(name, f"{row.first:.2f}", median_ms(row), inside, error)
+        shown = "-" if "nothing" in name else f"{row.worst:.1e}"
+        table.add_row(name, f"{row.first:.2f}", median_ms(row), inside, shown)
     console.print(table)
 
 
