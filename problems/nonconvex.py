@@ -7,7 +7,8 @@ force on grids and are recomputed by the project's tests; where an often quoted 
 Several cases are discontinuous in x (tag "discontinuous"): F jumps down at isolated x, so that points whose lower gap
 is tiny but not zero undercut F*. Judge them by F together with the true lower gap.
 
-Settings that work: `SampledPenalty()`. Solvers that follow one y see local minima of g.
+Settings that work: `SampledPenalty()`. Solvers that follow one y see local minima of g; `BLOCC()` on blocc_1 ends in
+local minima of F.
 
 References: Mitsos, Barton. A test set for bilevel programs. Technical report, MIT, 2007 (mb_<number>).
     Mirrlees. The theory of moral hazard and unobservable behaviour. Review of Economic Studies 66, 1999.

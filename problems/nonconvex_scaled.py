@@ -20,7 +20,9 @@ flat where x_i >= 1/n: a run that meets b_i < 0 there may stay.
 rastrigin: g >= 0 with equality only at y = x 1, one basin of about 4^n, so that F* = n (4/5)^2/(1 + n). ring: the
 minimisers are a sphere of radius x, nearest to p at x e_1: F* = 1/2 at x = 3/2. The last two are of this project.
 
-Settings that work: `SampledPenalty()`.
+Settings that work: `SampledPenalty()`; `MEHA(nonsmooth=weighted_l1, prox=soft_threshold, gamma=10.0)` on meha_lasso;
+`MEHA()`, `ProxF2SA()` and `BVFSM()` on bome_degenerate, `BVFSM()` on bvfsm; `LVHBA()` on lvhba_llc; on bicgaffa
+`BiCGAFFA()`, with `upper_step_size=0.02` where the power is 3.
 
 References: Liu, Liu, Yuan, Zeng, Zhang. A value-function-based interior-point method for non-convex bi-level
     optimization. ICML 2021, arXiv:2106.07991 (bvfsm). Yao, Yu, Zeng, Zhang. Constrained bi-level optimization:
