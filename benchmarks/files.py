@@ -132,7 +132,7 @@ def read_cell(folder: Path, index: int, cell: Cell) -> dict[str, Any] | None:
     missing = sorted({"cell", *EMPTY} - set(result)) if isinstance(result, dict) else ["result"]
     if missing:
         raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Delete it to run the cell again.")
-    if Cell.of(result["cell"]) != cell:
+    if Cell.of(result["cell"]) != Cell.of(dataclasses.asdict(cell)):
         raise FolderError(f"{path}: it is the result of another run's cell. Move it away to run this cell.")
     return result
 
