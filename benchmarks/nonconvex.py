@@ -164,8 +164,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in names:
         first = found.get((name, "default"), {})
         cells = [cell(found.get((name, row))) for row in ROWS]
+        took = f"{first['seconds']:.2f}" if "seconds" in first else ""
         truth = next(row["truth"] for row in rows if row["problem"] == name)
-        lines.append(f"| `{name}` | {truth:.5f} | {' | '.join(cells)} | {first.get('seconds', np.nan):.2f} |")
+        lines.append(f"| `{name}` | {truth:.5f} | {' | '.join(cells)} | {took} |")
     for kind in ROWS:
         ran = [row for row in rows if row["row"] == kind and "good" in row]
         if ran:
