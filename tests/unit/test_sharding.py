@@ -9,7 +9,7 @@ import warnings
 warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
 import bilevel, irl, problems
-from bilevel import oracles, sharding
+from bilevel import oracles, sample_oracles, sharding
 from bilevel.problem import BilevelProblem
 from jax.sharding import PartitionSpec
 
@@ -60,7 +60,7 @@ def f(x, y, batch):
 problem = BilevelProblem(f, bilevel.Minimize(f), init=lambda key: (jnp.zeros(3), jnp.zeros(3)))
 x, ys = jnp.arange(3.0), jax.random.normal(jax.random.key(1), (64, 3))
 a, b = jnp.linspace(0, 1, 64), jnp.linspace(2, 1, 64)
-penalty = lambda: jax.jit(lambda ys: oracles.sample_gradients(problem, x, ys, a, b, None, None))
+penalty = lambda: jax.jit(lambda ys: sample_oracles.sample_gradients(problem, x, ys, a, b, None, None))
 smoothed = lambda: jax.jit(lambda q: jnp.mean(oracles.batched(lambda q: jax.grad(f)(x + q, x, None))(q), axis=0))
 for make in (penalty, smoothed):
     alone = make()(ys)
