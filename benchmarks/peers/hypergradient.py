@@ -150,7 +150,9 @@ MAKERS = {"jaxopt": jaxopt_lbfgs, "optimistix": optimistix_lbfgs, "bilevax": our
 
 
 def prepared(rows: int, features: int) -> dict:
-    """The data, with the runtime itself started: that is not anybody's first call."""
+    """The data, with the runtime started and SciPy, which JAX takes LAPACK from, imported: nobody's first call."""
+    import scipy.linalg  # noqa: F401
+
     jax.config.update("jax_enable_x64", True)
     data = make_data(rows, features)
     jax.block_until_ready(jax.jit(lambda a: a @ a.T)(data["train"]["Z"]))
