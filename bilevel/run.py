@@ -314,7 +314,8 @@ def _drive(
                 "step": step, "value": m.value, "hypergradient": m.hypergradient,
                 "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
                 "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
-            } | (_scalars(_lane(info, many, k)) if step > 0 else {})  # fmt: skip
+            }  # fmt: skip
+            row |= (_scalars(_lane(info, many, k)) if step > 0 else {}) | row  # the referee's numbers win
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
             gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)

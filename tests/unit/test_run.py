@@ -374,3 +374,10 @@ def test_saba_takes_every_batch_size_that_divides(key):
     assert bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem) is None
     problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=2, num_samples=49, batch_size=2).problem
     assert "must divide" in bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem)
+
+
+def test_a_solvers_own_numbers_never_replace_the_measured_ones():
+    problem = problems.make("quadratic", dim_x=2, dim_y=3).problem  # ITD's Info has a field `value` of its own
+    solution = bilevel.solve(problem, bilevel.ITD(num_lower_steps=2), key=jax.random.key(0), max_steps=3, tol=0.0)
+    measured = bilevel.diagnostics.measure(problem, solution.x, solution.y).value
+    np.testing.assert_allclose(solution.record["value"][-1], measured, rtol=1e-12)
