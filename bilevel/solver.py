@@ -13,6 +13,7 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
+from bilevel.sampling import unbounded
 
 PyTree = Any
 
@@ -86,6 +87,17 @@ def refuse_fixed_point(solver: Solver, problem: BilevelProblem) -> str | None:
 def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
     """The reason for methods that compare values of g on an unconstrained lower level."""
     return refuse_fixed_point(solver, problem) or refuse_constrained_lower(solver, problem)
+
+
+def refuse_unsampled_set(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods that draw points of a bounded set Y and compare values of g there."""
+    name, lower, y_set = type(solver).__name__, type(problem.lower).__name__, type(problem.y_set).__name__
+    if not isinstance(problem.lower, Minimize) or problem.coupling is not None:
+        coupling = "" if problem.coupling is None else f" and {type(problem.coupling).__name__}"
+        return f"{name} compares values of g on a set: it needs Minimize(g) without coupling; got {lower}{coupling}."
+    if unbounded(problem.y_set):
+        return f"{name} draws points of Y, which must be bounded, below {lower}(g); got y_set = {y_set}, unbounded."
+    return None
 
 
 class Unsupported(ValueError):

@@ -8,11 +8,10 @@ from jax import Array
 
 from bilevel import oracles, per_sample
 from bilevel.diagnostics import norm
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sampling import unbounded
 from bilevel.sets import Box
-from bilevel.solver import Solver
+from bilevel.solver import Solver, refuse_unsampled_set
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
@@ -130,10 +129,4 @@ class AT(Solver):
         return OracleCount(upper_gradients=1, lower_values=K if K > 1 else 0, lower_gradients=K * self.num_lower_steps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        lower, y_set = type(problem.lower).__name__, type(problem.y_set).__name__
-        if not isinstance(problem.lower, Minimize) or problem.coupling is not None:
-            coupling = "" if problem.coupling is None else f" and {type(problem.coupling).__name__}"
-            return f"AT attacks by g on a set: it needs Minimize(g) without coupling; got {lower}{coupling}."
-        if unbounded(problem.y_set):
-            return f"AT draws points of Y and needs it bounded, below {lower}(g); got y_set = {y_set}."
-        return None
+        return refuse_unsampled_set(self, problem)

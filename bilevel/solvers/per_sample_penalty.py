@@ -9,10 +9,10 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, per_sample
 from bilevel.diagnostics import norm
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sampling import join, smooth_min, take, unbounded
-from bilevel.solver import Solver
+from bilevel.sampling import join, smooth_min, take
+from bilevel.solver import Solver, refuse_unsampled_set
 from bilevel.step import Stepper, require_number, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
@@ -132,13 +132,7 @@ class PerSamplePenalty(Solver):
         )
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        lower, y_set = type(problem.lower).__name__, type(problem.y_set).__name__
-        if not isinstance(problem.lower, Minimize) or problem.coupling is not None:
-            coupling = "" if problem.coupling is None else f" and {type(problem.coupling).__name__}"
-            return f"PerSamplePenalty compares values of g on a set: it needs Minimize(g) alone; got {lower}{coupling}."
-        if unbounded(problem.y_set):
-            return f"PerSamplePenalty draws points of Y, bounded, below {lower}(g); got y_set = {y_set}, unbounded."
-        return None
+        return refuse_unsampled_set(self, problem)
 
 
 def _draw(problem: BilevelProblem, key: Array, num: int, like: PyTree) -> PyTree:
