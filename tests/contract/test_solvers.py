@@ -31,8 +31,9 @@ def make(kind, size=0.05):
     return kind(**dict.fromkeys(step_fields(kind), size), **{**short, **QUICK.get(kind.__name__, {})})
 
 
-def quadratic(seed=0):
-    return problems.make("quadratic", seed=seed, dim_x=3, dim_y=12, num_samples=8, batch_size=2).problem
+def quadratic(seed=0, bound=3.0):
+    drawn = problems.make("quadratic", seed=seed, dim_x=3, dim_y=12, num_samples=8, batch_size=2).problem
+    return dataclasses.replace(drawn, x_set=bilevel.Box(-bound, bound))
 
 
 def tanh_map(x, y, batch):
@@ -59,11 +60,12 @@ def small_start(key):
     return jnp.full(3, 0.1), jnp.zeros(2)
 
 
-def boxed(seed=0):
+def boxed(seed=0, bound=3.0):
     """Several lower-level minima in a box: for solvers that sample it."""
     matrix = bilevel.Full(jax.random.normal(jax.random.key(seed), (2, 3)))
+    x_set, y_set = bilevel.Box(-bound, bound), bilevel.Box(-2.0, 2.0)
     return bilevel.BilevelProblem(
-        distance, bilevel.Minimize(waves), y_set=bilevel.Box(-2.0, 2.0), lower_data=matrix, init=small_start
+        distance, bilevel.Minimize(waves), x_set=x_set, y_set=y_set, lower_data=matrix, init=small_start
     )
 
 
@@ -95,10 +97,20 @@ solver_and_problem = pytest.mark.parametrize(("kind", "problem"), list(pairs()))
 each_solver = pytest.mark.parametrize("kind", SOLVERS.values(), ids=SOLVERS)
 
 
-def suited(kind, seed=0):
+def suited(kind, seed=0, bound=3.0):
     """The quadratic with a lower level in R^12, or for solvers that need a bounded one the problem in a box."""
-    problem = quadratic(seed)
-    return problem if make(kind).unsupported(problem) is None else boxed(seed)
+    problem = quadratic(seed, bound)
+    return problem if make(kind).unsupported(problem) is None else boxed(seed, bound)
+
+
+def start(problem, solver, key):
+    """The first state, as `solve` makes it."""
+    return run._init(problem, solver, key, False)
+
+
+def advance(problem, solver, state, key, num_steps):
+    """(state, info) by the compiled function of `solve`: one compilation serves most tests of a solver."""
+    return run._advance(problem, solver, state, key, 0, num_steps, False)[:2]
 
 
 def solve(problem, *args, many=False, **kwargs):
@@ -159,10 +171,10 @@ def test_jit_equals_eager_and_counted_cost_equals_declared(kind, problem, key):
     if refused(kind, problem):
         return
     solver = make(kind)
-    state = jax.jit(solver.init)(problem, key)
-    compiled = jax.jit(solver.step)(problem, state, key)
+    state = start(problem, solver, key)
+    compiled, first = advance(problem, solver, state, key, 1), jax.random.fold_in(key, 0)
     with jax.disable_jit(), oracles.counting() as count:
-        eager = solver.step(problem, state, key)
+        eager = solver.step(problem, state, first)
     assert_same(compiled, eager, rtol=1e-12)
     assert count().as_dict() == solver.cost(problem).as_dict()
 
@@ -172,10 +184,10 @@ def test_output_is_shaped_like_init_and_finite(kind, problem, key):
     if refused(kind, problem):
         return
     solver = make(kind)
-    state, _ = run.advance(problem, solver, solver.init(problem, key), key, 0, 3)
-    for out, start in zip(solver.output(problem, state), problem.init(key), strict=True):
-        assert jax.tree.structure(out) == jax.tree.structure(start)
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(start), strict=True):
+    state, _ = advance(problem, solver, start(problem, solver, key), key, 3)
+    for out, like in zip(solver.output(problem, state), problem.init(key), strict=True):
+        assert jax.tree.structure(out) == jax.tree.structure(like)
+        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(like), strict=True):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             assert np.isfinite(a).all()
 
@@ -207,15 +219,15 @@ def test_vmap_over_keys_equals_a_loop(kind):
 
 @each_solver
 def test_vmap_over_step_sizes_equals_a_loop(kind, key):
-    problem, sizes = suited(kind), jnp.array([0.01, 0.05])
+    problem, sizes = suited(kind), [0.01, 0.05]
 
     def final(size):
         solver = make(kind, size)
-        return run.advance(problem, solver, solver.init(problem, key), key, 0, 5)[0].x
+        return advance(problem, solver, start(problem, solver, key), key, 5)[0].x
 
-    together = jax.jit(jax.vmap(final))(sizes)
+    together = jax.vmap(final)(jnp.array(sizes))
     for size, x in zip(sizes, together, strict=True):
-        np.testing.assert_allclose(jax.jit(final)(size), x, rtol=1e-10)
+        np.testing.assert_allclose(final(size), x, rtol=1e-10)
 
 
 @each_solver
@@ -250,7 +262,6 @@ def test_bad_input_is_named(kind, key):
 
 @each_solver
 def test_upper_set_is_respected(kind, key):
-    problem = dataclasses.replace(suited(kind), x_set=bilevel.Box(-0.1, 0.1))
-    solver = make(kind, 0.3)
-    state, _ = run.advance(problem, solver, solver.init(problem, key), key, 0, 4)
+    problem, solver = suited(kind, bound=0.1), make(kind, 0.3)
+    state, _ = advance(problem, solver, start(problem, solver, key), key, 4)
     assert np.abs(state.x).max() <= 0.1
