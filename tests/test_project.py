@@ -35,7 +35,7 @@ def test_readme_has_exactly_two_commands_of_one_line():
     run, test = blocks
     assert run.endswith("bilevax run")
     assert "[test]" in test
-    assert re.search(r"&& \S*pytest( -n 2)?$", test)  # last, so that its closing line is the command's
+    assert re.search(r"&& \S*pytest( -n 2)?( --dist loadfile)?$", test)  # last: its closing line is the command's
     assert all("-c constraints.txt" in block for block in blocks)
 
 
