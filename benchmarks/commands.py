@@ -49,7 +49,10 @@ def expert(
 
 def peers(
     repeats: Annotated[int, typer.Option(min=1, help="Calls of each library, in turn.")] = 21,
-    python: Annotated[str | None, typer.Option(help="The interpreter that has torch and torchopt.")] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An interpreter that has torchopt, boat-torch or imitation; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compare hypergradients with other libraries': the same problem, data, precision and thread; error and time."""
@@ -58,5 +61,5 @@ def peers(
         os.environ.setdefault(name, value)
     from benchmarks.peers import table
 
-    found = table.run(repeats, python)
+    found = table.run(repeats, python or ())
     typer.echo(json.dumps(found) if as_json else table.as_text(found))

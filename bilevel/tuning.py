@@ -2,14 +2,27 @@
 
     a = 1/L, with L the largest eigenvalue of g_yy (Lanczos) at x0 and at SAMPLES points of a bounded X, or around x0;
         at most 1 for fixed points;
-    c = 0.5/L_F, with L_F = |grad^2 F| at x0 (power iteration on differences of hypergradients), times `caution`:
-        for single-loop methods min(1/4, 5 mu/L), at least 1/100, with mu and L at x0; for fixed points at most 1/10.
+    c = 0.5/(L_F + 2 lag B), with L_F = |grad^2 F| at x0 (power iteration on differences of hypergradients) and what
+        follows from y and v coming behind x; for fixed points a tenth of 0.5/L_F, in single loops
+        5 mu/L of it where that is less, at least 1/100.
+
+y and v come behind. Let T lower steps, each x step, reduce the error of y, and as many that of v, by r^T, r = 1 - a mu.
+While x moves by dx a step, y settles at y(x) - (dy/dx) dx times lag = r^T/(1 - r^T) and v likewise; where x moves at
+the same time as y and v, lag = 1/(1 - r). On quadratics the direction in x is then grad F(x) - K dx with
+
+    K = W' l(H) A + A' l(H) W,   A = dy/dx,   W = H dv/dx,   H = g_yy,   l(h) = (1 - a h)^T/(1 - (1 - a h)^T),
+
+so that x runs away when c |K| > 1, however small c L_F is: an f that is concave in x alone, held by its lower level,
+does that. |K| <= 2 lag B with B = |A'W|, and A'W u = - R_x' (dv/dx) u needs no solve: B is the largest that is seen on
+the way of the power iteration and of another, of A'W. On 120 quadratics with strong coupling or bad conditioning and T
+from 1 to 30 the largest stable step was at least 1.1 times 1/(L_F + 2 lag B), and where coupling rules at most 5 times.
 
 They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are estimates, not bounds:
 give numbers, schedules or optax transformations to control a run.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -28,43 +41,67 @@ from bilevel.step import Stepper, StepRule, stepper
 PyTree = Any
 PROBES = 6
 SAMPLES = 4
+LEAST, UNKNOWN = 1e-4, 2e-3  # mu/L is taken to be at least that much; where g is not convex
 
 
 def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """An estimate of |grad^2 F(x)|_2, shape [], usually from below."""
+    return _sensitivity(problem, x, y, 0)[0]
+
+
+def _sensitivity(problem: BilevelProblem, x: PyTree, y: PyTree, probes: int) -> tuple[Array, Array]:
+    """(|grad^2 F(x)|_2, |A'W|) of the module's docstring, both estimated, the second by `probes` more products."""
     flat, unravel = ravel_pytree(x)
     distance = jnp.finfo(flat.dtype).eps ** 0.25 * (1 + jnp.linalg.norm(flat))
     noise = 0.1 * jax.random.normal(jax.random.key(1), flat.shape, flat.dtype) / flat.size**0.5
     tiny = jnp.finfo(flat.dtype).tiny
+    batch = problem.lower_data.full()
 
     def probe(k: Array, carry: Any) -> Any:
         """The first pass (direction 0) is the gradient at x: in the loop, the lower solve is compiled once."""
-        here, direction, size, y, v = carry
+        (gradient, at_y, at_v), direction, size, feedback, y, v = carry
         moved = hypergradient(problem, unravel(flat + distance * direction), y, v=v, estimate=False)
-        gradient = ravel_pytree(moved.gradient)[0]
-        here = jnp.where(k == 0, gradient, here)
-        change = jnp.where(k == 0, here + jnp.linalg.norm(here) * noise, (gradient - here) / distance)
-        size = jnp.linalg.norm(change)
-        fallback = jnp.where(k == 0, jnp.ones_like(flat) / flat.size**0.5, direction)
-        return here, jnp.where(size > 0, change / jnp.maximum(size, tiny), fallback), size, moved.y, moved.v
+        now = ravel_pytree(moved.gradient)[0]
+        first = k == 0
+        at = jax.tree.map(partial(jnp.where, first), (now, moved.y, moved.v), (gradient, at_y, at_v))
+        change = jnp.where(first, now + jnp.linalg.norm(now) * noise, (now - at[0]) / distance)
+        if probes:
+            dv = jax.tree.map(jnp.subtract, moved.v, at[2])  # zero in the first pass
+            back = ravel_pytree(oracles.cross(problem, x, at[1], dv, batch))[0] / distance
+            feedback = jnp.maximum(feedback, jnp.linalg.norm(back))
+            change = jnp.where(k <= PROBES, change, back)
+        size = jnp.where(k <= PROBES, jnp.linalg.norm(change), size)
+        fallback = jnp.where(first, jnp.ones_like(flat) / flat.size**0.5, direction)
+        length = jnp.linalg.norm(change)
+        return at, jnp.where(length > 0, change / jnp.maximum(length, tiny), fallback), size, feedback, moved.y, moved.v
 
-    zero = jnp.zeros_like(flat)
-    start = zero, zero, jnp.zeros((), flat.dtype), y, jax.tree.map(jnp.zeros_like, y)
-    return lax.fori_loop(0, PROBES + 1, probe, start)[2]
+    zero, nought = jnp.zeros_like(flat), jnp.zeros((), flat.dtype)
+    v = jax.tree.map(jnp.zeros_like, y)
+    end = lax.fori_loop(0, PROBES + 1 + probes, probe, ((zero, y, v), zero, nought, nought, y, v))
+    return end[2], end[3]
 
 
-def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, single_loop: bool) -> tuple[Array, Array]:
-    """(lower step a, upper step c); where an estimate fails, 1e-2."""
+def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, num_lower_steps: int | None) -> tuple[Array, Array]:
+    """(lower step a, upper step c) of the module's docstring; where an estimate fails, 1e-2.
+
+    num_lower_steps: T, 0 where x, y and v move at once, None where the step in x does not wait for y (lag 0).
+    """
     batch = problem.lower_data.full()
     L, mu = spectrum(problem, x, y, batch)
     elsewhere = jax.vmap(lambda key: spectrum(problem, _near(problem, x, key), y, batch)[0])
     highest = jnp.maximum(L, jnp.max(elsewhere(jax.random.split(jax.random.key(2), SAMPLES))))
-    caution = jnp.clip(5 * mu / L, 1e-2, 0.25) if single_loop else jnp.ones_like(L)
     if isinstance(problem.lower, FixedPoint):  # mu and L of the symmetric part say little about how fast T contracts
-        caution = jnp.minimum(caution, 0.1)
-    if isinstance(problem.lower, FixedPoint):  # y <- y - a (y - T) contracts for every a in (0, 1], whatever the norm
-        highest = jnp.maximum(highest, 1)
-    sizes = (1 / highest, 0.5 * caution / upper_curvature(problem, x, y))
+        highest = jnp.maximum(highest, 1)  # y <- y - a (y - T) contracts for every a in (0, 1], whatever the norm
+        caution = jnp.clip(5 * mu / L, 1e-2, 0.1) if num_lower_steps == 0 else 0.1
+        size = upper_curvature(problem, x, y) / caution
+    elif num_lower_steps is None:
+        size = upper_curvature(problem, x, y)
+    else:
+        curvature, feedback = _sensitivity(problem, x, y, PROBES)
+        rate = 1 - jnp.where(mu > 0, jnp.maximum(mu / highest, LEAST), UNKNOWN)
+        left = rate ** max(num_lower_steps, 1)
+        size = curvature + 2 * feedback * (left if num_lower_steps else 1) / (1 - left)
+    sizes = (1 / highest, 0.5 / size)
     lower, upper = (jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2) for size in sizes)
     return lower, upper
 
@@ -98,7 +135,7 @@ def start(
     upper_step: StepRule | None,
     lower_step: StepRule | None,
     linear_step: StepRule | None,
-    single_loop: bool,
+    num_lower_steps: int | None,
     caution: float = 1.0,
 ) -> Iterates:
     """The state at init's (x0, y0) with v = 0; a step rule that is None takes its default times `caution`."""
@@ -107,7 +144,7 @@ def start(
     v = jax.tree.map(jnp.zeros_like, y)
     lower_size = upper_size = None
     if None in (upper_step, lower_step, linear_step):
-        lower_size, upper_size = (caution * size for size in default_steps(problem, x, y, single_loop))
+        lower_size, upper_size = (caution * size for size in default_steps(problem, x, y, num_lower_steps))
     return Iterates(
         x,
         y,

@@ -1,9 +1,11 @@
 """What `bilevax peers` prints: the same gradients by other libraries, with error and time side by side.
 
-Two cases, float64, one thread, the same problem, data and points for everybody: the ridge hypergradient (500 rows, 100
-penalties) and a quadratic program with its gradient (50 unknowns, 30 rows). Calls are interleaved, each at another
-point; errors are relative to NumPy's dense answer. A library runs where it is installed and is skipped, with the
-reason, where it is not. torchopt runs in a process of its own, with the interpreter of `--python`.
+Three cases, float64, one thread, the same problem, data and points for everybody: the ridge hypergradient (500 rows,
+100 penalties), a quadratic program with its gradient (50 unknowns, 30 rows), and the gradient of maximum causal entropy
+IRL (a gridworld of 225 states, 30 steps). Calls are interleaved, each at another point; errors are relative to NumPy's
+dense answer. A library runs where it is installed and is skipped, with the reason, where it is not. torchopt,
+boat-torch and imitation run in processes of their own, one after the other, with the first interpreter of `--python`
+that has them: they need other versions of NumPy and Gymnasium than bilevax.
 """
 
 import importlib.util
@@ -11,7 +13,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.peers import constrained, hypergradient
+from benchmarks.peers import constrained, entropy, hypergradient
 from benchmarks.peers.timing import Measured, interleaved
 
 ROWS, FEATURES, UNKNOWNS, LIMITS = 500, 100, 50, 30
-ELSEWHERE = {
-    "boat-torch": "no adapter yet",
-    "imitation": "no adapter yet; it learns policies, gives no hypergradient, and needs an environment of its own",
+ELSEWHERE = {  # name: (program, the modules that it needs, what its row is called)
+    "torchopt": ("torch_ridge.py", "torch, torchopt", "torchopt custom_root + CG"),
+    "boat-torch": ("boat_ridge.py", "torch, boat_torch", "boat-torch NGD + CG"),
+    "imitation": ("imitation_mce.py", "imitation, seals", "imitation mce_irl"),
 }
 COLUMNS = ("library", "version", "first call (s)", "steady (ms)", "times ours", "worst gradient error")
 
@@ -50,7 +53,7 @@ def _installed(makers: dict[str, Callable[[], dict[str, Callable]]], skipped: di
     return calls
 
 
-def ridge(repeats: int, python: str, skipped: dict[str, str]) -> list[dict[str, Any]]:
+def ridge(repeats: int, pythons: Sequence[str], skipped: dict[str, str]) -> list[dict[str, Any]]:
     """The rows of the ridge hypergradient."""
     data = hypergradient.prepared(ROWS, FEATURES)
     rng = np.random.default_rng(1)
@@ -63,33 +66,63 @@ def ridge(repeats: int, python: str, skipped: dict[str, str]) -> list[dict[str, 
     calls = {name: jax.jit(call) for name, call in _installed(makers, skipped).items()}
     arguments = [(jnp.asarray(x),) for x in points]
     found = interleaved(calls, arguments, lambda k, out: _relative(out[1], truths[k]))
+    arrays = {"Z": data["train"]["Z"], "t": data["train"]["t"]}
+    arrays |= {"V": data["validation"]["Z"], "s": data["validation"]["t"], "points": np.stack(points)}
     rows = _rows(found)
-    other = torch_ridge(data, points, python)
-    if isinstance(other, str):
-        skipped["torchopt"] = other
-    else:
+    return rows + _elsewhere(("torchopt", "boat-torch"), arrays, truths, pythons, rows, skipped)
+
+
+def causal_entropy(repeats: int, pythons: Sequence[str], skipped: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of maximum causal entropy IRL."""
+    mdp, arrays = entropy.make()
+    points = list(np.random.default_rng(1).normal(size=(repeats, len(arrays["expert"]))))
+    truths = [entropy.exact(arrays, x) for x in points]
+    calls = entropy.calls(mdp, arrays)
+    found = interleaved(calls, [(jnp.asarray(x),) for x in points], lambda k, out: _relative(out, truths[k]))
+    rows = _rows(found)
+    return rows + _elsewhere(("imitation",), arrays | {"points": np.stack(points)}, truths, pythons, rows, skipped)
+
+
+def _elsewhere(
+    names: Sequence[str], arrays: dict[str, Any], truths: list[np.ndarray], pythons: Sequence[str],
+    rows: list[dict[str, Any]], skipped: dict[str, str],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """The rows of the libraries that have a program of their own; who has none of the interpreters is skipped."""
+    found = []
+    for name in names:
+        program, modules, title = ELSEWHERE[name]
+        other = run_elsewhere(program, modules, arrays, pythons)
+        if isinstance(other, str):
+            skipped[name] = other
+            continue
         errors = [_relative(g, truth) for g, truth in zip(other["gradients"], truths, strict=True)]
-        measured = Measured(other["first"], other["seconds"], errors)
-        rows.append(_row("torchopt custom_root + CG", other["version"], measured, rows))
-    return rows
+        found.append(_row(title, other["version"], Measured(other["first"], other["seconds"], errors), rows))
+    return found
 
 
-def torch_ridge(data: dict, points: list[np.ndarray], python: str) -> dict[str, Any] | str:
-    """What `torch_ridge.py` prints under the interpreter `python`, or why it cannot run there."""
-    probe = [python, "-c", "import torch, torchopt"]
-    try:
-        done = subprocess.run(probe, capture_output=True, text=True, check=False)
-    except OSError as error:
-        return f"{python}: {error.strerror}"
-    if done.returncode:
-        return f"{done.stderr.strip().splitlines()[-1]}: give the interpreter that has it by --python"
+def run_elsewhere(
+    program: str, modules: str, arrays: dict[str, Any], pythons: Sequence[str]
+) -> dict[str, Any] | str:  # fmt: skip
+    """What `program`, a file beside this one, prints of `arrays` under the first interpreter that imports `modules`; or
+    why it cannot run.
+    """
+    reasons = []
+    for python in pythons:
+        try:
+            done = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, text=True, check=False)
+        except OSError as error:
+            reasons.append(f"{python}: {error.strerror}")
+            continue
+        if done.returncode == 0:
+            break
+        reasons.append(f"{python}: {done.stderr.strip().splitlines()[-1]}")
+    else:
+        return f"{'; '.join(reasons)}. Give an interpreter that has it by --python"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "data.npz"
-        arrays = {"Z": data["train"]["Z"], "t": data["train"]["t"]}
-        arrays |= {"V": data["validation"]["Z"], "s": data["validation"]["t"], "points": np.stack(points)}
         np.savez(path, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
-        program = Path(__file__).with_name("torch_ridge.py")
-        done = subprocess.run([python, str(program), str(path)], capture_output=True, text=True, check=False)
+        file = Path(__file__).with_name(program)
+        done = subprocess.run([python, str(file), str(path)], capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else f"it failed: {done.stderr.strip().splitlines()[-1]}"
 
 
@@ -132,17 +165,18 @@ def _row(name: str, version: str, measured: Measured, rows: list[dict[str, Any]]
     }  # fmt: skip
 
 
-def run(repeats: int, python: str | None = None) -> dict[str, Any]:
+def run(repeats: int, pythons: Sequence[str] = ()) -> dict[str, Any]:
     """{"cases": {title: rows}, "skipped": {library: reason}}; seconds and relative errors."""
     skipped: dict[str, str] = {}
+    pythons = [*pythons, sys.executable]
+    size, steps = entropy.SIZE, entropy.HORIZON
     with jax.enable_x64(True):
         cases = {
-            f"Ridge hypergradient, {ROWS} rows, {FEATURES} penalties": ridge(
-                repeats, python or sys.executable, skipped
-            ),
+            f"Ridge hypergradient, {ROWS} rows, {FEATURES} penalties": ridge(repeats, pythons, skipped),
             f"Quadratic program and gradient, {UNKNOWNS} unknowns, {LIMITS} rows": program(repeats, skipped),
+            f"Causal entropy IRL, {size} x {size} cells, {steps} steps": causal_entropy(repeats, pythons, skipped),
         }
-    return {"cases": cases, "skipped": skipped | ELSEWHERE}
+    return {"cases": cases, "skipped": skipped}
 
 
 def as_text(found: dict[str, Any]) -> str:

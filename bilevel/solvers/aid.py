@@ -89,7 +89,7 @@ class AID(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.lower_step_size
-        return start(problem.on_full_data(), key, *rules, single_loop=False)
+        return start(problem.on_full_data(), key, *rules, num_lower_steps=self.num_lower_steps)
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         problem = problem.on_full_data()

@@ -91,7 +91,7 @@ class AiPOD(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
-        it = start(problem, key, *rules, single_loop=False)
+        it = start(problem, key, *rules, num_lower_steps=self.num_lower_steps)
         return State(
             it.x, it.y, jnp.linalg.pinv(_matrix(problem, it.y)), it.step_x, it.step_y, it.step_v, it.upper, it.lower
         )

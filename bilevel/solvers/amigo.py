@@ -57,7 +57,7 @@ class AmIGO(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
-        return start(problem, key, *rules, single_loop=False)
+        return start(problem, key, *rules, num_lower_steps=self.num_lower_steps)
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x = state.x

@@ -83,7 +83,7 @@ class BOME(Solver):
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             if isinstance(problem.y_set, Reals):
-                lower, upper = default_steps(problem.on_full_data(), x, y, single_loop=False)
+                lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
             else:
                 upper, lower = (1 / L for L in smoothness(problem.on_full_data(), key, x, y))
             upper = jnp.minimum(lower, upper) / 10

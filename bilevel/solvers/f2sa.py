@@ -93,7 +93,7 @@ class F2SA(Solver):
         require_size(f"{type(self).__name__}.penalty", self.penalty)
 
     def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
-        return default_steps(problem, x, y, single_loop=False)
+        return default_steps(problem, x, y, num_lower_steps=self.num_lower_steps)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_upper, key_lower = jax.random.split(key, 3)

@@ -70,7 +70,7 @@ class GPBGD(Solver):
         x, y = problem.init(key)
         upper = None
         if self.upper_step_size is None:
-            lower, upper = default_steps(problem.on_full_data(), x, y, single_loop=False)
+            lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
             upper = 1 / (1 / upper + 2 * jnp.asarray(self.penalty.value, lower.dtype) / lower**2)
         return State(x, y, stepper(self.upper_step_size, upper, (x, y)))
 

@@ -57,7 +57,7 @@ class ITD(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.lower_step_size
-        return start(problem.on_full_data(), key, *rules, single_loop=False)
+        return start(problem.on_full_data(), key, *rules, num_lower_steps=self.num_lower_steps)
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         size, step_y = state.step_y.size()

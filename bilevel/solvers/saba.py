@@ -91,7 +91,7 @@ class SABA(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
-        it = start(problem, key, *rules, single_loop=True, caution=1 / 3)
+        it = start(problem, key, *rules, num_lower_steps=0, caution=1 / 3)
 
         def upper(j: Array) -> PyTree:
             return oracles.upper_gradients(problem, it.x, it.y, problem.upper_data.block(j))

@@ -79,7 +79,7 @@ class SOBA(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
-        return start(problem, key, *rules, single_loop=True)
+        return start(problem, key, *rules, num_lower_steps=0)
 
     def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
         x, y, v = state.x, state.y, state.v

@@ -80,7 +80,7 @@ class VPBGD(Solver):
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             if isinstance(problem.y_set, Reals):
-                lower, upper = default_steps(problem.on_full_data(), x, y, single_loop=False)
+                lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
                 upper = 1 / (1 / upper + 4 * jnp.asarray(self.penalty.value, lower.dtype) / lower)
             else:
                 L_f, L_g = smoothness(problem.on_full_data(), key, x, y)

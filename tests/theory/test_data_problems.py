@@ -112,7 +112,7 @@ def test_finite_sum_has_convex_components_and_the_same_means():
 def test_saba_finds_the_optimum_of_the_finite_sum():
     instance = make("quadratic", dim_x=4, dim_y=4, num_samples=16, batch_size=4)
     solution = bilevel.solve(
-        instance.problem, bilevel.SABA(), key=jax.random.key(0), max_steps=3000, every=3000, tol=0.0
+        instance.problem, bilevel.SABA(), key=jax.random.key(0), max_steps=6000, every=6000, tol=0.0
     )
     np.testing.assert_allclose(solution.x, instance.truth.x, atol=1e-5)
 
