@@ -35,7 +35,7 @@ def exact(arrays: dict[str, np.ndarray], x: np.ndarray) -> np.ndarray:
     reward, log_pi = (arrays["features"] @ x)[:, None], []
     for _ in range(int(arrays["horizon"])):
         Q = reward + P @ V
-        V = logsumexp(Q, axis=1)
+        V = np.asarray(logsumexp(Q, axis=1))
         log_pi.append(Q - V[:, None])
     here, visited = arrays["start"], np.zeros(len(P))
     for row in reversed(log_pi):
