@@ -2,10 +2,10 @@
 
 For each problem and 20 seeds, one row a solver: successes, that is |F - F*| <= 0.02 (1 + |F*|), true lower gap <= 1e-3
 and violation <= 1e-6 (where F jumps, so that points of tiny gap undercut F*, nothing else counts either); the range of
-F; the largest gap; and seconds a solve after compiling. SampledPenalty runs 300 steps with its defaults. "1 start" is
-the answer of the same run's lanes of the first start alone, as `num_starts=1` has them: lanes are independent, but for
-the scales of f and g, which are means over the starts. Rivals run as many steps as make the oracle calls of
-SampledPenalty with one start, all seeds at once; a run that stands still, to 1e-12, ends.
+F; the largest gap; and seconds a solve after compiling, by the clock and of processor time. SampledPenalty runs 300
+steps with its defaults. "1 start" is the answer of the same run's lanes of the first start alone, as `num_starts=1` has
+them: lanes are independent, but for the scales of f and g, which are means over the starts. Rivals run as many steps as
+make the oracle calls of SampledPenalty with one start, all seeds at once; a run that stands still, to 1e-12, ends.
 
 Failures are sorted by cause: `local`, a lower solution whose F is too large; `gap`, a y that does not solve the lower
 level; `under`, F below F* at a small gap; `infeasible`; `nan`.
@@ -50,7 +50,8 @@ def _solve(problem: bilevel.BilevelProblem, solver: Any, key: jax.Array) -> tupl
     state = solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))
     state, _ = bilevel.advance(problem, solver, state, key, 0, STEPS)
     lanes = ("x", "y", "samples", "sizes", "size", "rule", "first", "last")
-    own = {name: jax.tree.map(lambda leaf: leaf[: solver.num_ladders], getattr(state, name)) for name in lanes}
+    num = solver.sizes(state.sizes.shape[2]).ladders
+    own = {name: jax.tree.map(lambda leaf: leaf[:num], getattr(state, name)) for name in lanes}
     return *solver.output(problem, state), state._replace(**own)
 
 
@@ -93,9 +94,10 @@ def run(text: str, names: list[str]) -> Iterator[dict[str, Any]]:
         begin = time.perf_counter()
         jax.block_until_ready(_solve(problem, ours, keys[0]))
         first = time.perf_counter() - begin
-        begin = time.perf_counter()
+        begin, cpu = time.perf_counter(), time.process_time()
         ends = [jax.block_until_ready(_solve(problem, ours, key)) for key in keys]
         clock = {"seconds": (time.perf_counter() - begin) / SEEDS, "first": first}
+        clock["cpu"] = (time.process_time() - cpu) / SEEDS
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *ends)
         single = jax.jit(jax.vmap(functools.partial(ours.output, problem)))
     for name in names:
@@ -141,7 +143,7 @@ def line(row: dict[str, Any]) -> str:
         return f"    {row['row']:10s} refused: {row['refused']}"
     why = ", ".join(f"{count} {cause}" for cause, count in row["causes"].items() if count)
     low, high = row["F"] or (np.nan, np.nan)
-    took = f"{row['seconds']:6.2f} s, first {row['first']:5.1f} s" if "seconds" in row else ""
+    took = f"{row['seconds']:6.2f} s, CPU {row['cpu']:6.2f} s, first {row['first']:5.1f} s" if "seconds" in row else ""
     gap = np.nan if row["gap"] is None else row["gap"]
     return (
         f"    {row['row']:10s}{row['good']:3d}/{SEEDS}  F* {row['truth']:9.5f}  F {low:9.5f} to {high:9.5f}  "
@@ -154,8 +156,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     found = {(row["problem"], row["row"]): row for row in rows}
     names = list(dict.fromkeys(row["problem"] for row in rows))
     lines = [
-        f"| Problem | F* | {' | '.join(ROWS)} | s a solve |",
-        f"| --- | --- | {' | '.join('---' for _ in ROWS)} | --- |",
+        f"| Problem | F* | {' | '.join(ROWS)} | s a solve | CPU s |",
+        f"| --- | --- | {' | '.join('---' for _ in ROWS)} | --- | --- |",
     ]
 
     def cell(row: dict[str, Any] | None) -> str:
@@ -164,7 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     for name in names:
         first = found.get((name, "default"), {})
         cells = [cell(found.get((name, row))) for row in ROWS]
-        took = f"{first['seconds']:.2f}" if "seconds" in first else ""
+        took = f"{first['seconds']:.2f} | {first['cpu']:.2f}" if "cpu" in first else " | "
         truth = next(row["truth"] for row in rows if row["problem"] == name)
         lines.append(f"| `{name}` | {truth:.5f} | {' | '.join(cells)} | {took} |")
     for kind in ROWS:

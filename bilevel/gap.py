@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles, refine, sample_oracles, sampling
+from bilevel import nets, oracles, refine, sample_oracles, sampling
 from bilevel.problem import BilevelProblem, Minimize, check_like
 from bilevel.record import Measurement, Status
 from bilevel.sampling import Blocks
@@ -82,8 +82,8 @@ def _search(
 ) -> tuple[LowerGap, Array, Array]:  # fmt: skip
     """(the gap; candidates [K, n, m], before and after their polish; g of their blocks, inf where infeasible)."""
     problem, given = view.problem, view.pack(y)
-    uniform = sampling.kronecker(num_points, view.m, given.dtype)
-    points = sampling.cover_blocks(view, jax.random.key(20), num_points, uniform)
+    uniform = nets.kronecker(num_points, view.m, given.dtype)
+    points = sampling.cover_blocks(view, jax.random.key(20), num_points, uniform[:, None])
 
     def look(y: Array) -> tuple[Array, Array]:
         g = sample_oracles.weighted_terms(problem, x, view.unpack(y), None, None, view.upper, view.lower)
@@ -134,7 +134,8 @@ def descent_rate(view: Blocks, x: PyTree, candidates: Array, g: Array) -> tuple[
     """
     flat, unravel = ravel_pytree(x)
     eps, dim = float(jnp.finfo(flat.dtype).eps), flat.size
-    cover = sampling.cover_blocks(view, jax.random.key(22), 64, sampling.kronecker(64, view.m, candidates.dtype))
+    uniform = nets.kronecker(64, view.m, candidates.dtype)
+    cover = sampling.cover_blocks(view, jax.random.key(22), 64, uniform[:, None])
     spread = [jnp.std(jnp.where(jnp.isfinite(part), part, 0)) for part in view.values(x, cover)]
     rho = 1e4 * jnp.where(spread[0] > 0, spread[0], 1) / jnp.where(spread[1] > 0, spread[1], 1)
 
@@ -165,25 +166,34 @@ def descent_rate(view: Blocks, x: PyTree, candidates: Array, g: Array) -> tuple[
         ends = sampling.pick(points, jnp.stack([jnp.argmin(low, axis=0), KEPT + jnp.argmin(up, axis=0)]))
         return jnp.where(jnp.isfinite(value), value, jnp.inf), ends, jnp.sum(jnp.abs(jnp.min(low, axis=0)))
 
-    here, ends, size = penalised(x)
-    signs = jnp.stack([jnp.zeros(view.n, flat.dtype), jnp.ones(view.n, flat.dtype)])
-    slope = ravel_pytree(view.gradients(x, ends, signs, rho * (2 * signs - 1))[0])[0]
-    length = jnp.linalg.norm(slope)
     others = jnp.eye(dim, dtype=flat.dtype)
     if dim > DIRECTIONS:
         normal = jax.random.normal(jax.random.key(21), (DIRECTIONS, dim), flat.dtype)
         others = normal / jnp.linalg.norm(normal, axis=1, keepdims=True)
-    d = jnp.concatenate([(slope / jnp.where(length > 0, length, 1))[None], others])
+    signs = jnp.stack([jnp.zeros(view.n, flat.dtype), jnp.ones(view.n, flat.dtype)])
     far = (1 + jnp.linalg.norm(flat)) * jnp.asarray(RADII, flat.dtype)
+    unit = jnp.eye(1 + len(others), dtype=flat.dtype)
+    ways = (far[:, None, None] * jnp.concatenate([unit, -unit])[None]).reshape(-1, len(unit))
 
-    def rate(step: Array) -> Array:
-        there = view.problem.x_set.project(unravel(flat + step))
+    def look(start: tuple[Array, Array, Array], way: Array) -> tuple[tuple[Array, Array, Array], Array]:
+        """The rate along `way`, weights of P's gradient at x and of the others.
+
+        start: P, that gradient's direction and the size of g, NaN before the first way, which is 0 and leads to x.
+        """
+        here, slope, _ = start
+        step = way @ jnp.concatenate([slope[None], others])
+        first = jnp.isnan(here)
+        there = view.problem.x_set.project(unravel(flat + jnp.where(first, 0, step)))
+        value, ends, size = penalised(there)
+        slope = ravel_pytree(view.gradients(there, ends, signs, rho * (2 * signs - 1))[0])[0]
+        length = jnp.linalg.norm(slope)
+        found = value, slope / jnp.where(length > 0, length, 1), size
         moved = jnp.linalg.norm(ravel_pytree(there)[0] - flat)
-        fall = here - penalised(there)[0]
-        return jnp.where(moved > 0.1 * jnp.linalg.norm(step), fall / jnp.where(moved > 0, moved, 1), 0)
+        rate = jnp.where(moved > 0.1 * jnp.linalg.norm(step), (here - value) / jnp.where(moved > 0, moved, 1), 0)
+        return jax.tree.map(partial(jnp.where, first), found, start), jnp.where(first, 0, rate)
 
-    steps = (far[:, None, None] * jnp.concatenate([d, -d])[None]).reshape(-1, dim)
-    rates = jax.lax.map(rate, steps)
+    nothing = jax.tree.map(lambda part: jnp.full_like(part, jnp.nan), (rho, flat, rho))
+    (here, _, size), rates = jax.lax.scan(look, nothing, jnp.concatenate([0 * ways[:1], ways]))  # one copy of `settle`
     return jnp.maximum(jnp.max(rates), 0), 4 * eps * (jnp.abs(here) + 2 * rho * size) / far[-1]
 
 

@@ -31,10 +31,13 @@ def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
     size, num = jnp.diagonal(K), len(c)
     some = size > 0
 
+    free = jnp.asarray(equality)
+
     def update(t: Array, lam: Array) -> Array:
-        new = lam + (c - K @ lam) / jnp.where(some, size, 1)
-        new = jnp.where(equality, new, jnp.maximum(new, 0))
-        return jnp.where((jnp.arange(num) == t % num) & some, new, lam)
+        k = t % num
+        new = lam[k] + (c[k] - K[k] @ lam) / jnp.where(some[k], size[k], 1)
+        new = jnp.where(free[k], new, jnp.maximum(new, 0))
+        return lam.at[k].set(jnp.where(some[k], new, lam[k]))
 
     lam = lax.fori_loop(0, (sweeps if num > 1 else 1) * num, update, jnp.zeros_like(c))
     if num == 1:
@@ -56,16 +59,28 @@ def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
 
 
 def restore(view: Blocks, x: PyTree, y: Array, num_steps: int = 8) -> Array:
-    """Move y [n, m] into Y(x): projections on the coupling linearised, and on Y. Onto Y where there is no coupling."""
+    """Move y [n, m] into Y(x): projections on the coupling linearised, and on Y. Onto Y where there is no coupling.
+
+    At most `num_steps` times, and no more once the coupling holds up to rounding.
+    """
     if view.problem.coupling is None:
         return view.project(y)
+    rounding = 10 * float(jnp.finfo(y.dtype).eps)
 
-    def step(y: Array, _: None) -> tuple[Array, None]:
+    def outside(y: Array) -> Array:
+        rows = oracles.coupling_residual(view.problem, x, view.unpack(y))
+        return jnp.max(jnp.abs(rows), initial=0) > rounding * (1 + jnp.max(jnp.abs(y)))
+
+    def step(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        y, _, k = carry
         c, J, equality = sample_oracles.coupling_rows(view.problem, x, view.unpack(y))
         moved = ravel_pytree(view.unpack(y))[0] - J.T @ dual(J @ J.T, c, equality)
-        return view.project(moved[None]), None
+        y = view.project(moved[None])
+        return y, outside(y), k + 1
 
-    return lax.scan(step, view.project(y), length=num_steps)[0]
+    y = view.project(y)
+    start = y, outside(y), jnp.zeros((), int)
+    return lax.while_loop(lambda carry: carry[1] & (carry[2] < num_steps), step, start)[0]
 
 
 def multipliers(view: Blocks, x: PyTree, y: Array, gradients: Array) -> Array:

@@ -34,12 +34,12 @@ from jax.flatten_util import ravel_pytree
 from jax.scipy.special import erfinv, gammainc
 
 from bilevel import oracles, sample_oracles
+from bilevel.nets import sobol
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
 from bilevel.struct import struct
 
 PyTree = Any
-BITS = 30
 
 
 @struct
@@ -136,32 +136,6 @@ def repeat(point: PyTree, num: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), point)
 
 
-def sobol(key: Array, num: int, dim: int, dtype: Any) -> Array:
-    """`num` points of a scrambled Sobol sequence in (0, 1)^dim, shape [num, dim].
-
-    SciPy's linear matrix scramble, fixed and made when the function is traced, and a random digital shift for each
-    dimension: the points of a Sobol net stay a net, and each one is uniform.
-    """
-    from scipy.stats import qmc
-
-    whole = qmc.Sobol(dim, scramble=True, bits=BITS, rng=0).random_base2(int(np.ceil(np.log2(max(num, 1)))))[:num]
-    net = jnp.asarray((whole * 2**BITS).astype(np.uint32))
-    shift = jax.random.bits(key, (1, dim), jnp.uint32) >> jnp.uint32(32 - BITS)
-    return (jnp.asarray(net ^ shift, dtype) + jnp.asarray(0.5, dtype)) / 2**BITS
-
-
-def kronecker(num: int, dim: int, dtype: Any) -> Array:
-    """`num` points of an additive recurrence in (0, 1)^dim, [num, dim]: fixed, evenly spread, and no Sobol points.
-
-    u_i = frac(1/2 + i a), a_j = r^-j with r > 1 the root of r^(dim + 1) = r + 1: the golden ratio for dim = 1.
-    """
-    root = 2.0
-    for _ in range(60):
-        root = (1 + root) ** (1 / (dim + 1))
-    steps = root ** -np.arange(1.0, dim + 1)
-    return jnp.asarray(np.mod(0.5 + np.arange(1, num + 1)[:, None] * steps, 1.0), dtype)
-
-
 def _normal(uniform: Array) -> Array:
     """Standard normal numbers from uniform ones in (0, 1)."""
     return erfinv(2 * uniform - 1) * 2**0.5
@@ -238,13 +212,13 @@ def cover(set: Set, key: Array, num: int, like: PyTree, uniform: Array | None = 
 def cover_blocks(view: Blocks, key: Array, num: int, uniform: Array | None = None) -> Array:
     """`cover` of Y, shape [num, n, m]: each block has its own scramble of one net in m dimensions.
 
-    uniform: [num, m], instead of the net, the same for all blocks.
+    uniform: [num, n, m], or the same for all blocks [num, 1, m], instead of the net.
     """
     like = view.unpack(jnp.zeros((view.n, view.m), _dtype(view)))
     if uniform is None:
         nets = jax.vmap(lambda key: sobol(key, num, view.m, _dtype(view)), out_axes=1)(jax.random.split(key, view.n))
     else:
-        nets = jnp.broadcast_to(uniform[:, None], (num, view.n, view.m))
+        nets = jnp.broadcast_to(uniform, (num, view.n, view.m))
     flat = jax.vmap(lambda z: ravel_pytree(view.unpack(z))[0])(nets)  # each block's row where its numbers are in y
     return jax.vmap(view.pack)(cover(view.problem.y_set, key, num, like, flat))
 
@@ -253,15 +227,15 @@ def _dtype(view: Blocks) -> Any:
     return jax.eval_shape(lambda: view.pack(view.problem.init(jax.random.key(0))[1])).dtype
 
 
-def near(view: Blocks, key: Array, num: int, points: Array, others: Array) -> Array:
-    """`num` points of Y, [num, n, m], in turn near each of `points` [K, n, m]: a refinement that adapts to them.
+def near(view: Blocks, u: Array, points: Array, others: Array) -> Array:
+    """Points of Y, [num, n, m], in turn near each of `points` [K, n, m]: a refinement that adapts to them.
 
-    Three of four are off by up to s times the spread of `others` in every coordinate, s log-uniform in [1e-4, 1]; the
-    fourth has about one coordinate of one of `others` instead of its own.
+    u: random numbers, uniform in [0, 1), [num, n, 2 m + 2]. Three of four points are off by up to s times the spread of
+    `others` in every coordinate, s log-uniform in [1e-4, 1]; the fourth has about one coordinate of one of `others`
+    instead of its own.
     """
-    turn, m = np.arange(num), view.m
+    turn, m = np.arange(len(u)), view.m
     parents = points[turn % len(points)]
-    u = jax.random.uniform(key, (num, view.n, 2 * m + 2), parents.dtype)
     spread = jnp.std(others, axis=0)[None] * 10 ** (-4 * u[..., -2:-1])
     shaken = parents + spread * (2 * u[..., :m] - 1)
     donors = pick(others, (u[..., -1] * len(others)).astype(int))
@@ -331,9 +305,10 @@ def starts(set: Set, key: Array, num: int, x0: PyTree) -> PyTree:
 def smooth_min(values: Array, t: Any, entropic: bool) -> tuple[Array, Array]:
     """(smoothed minimum of `values`, weights), shapes [] and [N], at temperature t > 0; see the module's docstring."""
     if entropic:
-        least = jnp.min(values)
-        scaled = (least - values) / t
-        return least - t * jax.nn.logsumexp(scaled), jax.nn.softmax(scaled)
+        least = lax.stop_gradient(jnp.min(values))  # any number would do
+        weights = jnp.exp((least - values) / t)  # the largest is 1
+        total = jnp.sum(weights)
+        return least - t * jnp.log(total), weights / total
     least = jnp.min(values)
     weights = Simplex().project((least - values) / t)
     finite = jnp.where(weights > 0, values - least, 0)  # infinite values carry no weight

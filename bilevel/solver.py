@@ -89,15 +89,20 @@ def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
     return refuse_fixed_point(solver, problem) or refuse_constrained_lower(solver, problem)
 
 
+def refuse_unbounded_set(solver: Solver, problem: BilevelProblem) -> str | None:
+    """The reason for methods that draw points of a bounded set Y and compare values of g there or in Y(x)."""
+    if isinstance(problem.lower, Minimize) and unbounded(problem.y_set):
+        name, y_set = type(solver).__name__, type(problem.y_set).__name__
+        return f"{name} draws points of Y, which must be bounded, below Minimize(g); got y_set = {y_set}, unbounded."
+    return refuse_fixed_point(solver, problem)
+
+
 def refuse_unsampled_set(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that draw points of a bounded set Y and compare values of g there."""
-    name, lower, y_set = type(solver).__name__, type(problem.lower).__name__, type(problem.y_set).__name__
-    if not isinstance(problem.lower, Minimize) or problem.coupling is not None:
-        coupling = "" if problem.coupling is None else f" and {type(problem.coupling).__name__}"
-        return f"{name} compares values of g on a set: it needs Minimize(g) without coupling; got {lower}{coupling}."
-    if unbounded(problem.y_set):
-        return f"{name} draws points of Y, which must be bounded, below {lower}(g); got y_set = {y_set}, unbounded."
-    return None
+    """The reason for methods that do so without coupling."""
+    if isinstance(problem.lower, Minimize) and problem.coupling is not None:
+        name, coupling = type(solver).__name__, type(problem.coupling).__name__
+        return f"{name} compares values of g on a set that does not move with x; got {coupling}."
+    return refuse_unbounded_set(solver, problem)
 
 
 class Unsupported(ValueError):

@@ -63,7 +63,10 @@ class BLOCC(Solver):
     Reference: Jiang, Xiao, Tenorio, Real-Rojas, Marques, Chen. A primal-dual-assisted penalty approach to bilevel
         optimization with coupled constraints. NeurIPS 2024, arXiv:2406.10148, Algorithms 1 and 2.
     Differs from the paper: the second problem is divided by c, m with it, so that both share their steps. Equalities
-        are allowed; their multipliers are free.
+        are allowed; their multipliers are free. Algorithm 2 is from memory, the paper's text was not at hand: momentum
+        (t - 1)/(t + 2) and the dual step from the extrapolated multipliers agree with a public implementation, whose
+        inner loops run to a tolerance and which starts (y, m) from (z, n); here both take T steps from their last
+        points. The default step sizes are derived here.
     """
 
     lower_step_size: Any = None

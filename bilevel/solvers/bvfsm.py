@@ -81,7 +81,10 @@ class BVFSM(Solver):
         arXiv:2110.04974, 2021; Liu, Liu, Yuan, Zeng, Zhang. A value-function-based interior-point method for non-convex
         bi-level optimization. ICML 2021, arXiv:2106.07991.
     Differs from the paper: the logarithm goes on as a parabola below a hundredth of the largest slack, so that y finds
-        its way back when a step of x has left it outside; step lengths in y. The shift mu in v is the second paper's.
+        its way back when a step of x has left it outside; step lengths in y. The shift mu in v is the second paper's,
+        from memory. In the authors' public code for the sine example v - g has the constant n + 1e-8 in place of it and
+        of g(x, y)'s own part, |z|^2 and |y|^2 come without halves and x moves by Adam; the three objectives and their
+        order are the same. The default decay and step sizes are ours.
     """
 
     lower_step_size: Any = None

@@ -6,16 +6,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
-from bilevel import oracles, sample_oracles, sampling
+from bilevel import answer, oracles, renewal, sample_oracles, sampling
 from bilevel.diagnostics import norm
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.refine import LENGTHS as NEWTON
-from bilevel.refine import MAX_CG, SIZES, improve, multipliers, polish, restore
-from bilevel.sampling import Blocks, Smoothness, blocks, cover_blocks, near, pick, repeat, smooth_min, starts, take
-from bilevel.solver import Solver
+from bilevel.refine import MAX_CG, SIZES, improve, multipliers, restore
+from bilevel.sampling import Blocks, Smoothness, blocks, cover_blocks, pick, repeat, smooth_min, starts, take
+from bilevel.solver import Solver, refuse_unbounded_set
 from bilevel.step import require_number, step_sizes
 from bilevel.struct import invalid, static, struct
 
@@ -23,7 +23,9 @@ PyTree = Any
 LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of a line search, times the last one, beside a random one
 FIRST_TEMPERATURE, FIRST_PENALTY, LAST_PENALTY = 0.1, 1e-2, 1e4  # in units of the objectives' spreads at the start
 TRACK = 2  # descent steps by which the two best samples follow x in a line search
-CHECK, BLOCKS, FEASIBLE = 512, 4, 1e-7  # points of Y where `output` looks for a lower g; how many of them it polishes
+RESTORES = 32  # projections, at most, of the iterate y on Y(x)
+HEAVY = 16  # samples of a coupled set, those of largest weight, whose multipliers P's gradient has
+MOST, LEAST = (64, 8, 8, 3), (16, 4, 4, 2)  # default samples, slots, starts and ladders: of one block, of many
 
 
 class State(NamedTuple):
@@ -45,6 +47,15 @@ class State(NamedTuple):
     smooth: Array
     scales: tuple[Array, Array]
     count: Array
+
+
+class Sizes(NamedTuple):
+    """Fresh samples, slots of each kind, starts and ladders; lanes = starts ladders."""
+
+    samples: int
+    slots: int
+    starts: int
+    ladders: int
 
 
 class Info(NamedTuple):
@@ -74,7 +85,8 @@ class SampledPenalty(Solver):
     new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
     Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
     of a coupled Y(x) are moved into it at each x, and P's gradient has their multipliers; where Y(x) is empty, f grows
-    by the squared violation that is left. Frozen samples have that penalty only.
+    by the squared violation that is left. The iterate y is moved into Y(x) once more after x. Frozen samples have no
+    coupling.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
@@ -95,8 +107,10 @@ class SampledPenalty(Solver):
         temperature: rho t > 0 at the foot, in units of f. Default: 0.1 times the spread of f.
         lower_tol: > 0, the lower gap that `output` accepts.
         form: "lifted" or "joint". smoothing: "entropic" or "quadratic".
-        num_samples: fresh samples, >= 8. num_slots: slots of each kind, >= 1.
-        num_starts: lanes in x, >= 1; the first is init's x0. num_ladders: >= 1. num_ladder_steps: steps to the top.
+        num_samples: fresh samples, >= 8. num_slots: slots of each kind, >= 1. num_starts: lanes in x, >= 1; the first
+            is init's x0. num_ladders: >= 1. Default: 64, 8, 8 and 3; of a separable problem of n > 4 blocks 4/n of
+            that, at least 16, 4, 4 and 2, because each block has its own samples.
+        num_ladder_steps: steps to the top.
         refresh: whether samples are renewed. chunk: samples in memory at once, of a lane.
 
     Reference: A discretization approach for bilevel optimization with low-dimensional and non-convex lower-level. 2025,
@@ -112,10 +126,10 @@ class SampledPenalty(Solver):
     lower_tol: Any = 1e-5
     form: str = static(default="lifted")
     smoothing: str = static(default="entropic")
-    num_samples: int = static(default=64)
-    num_slots: int = static(default=8)
-    num_starts: int = static(default=8)
-    num_ladders: int = static(default=3)
+    num_samples: int | None = static(default=None)
+    num_slots: int | None = static(default=None)
+    num_starts: int | None = static(default=None)
+    num_ladders: int | None = static(default=None)
     num_ladder_steps: int = static(default=200)
     refresh: bool = static(default=True)
     chunk: int = static(default=1024)
@@ -135,6 +149,8 @@ class SampledPenalty(Solver):
         least = {"num_samples": 8, "num_slots": 1, "num_starts": 1, "num_ladders": 1, "num_ladder_steps": 1, "chunk": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
+            if value is None and name in ("num_samples", "num_slots", "num_starts", "num_ladders"):
+                continue
             if not isinstance(value, int) or value < lowest:
                 invalid(f"SampledPenalty.{name}", value, f"a whole number >= {lowest}", "Leave it out for the default.")
 
@@ -164,11 +180,16 @@ class SampledPenalty(Solver):
             num_samples=num_samples, num_starts=num_starts, num_ladders=1,
         )  # fmt: skip
 
-    @property
-    def _count(self) -> int:
+    def sizes(self, n: int) -> Sizes:
+        """What is given, or the defaults for a problem of n blocks, 4 `MOST`/n in [`LEAST`, `MOST`]."""
+        given = self.num_samples, self.num_slots, self.num_starts, self.num_ladders
+        shared = (min(most, max(least, 4 * most // n)) for most, least in zip(MOST, LEAST, strict=True))
+        return Sizes(*(default if own is None else own for own, default in zip(given, shared, strict=True)))
+
+    def _count(self, n: int) -> int:
         """Samples of a lane: spread over Y; near the slots; the slots, or without refresh the joint form's y."""
-        extra = self.num_samples // 2 + 2 * self.num_slots if self.refresh else int(self.form == "joint")
-        return self.num_samples + extra
+        sizes = self.sizes(n)
+        return sizes.samples + (sizes.samples // 2 + 2 * sizes.slots if self.refresh else int(self.form == "joint"))
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         problem = problem.on_full_data()
@@ -176,8 +197,9 @@ class SampledPenalty(Solver):
         x0, y0 = problem.init(key_start)
         x0, y0 = problem.x_set.project(x0), problem.y_set.project(y0)
         view = blocks(problem, y0)
-        x, lanes = starts(problem.x_set, key_x, self.num_starts, x0), self.num_starts * self.num_ladders
-        samples = cover_blocks(view, key_y, self._count)
+        own = self.sizes(view.n)
+        x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
+        samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
             f, g = view.values(x, samples, self.chunk)
@@ -194,15 +216,15 @@ class SampledPenalty(Solver):
                 (self.temperature, FIRST_TEMPERATURE * scales[0]),
             )
         )
-        foot = first * (last / first) ** (jnp.arange(self.num_ladders, dtype=unit.dtype) / (2 * self.num_ladders))
-        x = jax.tree.map(lambda leaf: jnp.repeat(leaf, self.num_ladders, axis=0), x)
+        foot = first * (last / first) ** (jnp.arange(own.ladders, dtype=unit.dtype) / (2 * own.ladders))
+        x = jax.tree.map(lambda leaf: jnp.repeat(leaf, own.ladders, axis=0), x)
         y, zero = repeat(y0, lanes), jnp.zeros(lanes, unit.dtype)
         rule = () if self.upper_step_size is None else jax.vmap(self.upper_step_size.init)((x, y))
         samples = repeat(samples, lanes)
         samples = samples.at[:, -1].set(view.pack(y0)) if self._movable else samples
         return State(
-            x, y, samples, jnp.zeros((lanes, 2 * self.num_slots, view.n), unit.dtype), zero, rule,
-            jnp.tile(foot, self.num_starts), last + zero, smooth, scales, jnp.zeros((), int),
+            x, y, samples, jnp.zeros((lanes, 2 * own.slots, view.n), unit.dtype), zero, rule,
+            jnp.tile(foot, own.starts), last + zero, smooth, scales, jnp.zeros((), int),
         )  # fmt: skip
 
     @property
@@ -219,21 +241,27 @@ class SampledPenalty(Solver):
         climbed = jnp.minimum(state.count / self.num_ladder_steps, 1).astype(state.first.dtype)
         growth = (state.last / state.first) ** climbed
         rho, smooth, weight = state.first * growth, state.smooth / growth, jnp.sqrt(growth)
-        keys = jax.random.split(key, len(rho) + 1)
         view = blocks(problem, take(state.y, 0))
-        fresh = cover_blocks(view, keys[0], self.num_samples) if self.refresh else None
+        own, shape = self.sizes(view.n), (view.n, 2 * view.m + 2)
+        count = own.samples // 2 * shape[0] * shape[1] if self.refresh else 0
+        u = jax.random.uniform(key, (len(rho) + 1, count + 1), rho.dtype)  # one draw: its program is long
+        fresh, near = None, u[:-1, 1:].reshape(len(rho), -1, *shape)
+        if self.refresh:
+            fresh = renewal.fresh(view, u[-1, : view.n * view.m].reshape(view.n, view.m), own.samples, key)
         x, y, samples, sizes, size, rule, info = oracles.batched(partial(self._lane, problem, fresh, state.scales))(
-            state.x, state.y, state.samples, state.sizes, state.size, state.rule, rho, smooth, weight, keys[1:]
+            state.x, state.y, state.samples, state.sizes, state.size, state.rule, rho, smooth, weight, near, u[:-1, :1]
         )
         return state._replace(
             x=x, y=y, samples=samples, sizes=sizes, size=size, rule=rule, count=state.count + 1
         ), info  # fmt: skip
 
-    def _lane(self, problem, fresh, scales, x, y, samples, sizes, size, state_of_rule, rho, smooth, weight, key):
+    def _lane(
+        self, problem, fresh, scales, x, y, samples, sizes, size, state_of_rule, rho, smooth, weight, near, chance
+    ):
         view = blocks(sampling.uncoupled(problem, weight * scales[0], scales[1]), y)
-        joint, rule, slots = self.form == "joint", self.upper_step_size, 2 * self.num_slots
+        joint, rule, slots = self.form == "joint", self.upper_step_size, len(sizes)
         if self.refresh:
-            samples, sizes, f, g = self._renew(view, x, samples[-slots:], sizes, rho, fresh, key)
+            samples, sizes, f, g = renewal.renew(view, x, samples[-slots:], sizes, rho, fresh, near, joint, self.chunk)
             # the first slot becomes the least of g, the last one that of f + rho g or the variable y
             up = jnp.argmin(f + rho * g, axis=0)
             ends = jnp.stack([jnp.argmin(g, axis=0), jnp.full_like(up, len(f) - 1) if joint else up])
@@ -270,7 +298,7 @@ class SampledPenalty(Solver):
 
             length = norm(direction)
             reach = (1 + norm(x)) / jnp.where(length > 0, length, 1)
-            chance = reach * 10 ** jax.random.uniform(jax.random.fold_in(key, 1), (1,), size.dtype, -6, 0)
+            chance = reach * 10 ** (-6 * chance)
             tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
             tries = jnp.concatenate([chance, tries])
             tried = oracles.batched(attempt)(tries)
@@ -280,6 +308,8 @@ class SampledPenalty(Solver):
         best = jnp.argmin(f + rho * g, axis=0)
         z = samples[-1] if joint else pick(samples, best)
         gap = jnp.sum((g[-1] if joint else pick(g, best)) - jnp.min(g, axis=0))
+        if self.refresh:
+            z = restore(view, x, z, RESTORES)  # the samples were moved into Y(x) before x moved
         samples = samples.at[-1].set(z) if self._movable else samples
         return x, view.unpack(z), samples, sizes, size, state_of_rule, Info(objective, rho, gap)
 
@@ -299,102 +329,39 @@ class SampledPenalty(Solver):
         As x moves, a sample at active rows c(x, y_i) = 0 moves with them: its a f + b g changes at the rate of its
         Lagrangian, a f_x + b g_x + lam' c_x.
         """
-        if view.problem.coupling is None or not self.refresh:
+        if view.problem.coupling is None:
             by_x, by_y = view.gradients(x, samples, a, rho * (a - b), self.chunk)
         else:
             by_x, by_y = view.gradients(x, samples, a, rho * a, self.chunk)
             minus, low = view.gradients(x, samples, jnp.zeros_like(b), rho * b, self.chunk)
+            heavy = lax.top_k(jnp.max(jnp.maximum(a, b), axis=1), min(HEAVY, len(a)))[1]
             look = lambda y, plus, minus: multipliers(view, x, y, jnp.stack([plus[0], minus[0]]))  # noqa: E731
-            lam = jax.vmap(look)(samples, by_y, low)
-            pull = sample_oracles.coupling_pull(view.problem, x, view.stack(samples), lam[:, 0] - lam[:, 1])[0]
+            ys = samples[heavy]
+            lam = jax.vmap(look)(ys, by_y[heavy], low[heavy])
+            pull = sample_oracles.coupling_pull(view.problem, x, view.stack(ys), lam[:, 0] - lam[:, 1])[0]
             by_x = jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull)
         return by_x, by_y[-1] if self.form == "joint" else jnp.zeros_like(by_y[-1])
 
-    def _renew(self, view: Blocks, x: PyTree, slots: Array, sizes: Array, rho: Array, fresh: Array, key: Array):
-        """(samples, sizes, f, g) at x: fresh points, points near the slots, and the slots after a step each."""
-        count = len(slots)
-        is_upper = (jnp.arange(count) >= self.num_slots)[:, None]
-        a, b = is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1)
-        fixed = (jnp.arange(count)[:, None] == count - 1) & (self.form == "joint")  # the last slot is the variable y
-        by_y = view.gradients(x, slots, a, b, self.chunk)[1]
-        steep = jnp.linalg.norm(by_y, axis=2)
-        spread = jnp.linalg.norm(jnp.std(fresh, axis=0), axis=1)
-        sizes = jnp.where(sizes > 0, sizes, 0.1 * spread[None] / jnp.where(steep > 0, steep, 1))
-        trial = slots - jnp.where(fixed, 0, sizes)[:, :, None] * by_y
-        parts = [fresh, near(view, key, self.num_samples // 2, slots, fresh), trial, slots]
-        points = jax.vmap(lambda y: restore(view, x, y, 4))(jnp.concatenate(parts))
-        ends = np.array([len(points) - 2 * count, len(points) - count])
-        (new, trial, slots), (f, ft, fs), (g, gt, gs) = (
-            jnp.split(part, ends) for part in (points, *view.values(x, points, self.chunk))
-        )
-        margin = -1e3 * jnp.finfo(f.dtype).eps * (jnp.abs(a * fs) + jnp.abs(b * gs))  # so that rounding decides nothing
-        change = a * (ft - fs) + b * (gt - gs)
-        falls = change < margin
-        sizes = jnp.where(falls, 2 * sizes, jnp.where(change > -margin, sizes / 4, sizes))
-        slots = jnp.where(falls[:, :, None], trial, slots)
-        fs, gs = jnp.where(falls, ft, fs), jnp.where(falls, gt, gs)
-
-        share = len(f) // count * count  # slot j is challenged by the new points j, j + count, …
-        fold = lambda part: part[:share].reshape(-1, count, *part.shape[1:])  # noqa: E731
-        score = a[None] * fold(f) + b[None] * fold(g)
-        wins = (jnp.min(score, axis=0) - a * fs - b * gs < margin) & ~fixed
-        best = jnp.argmin(score, axis=0) * count + jnp.arange(count)[:, None]
-        slots, sizes = jnp.where(wins[:, :, None], pick(new, best), slots), jnp.where(wins, 0, sizes)
-        fs, gs = jnp.where(wins, pick(f, best), fs), jnp.where(wins, pick(g, best), gs)
-        return jnp.concatenate([new, slots]), sizes, jnp.concatenate([f, fs]), jnp.concatenate([g, gs])
-
     def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
-        return _best(problem, self, state)
+        problem, slots = problem.on_full_data(), state.sizes.shape[1]
+        view = blocks(problem, take(state.y, 0))
+        return answer.best(view, state.x, state.y, state.samples[:, -slots:], self.lower_tol.value, self.chunk)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        lanes, slots = self.num_starts * self.num_ladders, 2 * self.num_slots if self.refresh else 0
-        m = blocks(problem, problem.init(jax.random.key(0))[1]).m
+        view = blocks(problem, problem.init(jax.random.key(0))[1])
+        own, m, count = self.sizes(view.n), view.m, self._count(view.n)
+        lanes, slots = own.starts * own.ladders, 2 * own.slots if self.refresh else 0
         trials = 1 + len(LENGTHS) if self.upper_step_size is None else 0
         tracked = trials * TRACK * (1 + (self.form == "lifted")) * self.refresh
-        values = self._count * (1 + trials) + slots + tracked * (len(NEWTON) + len(SIZES) + 1)
-        gradients = self._count * (1 + (problem.coupling is not None and self.refresh)) + slots + tracked
+        values = count * (1 + trials) + slots + tracked * (len(NEWTON) + len(SIZES) + 1)
+        gradients = count * (1 + (problem.coupling is not None)) + slots + tracked
         values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
         return OracleCount(values, gradients, values, gradients, hvps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        lower, y_set = type(problem.lower).__name__, type(problem.y_set).__name__
-        if not isinstance(problem.lower, Minimize):
-            return f"SampledPenalty needs a lower level Minimize(g), whose values it compares; got {lower}."
-        if sampling.unbounded(problem.y_set):
-            return f"SampledPenalty samples Y, which must be bounded, below {lower}(g); got y_set = {y_set}, unbounded."
-        return None
-
-
-@jax.jit
-def _best(problem: BilevelProblem, solver: SampledPenalty, state: State) -> tuple[PyTree, PyTree]:
-    """(x, y) of the lane of least f among those whose y is feasible with a gap within lower_tol; else of least gap."""
-    problem = problem.on_full_data()
-    view = blocks(problem, take(state.y, 0))
-    tolerance = jnp.asarray(solver.lower_tol.value, state.smooth.dtype) / view.n
-    check = cover_blocks(view, jax.random.key(0), CHECK)
-
-    def lane(x: PyTree, y: PyTree, samples: Array) -> tuple[PyTree, Array, Array]:
-        def look(ys: Array, allowed: float) -> tuple[Array, Array]:
-            f, g = view.values(x, ys, solver.chunk)
-            outside = jax.vmap(lambda y: view.violation(x, y))(ys)[:, None]
-            return f, jnp.where((outside <= allowed) & jnp.isfinite(g), g, jnp.inf)
-
-        settle = jax.vmap(lambda y: restore(view, x, y))
-        points = settle(jnp.concatenate([check, samples[-2 * solver.num_slots :], view.pack(y)[None]]))
-        g = look(points, 1e-3)[1]
-        share = len(g) // BLOCKS * BLOCKS
-        best = jnp.argmin(g[:share].reshape(-1, BLOCKS, view.n), axis=0) * BLOCKS + jnp.arange(BLOCKS)[:, None]
-        raw = jnp.concatenate([points[-1:], pick(points, best)])
-        points = jnp.concatenate([jax.vmap(lambda y: polish(view, x, y))(raw), raw])
-        f, g = look(points, FEASIBLE)
-        gap = jnp.where(jnp.isfinite(g), g - jnp.min(g, axis=0, keepdims=True), jnp.inf)
-        f = jnp.where(gap <= tolerance, f, jnp.inf)
-        f = f.at[len(raw) :].add(1e-3 * (1 + jnp.abs(f[len(raw) :])))
-        found = jnp.isfinite(jnp.min(f, axis=0))
-        k = jnp.where(found, jnp.argmin(f, axis=0), jnp.argmin(gap, axis=0))
-        point = pick(points, k)
-        return view.unpack(point), jnp.sum(jnp.min(f, axis=0)), view.violation(x, point)
-
-    y, f, outside = jax.vmap(lane)(state.x, state.y, state.samples)
-    k = jnp.where(jnp.isfinite(jnp.min(f)), jnp.argmin(f), jnp.argmin(outside))
-    return take(state.x, k), take(y, k)
+        if problem.coupling is not None and not self.refresh:
+            return (
+                f"SampledPenalty with refresh=False keeps its samples, which Y(x) would have to move; got "
+                f"{type(problem.coupling).__name__}. Use refresh=True."
+            )
+        return refuse_unbounded_set(self, problem)

@@ -14,7 +14,8 @@ import bilevel
 import problems
 from bilevel import oracles, run, sample_oracles
 from bilevel.gap import measure_global
-from bilevel.sampling import Smoothness, cover, smooth_min, sobol
+from bilevel.nets import sobol
+from bilevel.sampling import Smoothness, cover, smooth_min
 
 KEY = jax.random.key(0)
 FORMS = [(form, smoothing) for form in ("lifted", "joint") for smoothing in ("entropic", "quadratic")]

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = (  # lowest first; files on one floor do not import each other
-    {"struct", "least_distance", "tracing"},
+    {"struct", "least_distance", "tracing", "nets"},
     {"sharding"},
     {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint", "report"},
@@ -18,7 +18,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"sample_oracles"},
     {"linear", "step", "sampling", "polyhedral"},
     {"polyhedral_gradient", "projected", "lagrangian", "refine"},
-    {"projected_gradient", "lower", "tracking"},
+    {"projected_gradient", "lower", "tracking", "renewal", "answer"},
     {"hypergradient"},
     {"goldstein", "implicit", "gap"},
     {"diagnostics"},
