@@ -343,9 +343,7 @@ class SampledPenalty(Solver):
         return by_x, by_y[-1] if self.form == "joint" else jnp.zeros_like(by_y[-1])
 
     def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
-        problem, slots = problem.on_full_data(), state.sizes.shape[1]
-        view = blocks(problem, take(state.y, 0))
-        return answer.best(view, state.x, state.y, state.samples[:, -slots:], self.lower_tol.value, self.chunk)
+        return _output(problem, self, state)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         view = blocks(problem, problem.init(jax.random.key(0))[1])
@@ -365,3 +363,10 @@ class SampledPenalty(Solver):
                 f"{type(problem.coupling).__name__}. Use refresh=True."
             )
         return refuse_unbounded_set(self, problem)
+
+
+@jax.jit
+def _output(problem: BilevelProblem, solver: SampledPenalty, state: State) -> tuple[PyTree, PyTree]:
+    problem, slots = problem.on_full_data(), state.sizes.shape[1]
+    view = blocks(problem, take(state.y, 0))
+    return answer.best(view, state.x, state.y, state.samples[:, -slots:], solver.lower_tol.value, solver.chunk)
