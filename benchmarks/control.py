@@ -16,7 +16,6 @@ import json
 import os
 import sys
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,18 +77,10 @@ def load(folder: Path, name: str) -> irl.Demonstrations | None:
     return irl.Demonstrations.load(found[0]) if found else None
 
 
-def uniform(environment: Environment, observation: jax.Array, key: jax.Array) -> jax.Array:
-    """Random actions."""
-    n, k = observation.shape[0], environment.action_size
-    if environment.num_actions is None:
-        return jax.random.uniform(key, (n, k), observation.dtype, -1, 1)
-    return jax.nn.one_hot(jax.random.randint(key, (n,), 0, k), k, dtype=observation.dtype)
-
-
 @jax.jit
 def random_episodes(environment: Environment, key: jax.Array) -> Steps:
     """Ten episodes of random actions."""
-    return rollouts.episodes(environment, partial(uniform, environment), key, 10)
+    return rollouts.episodes(environment, rollouts.uniform(environment), key, 10)
 
 
 def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float:

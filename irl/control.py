@@ -24,7 +24,7 @@ from bilevel.solver import Solver
 from bilevel.struct import invalid, static, struct
 from irl import rollouts
 from irl.demonstrations import Demonstrations
-from irl.environments import Environment
+from irl.environments import Absorbing, Environment
 from irl.networks import init_mlp, mlp, pairs
 from irl.rollouts import Steps
 from irl.sac import SAC, Weights
@@ -66,7 +66,9 @@ class DeepReward:
 
 
 class Task(NamedTuple):
-    """The lower level's data. center, scale [d]: of the demonstrations' observations. expert: their steps, flat."""
+    """The lower level's data. center, scale [d]: mean and deviation of observations, half of them the demonstrations',
+    half of random actions. expert: the demonstrations' steps, flat.
+    """
 
     environment: Any
     reward: Any
@@ -116,6 +118,24 @@ def lower_map(x: PyTree, y: Weights, batch: Task) -> Weights:
     actor, critics = jax.grad(losses, argnums=(0, 1))(y.actor, y.critics)
     minus = functools.partial(jax.tree.map, jnp.subtract)
     return Weights(minus(y.actor, actor), minus(y.critics, critics), y.critics, y.log_temperature)
+
+
+def _standard(environment: Environment, expert: Steps) -> tuple[Array, Array]:
+    """(mean, deviation [d]) of the half-and-half mixture of the demonstrations and of random actions.
+
+    The demonstrations alone will not do. An expert that balances a pole varies by 0.007 in its angle; an episode ends
+    at 0.2, 28 such deviations away, where a ReLU network is 28 times as large and moves 28^2 times as fast under
+    descent as at home: the reward is then decided by falling poles, and falling can pay.
+    """
+    wandered = rollouts.wander(environment, jax.random.key(0), num_lanes=8, num_steps=128).flat
+    sides = [np.asarray(steps.observation, float)[np.asarray(steps.inside)] for steps in (expert, wandered)]
+    if isinstance(environment, Absorbing):  # the absorbing state is all zeros
+        sides = [side[side[:, -1] == 0] for side in sides]
+    mean = sum(side.mean(axis=0) for side in sides) / 2
+    scale = np.sqrt(sum(((side - mean) ** 2).mean(axis=0) for side in sides) / 2)
+    if isinstance(environment, Absorbing):  # its entry stays as it is
+        mean[-1], scale[-1] = 0, 1
+    return jnp.asarray(mean, float), jnp.asarray(np.where(scale > 1e-3, scale, 1), float)
 
 
 class Sizes(NamedTuple):
@@ -169,13 +189,7 @@ def to_control(
     reward = DeepReward() if reward is None else reward
     steps = rollouts.demonstrated(environment, demonstrations)
     flat = steps.flat
-    seen = np.asarray(flat.observation)[np.asarray(flat.inside)]
-    scale = np.std(seen, axis=0)
-    if hasattr(environment, "environment"):  # the entry of the absorbing state stays as it is
-        seen[:, -1], scale[-1] = 0, 1
-    task = Task(
-        environment, reward, agent, jnp.asarray(seen.mean(axis=0)), jnp.asarray(np.where(scale > 1e-3, scale, 1)), flat
-    )  # fmt: skip
+    task = Task(environment, reward, agent, *_standard(environment, flat), flat)
     sizes = Sizes(environment.observation_size, environment.action_size, environment.num_actions)
     return BilevelProblem(
         upper=upper,

@@ -92,6 +92,25 @@ def collect(
     return lax.scan(one, lanes, jax.random.split(key, num_steps))
 
 
+def uniform(environment: Environment) -> Callable[[Array, Array], Array]:
+    """Random actions as act(observation [n, d], key): uniform in [-1, 1]^k, or one-hot."""
+
+    def act(observation: Array, key: Array) -> Array:
+        n, k = observation.shape[0], environment.action_size
+        if environment.num_actions is None:
+            return jax.random.uniform(key, (n, k), observation.dtype, -1, 1)
+        return jax.nn.one_hot(jax.random.randint(key, (n,), 0, k), k, dtype=observation.dtype)
+
+    return act
+
+
+@partial(jax.jit, static_argnames=("num_lanes", "num_steps"))
+def wander(environment: Environment, key: Array, *, num_lanes: int, num_steps: int) -> Steps:
+    """Steps [num_steps, num_lanes] of random actions from fresh starts, with a reset behind every end."""
+    key_start, key_run = jax.random.split(key)
+    return collect(environment, uniform(environment), start(environment, key_start, num_lanes), key_run, num_steps)[1]
+
+
 def episodes(environment: Environment, act: Callable[[Array, Array], Array], key: Array, num: int) -> Steps:
     """`num` whole episodes of act(observation, key), steps [num, max_steps + 1]: no step is taken past an end."""
     key_start, key_run = jax.random.split(key)
@@ -216,15 +235,8 @@ def begin(
 ) -> Practice:
     """A fresh agent with `num_random` steps of uniform actions, at least one a lane, in its memory."""
     key_agent, key_lanes, key_random = jax.random.split(key, 3)
-
-    def uniform(observation: Array, key: Array) -> Array:
-        n, k = observation.shape[0], environment.action_size
-        if environment.num_actions is None:
-            return jax.random.uniform(key, (n, k), observation.dtype, -1, 1)
-        return jax.nn.one_hot(jax.random.randint(key, (n,), 0, k), k, dtype=observation.dtype)
-
     lanes = start(environment, key_lanes, num_lanes)
-    lanes, steps = collect(environment, uniform, lanes, key_random, max(1, num_random // num_lanes))
+    lanes, steps = collect(environment, uniform(environment), lanes, key_random, max(1, num_random // num_lanes))
     return Practice(agent.init(environment, key_agent), Memory.empty(environment, capacity).add(steps), lanes)
 
 
