@@ -5,7 +5,7 @@ methods. A cell writes one JSON file into --out when it is done; the same comman
 --table prints what there is, unfinished cells named. The folder of demonstrations holds one .npz file for each
 environment, named after it as `bilevax expert` does.
 
-return: mean of ten episodes of the last policy's mode (never the best on the way). ratio: to the expert's mean return
+return: mean of 100 episodes (MuJoCo: 10) of the last policy's mode, never the best on the way. ratio: to the expert's mean return
 in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's correlation
 of the learned with the true reward over transitions of random episodes and of the last policy's.
 """
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import os
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -79,8 +78,8 @@ def load(folder: Path, name: str) -> irl.Demonstrations | None:
 
 @jax.jit
 def random_episodes(environment: Environment, key: jax.Array) -> Steps:
-    """Ten episodes of random actions."""
-    return rollouts.episodes(environment, rollouts.uniform(environment), key, 10)
+    """A hundred episodes of random actions."""
+    return rollouts.episodes(environment, rollouts.uniform(environment), key, 100)
 
 
 def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float:
@@ -99,7 +98,7 @@ def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: 
     return float(found.statistic)
 
 
-def run(cell: Cell, demonstrations: irl.Demonstrations, progress: bool) -> dict[str, Any]:
+def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
     """The result of a cell."""
     environment, agent = irl.make(cell.environment), agent_of(cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
@@ -108,20 +107,12 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, progress: bool) -> dict[
     problem = irl.to_control(environment, first, reward, agent=agent)
     solver = kind(**settings)
 
-    def listen(step: int, state: Any, row: dict[str, float]) -> None:
-        if progress and step:
-            names = "returns", "Lhat", "direction", "policy_change", "reward_expert", "reward_agent"
-            told = "  ".join(f"{name} {row[name]:.3g}" for name in names)
-            print(
-                f"{cell.environment} {cell.method} seed {cell.seed}: step {step}  {told}", file=sys.stderr, flush=True
-            )
-
     key = jax.random.key(cell.seed)
     begin = time.perf_counter()
-    solution = bilevel.solve(problem, solver, key=key, max_steps=cell.steps, every=1, callback=listen, progress=False)
+    solution = bilevel.solve(problem, solver, key=key, max_steps=cell.steps, every=1)  # with live curves on a terminal
     key_random, key_final = jax.random.split(jax.random.key(1000 + cell.seed))
     shuffled = random_episodes(environment, key_random)
-    final = expert.play(environment, agent, solution.y, key_final, num=10)
+    final = expert.play(environment, agent, solution.y, key_final, num=100 if cell.environment in GYMNAX else 10)
     goal, floor = float(np.mean(demonstrations.returns)), float(jnp.mean(shuffled.returns))
     reached = float(jnp.mean(final.returns))
     return {
@@ -191,7 +182,7 @@ def main() -> None:
         if not path.exists():
             demonstrations = load(args.demonstrations, cell.environment)
             assert demonstrations is not None
-            result = run(cell, demonstrations, progress=sys.stderr.isatty())
+            result = run(cell, demonstrations)
             path.with_suffix(".tmp").write_text(json.dumps(result), "utf8")
             path.with_suffix(".tmp").replace(path)
     Console(width=140).print(table(cells, args.out))

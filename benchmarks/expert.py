@@ -11,20 +11,7 @@ import irl
 from benchmarks.registry import UsageError
 from bilevel.struct import InvalidInput
 from irl import expert
-from irl.environments import GYMNAX, Environment
-
-
-def agent_of(environment: Environment, name: str) -> irl.SAC:
-    """Settings that train an expert: small networks for classic control, 2 x 256 for MuJoCo; see docs/irl.md."""
-    hidden, batch_size = ((64, 64), 128) if name in GYMNAX else ((256, 256), 256)
-    if environment.num_actions is not None:  # a tuned temperature keeps a discrete policy too random to excel
-        return irl.SAC(temperature=0.2, target_rate=0.02, hidden=hidden, batch_size=batch_size)
-    return irl.SAC(tuned=True, hidden=hidden, batch_size=batch_size)
-
-
-def steps_of(name: str) -> int:
-    """Environment steps that are enough as a rule."""
-    return {"Pendulum-v1": 10_000, "CartPole-v1": 20_000}.get(name, 50_000 if name in GYMNAX else 300_000)
+from irl.expert import agent_of, steps_of
 
 
 def make(

@@ -49,8 +49,48 @@ def solution_text(solution: "Solution", max_rows: int = 12) -> str:
     return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer, *failed])
 
 
+BLOCKS = "▁▂▃▄▅▆▇█"
+DRIVERS = ("step", "violation", "oracles", "time", "error_bound", "status")  # columns that are no curves
+
+
+def sparkline(values: Any, width: int = 40) -> str:
+    """A curve as one line of at most `width` blocks, from its least value to its largest; blanks where not finite.
+
+    Longer ones are thinned, the last value kept. Positive values that span three decades are drawn by their logarithms.
+    """
+    values = [float(v) for v in values]
+    if len(values) > width:
+        values = [values[round(k * (len(values) - 1) / (width - 1))] for k in range(width)]
+    finite = [v for v in values if math.isfinite(v)]
+    if finite and min(finite) > 0 and max(finite) > 1e3 * min(finite):
+        values = [math.log(v) if math.isfinite(v) else v for v in values]
+        finite = [v for v in values if math.isfinite(v)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
+
+
+def curves(record: "Record") -> Any:
+    """A rich table, a line for each measured quantity, the solver's own among them: name, last value, curve, span."""
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 2))
+    for justify in ("left", "right", "left", "left"):
+        table.add_column(justify=justify, no_wrap=True)
+    names = {"value": "F(x)", "hypergradient": "|grad F|", "lower_residual": "lower residual"}
+    for column in record.rows[-1] if record.rows else ():
+        values = record[column]
+        finite = [float(v) for v in values if math.isfinite(v)]
+        if column not in DRIVERS and finite:
+            span = f"{min(finite):.3g} to {max(finite):.3g}"
+            table.add_row(names.get(column, column), f"{values[-1]:.4g}", sparkline(values), span)
+    return table
+
+
 class Progress:
-    """A rich progress bar that appears after two seconds on a terminal, and not at all elsewhere."""
+    """A rich progress bar with the curves of everything measured; it appears after two seconds on a terminal, and not
+    at all elsewhere.
+    """
 
     def __init__(self, wanted: bool | None, total: int, label: str) -> None:
         """`wanted=None` asks the terminal."""
@@ -58,31 +98,28 @@ class Progress:
         self.total, self.label, self.begin, self.bar, self.task = total, label, time.monotonic(), None, None
 
     def update(self, step: int, record: "Record") -> None:
-        """Show `step` and the last measured row."""
+        """Show `step` and what has been measured so far."""
         if not self.wanted or time.monotonic() - self.begin < 2:
             return
+        from rich.console import Console, Group
+
         if self.bar is None:
-            from rich.console import Console
+            from rich.live import Live
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[last]}"),
-            )
-            self.bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task(self.label, total=self.total, last="")
-        last = record.rows[-1] if record.rows else {"value": math.nan, "hypergradient": math.nan}
+            columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self.bar = Progress(*columns)
+            self.task = self.bar.add_task(self.label, total=self.total)
+            self.live = Live(console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self.live.start()
         assert self.task is not None
-        self.bar.update(self.task, completed=step, last=f"F {last['value']:.5g}  |grad| {last['hypergradient']:.1e}")
+        self.bar.update(self.task, completed=step)
+        self.live.update(Group(self.bar, curves(record)))
 
     def close(self) -> None:
-        """Remove the bar."""
+        """Remove them."""
         if self.bar is not None:
-            self.bar.stop()
+            self.live.stop()
 
 
 def plot_records(

@@ -146,7 +146,7 @@ def solve(
         callback: called with (step, state, row) after each measurement; a true value stops the run.
         checkpoint: a file. Saved after every measurement and on interruption; where it exists already, the run goes on
             from it, to the same bits as a run without a break.
-        progress: a bar on the terminal; default only on a terminal, after two seconds.
+        progress: a bar and the curves of what is measured, live; default only on a terminal, after two seconds.
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
         measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
             with `many_minimisers` on a constrained lower level and where h is smooth, looks for its least value, `gap`.

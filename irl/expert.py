@@ -12,7 +12,7 @@ from jax import Array
 from bilevel.struct import invalid
 from irl import rollouts
 from irl.demonstrations import Demonstrations
-from irl.environments import Absorbing, Environment
+from irl.environments import GYMNAX, Absorbing, Environment
 from irl.rollouts import Memory, Practice, Steps
 from irl.sac import SAC, Learner, Weights
 
@@ -22,6 +22,19 @@ class Expert(NamedTuple):
 
     weights: Weights
     returns: list[float]
+
+
+def agent_of(environment: Environment, name: str) -> SAC:
+    """Settings that train an expert: small networks for classic control, 2 x 256 for MuJoCo; see docs/irl.md."""
+    hidden, batch_size = ((64, 64), 128) if name in GYMNAX else ((256, 256), 256)
+    if environment.num_actions is not None:  # a tuned temperature keeps a discrete policy too random to excel
+        return SAC(temperature=0.2, target_rate=0.02, hidden=hidden, batch_size=batch_size)
+    return SAC(tuned=True, hidden=hidden, batch_size=batch_size)
+
+
+def steps_of(name: str) -> int:
+    """Environment steps that are enough as a rule."""
+    return {"Pendulum-v1": 10_000, "CartPole-v1": 20_000}.get(name, 50_000 if name in GYMNAX else 300_000)
 
 
 def on_true_reward(agent: SAC) -> Callable[[Learner, Memory, Array], tuple[Learner, Any]]:

@@ -98,12 +98,27 @@ def test_progress_bar_appears_after_two_seconds_only(capfd, monkeypatch):
     assert bar.bar is None
     bar.begin -= 2000
     bar.update(5, Record([]))  # nothing measured yet: NaN, no error
-    bar.update(6, Record([row(5)]))
+    bar.update(6, Record([row(4, Lhat=-2.0, returns=math.nan), row(5, Lhat=3.5, returns=math.nan)]))
     assert bar.bar is not None
     bar.close()
     out, err = capfd.readouterr()
     assert out == ""
     assert "SOBA" in err
+    line = next(line for line in err.splitlines() if "Lhat" in line)  # the solver's own columns are curves, too
+    assert "3.5" in line
+    assert "▁█" in line
+    assert "returns" not in err  # not yet a number
+
+
+def test_sparklines():
+    assert report.sparkline([0, 1, 2, 7]) == "▁▂▃█"
+    assert report.sparkline([7, math.nan, 0, math.inf]) == "█ ▁ "
+    assert report.sparkline([2.0, 2.0]) == "▁▁"
+    assert report.sparkline([]) == ""
+    assert report.sparkline([math.nan]) == " "
+    assert report.sparkline([1e-7, 1.0, 1e7]) == "▁▅█"  # decades apart: by logarithms
+    long = report.sparkline(range(1000), width=8)
+    assert long == "▁▂▃▄▅▆▇█"
 
 
 def test_plot_is_a_picture(tmp_path):

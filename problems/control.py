@@ -1,0 +1,99 @@
+"""Deep control: a reward from few episodes of an expert, in an environment that can only be stepped; networks
+
+The expert is trained by soft actor-critic on the true reward, once in a run, and shows `trajectories` episodes of its
+best actions. The problem is `irl.to_control`: x the reward's network, y policy and soft values, f the negative
+log-likelihood of the demonstrated actions; for the solvers of `irl` that step environments. Nothing of such a lower
+level can be certified: runs are measured by `irl.control.measure`.
+
+Metrics, by 50 episodes of the last policy's best actions: `return`, and `scaled_return`, 0 for uniformly random actions
+and 1 for the expert.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import irl
+from bilevel.struct import invalid
+from irl import expert, rollouts
+from irl.control import measure
+from irl.environments import GYMNAX, Environment
+from irl.sac import SAC, Weights
+from problems.instance import Instance
+
+PyTree = Any
+EPISODES = 50
+
+
+@functools.cache
+def _environment(name: str) -> Environment:
+    return irl.make(name)
+
+
+@functools.cache
+def _teacher(name: str, steps: int, precision: str) -> Weights:
+    """The expert's policy; the precision is part of the key, since arrays of another would not fit."""
+    environment = _environment(name)
+    return expert.train(
+        environment, jax.random.key(0), agent=expert.agent_of(environment, name), num_steps=steps
+    ).weights
+
+
+@functools.partial(jax.jit, static_argnames="num")
+def _random_returns(environment: Environment, key: jax.Array, num: int) -> jax.Array:
+    return rollouts.episodes(environment, rollouts.uniform(environment), key, num).returns
+
+
+def make(
+    seed: int = 0,
+    environment: str = "CartPole-v1",
+    trajectories: int = 1,
+    state_only: bool = False,
+    absorbing: bool = False,
+    expert_steps: int | None = None,
+    hidden: int = 64,
+) -> Instance:
+    """Demonstrations of a trained expert.
+
+    Args:
+        seed: >= 0, of the demonstrated episodes.
+        environment: of `irl.make`.
+        trajectories: demonstrated episodes, >= 1.
+        state_only: a reward r(s) instead of r(s, a).
+        absorbing: learn the reward behind an end, too.
+        expert_steps: environment steps of the expert's training, a multiple of 1000; default what is enough as a rule.
+        hidden: units of each of the two hidden layers of policy and values.
+
+    Raises:
+        InvalidInput: an unknown environment, or a number out of its range.
+    """
+    for name, number in (("trajectories", trajectories), ("hidden", hidden)):
+        if not (isinstance(number, int) and number >= 1):
+            invalid(f"{name} (control)", number, "a whole number >= 1", "Give a count.")
+    world, precision = _environment(environment), str(jnp.zeros((), float).dtype)
+    steps = expert.steps_of(environment) if expert_steps is None else expert_steps
+    teacher, teaches = _teacher(environment, steps, precision), expert.agent_of(world, environment)
+    key_shown, key_played, key_random = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 3)
+    shown = expert.demonstrate(world, teaches, teacher, key_shown, num=trajectories)
+    agent = SAC(hidden=(hidden, hidden), batch_size=128 if environment in GYMNAX else 256)
+
+    learnt = irl.Absorbing(world) if absorbing else world
+
+    def returns(world: Environment, agent: SAC, weights: Weights) -> float:
+        return float(jnp.mean(expert.play(world, agent, weights, key_played, num=EPISODES).returns))
+
+    goal = returns(world, teaches, teacher)
+    floor = float(jnp.mean(_random_returns(world, key_random, EPISODES)))
+
+    def numbers(reached: float) -> dict[str, float]:
+        return {"return": reached, "scaled_return": (reached - floor) / (goal - floor)}
+
+    return Instance(
+        irl.to_control(learnt, shown, irl.DeepReward(state_only=state_only), agent=agent),
+        tags=frozenset({"irl", "fixed-point", "deep"}),
+        metrics=lambda x, y: numbers(returns(learnt, agent, y)),
+        baselines={"expert": lambda: numbers(goal), "random actions": lambda: numbers(floor)},
+        measure=measure,
+    )
