@@ -5,9 +5,9 @@ methods. A cell writes one JSON file into --out when it is done; the same comman
 --table prints what there is, unfinished cells named. The folder of demonstrations holds one .npz file for each
 environment, named after it as `bilevax expert` does.
 
-return: mean of 100 episodes (MuJoCo: 10) of the last policy's mode, never the best on the way. ratio: to the expert's mean return
-in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's correlation
-of the learned with the true reward over transitions of random episodes and of the last policy's.
+return: mean of 100 episodes (MuJoCo: 10) of the last policy's mode, never the best on the way. ratio: to the expert's
+mean return in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's
+correlation of the learned with the true reward over transitions of random episodes and of the last policy's.
 """
 
 import argparse

@@ -131,8 +131,8 @@ def _standard(environment: Environment, expert: Steps) -> tuple[Array, Array]:
     sides = [np.asarray(steps.observation, float)[np.asarray(steps.inside)] for steps in (expert, wandered)]
     if isinstance(environment, Absorbing):  # the absorbing state is all zeros
         sides = [side[side[:, -1] == 0] for side in sides]
-    mean = sum(side.mean(axis=0) for side in sides) / 2
-    scale = np.sqrt(sum(((side - mean) ** 2).mean(axis=0) for side in sides) / 2)
+    mean = np.mean([side.mean(axis=0) for side in sides], axis=0)
+    scale = np.sqrt(np.mean([((side - mean) ** 2).mean(axis=0) for side in sides], axis=0))
     if isinstance(environment, Absorbing):  # its entry stays as it is
         mean[-1], scale[-1] = 0, 1
     return jnp.asarray(mean, float), jnp.asarray(np.where(scale > 1e-3, scale, 1), float)

@@ -126,6 +126,21 @@ def problem(clamp=10.0, world=Corridor(), **settings):  # noqa: B008
     return irl.to_control(world, demonstrations(), irl.DeepReward(clamp, hidden=(4,), **settings), agent=TINY)
 
 
+@pytest.mark.parametrize("world", [Corridor(), irl.Absorbing(Corridor())])
+def test_an_expert_that_hardly_moves_does_not_set_the_scale(world):
+    """Observations are standardised by the half-and-half mixture with random actions, absorbing states left out."""
+    still = irl.Demonstrations.of(np.zeros((1, 6, 1)), [[0] * 6], last=[[0.0]], terminated=[False])
+    task = irl.to_control(world, still, agent=TINY).lower_data.full()
+    wandered = rollouts.wander(world, jax.random.key(0), num_lanes=8, num_steps=128).flat.observation
+    at = np.asarray(wandered)[..., 0]
+    if wandered.shape[1] == 2:
+        at = at[wandered[:, 1] == 0]
+        assert (task.center[-1], task.scale[-1]) == (0, 1)
+    mixture = np.concatenate([np.zeros(len(at)), at])
+    np.testing.assert_allclose([task.center[0], task.scale[0]], [mixture.mean(), mixture.std()])
+    assert np.abs(task.standard(jnp.asarray(wandered))).max() < 5
+
+
 def pair_of(solver, task, expert_steps, key):
     seen = rollouts.episodes(
         task.environment, lambda s, key: jax.nn.one_hot(jax.random.bernoulli(key, 0.6, (3,)).astype(int), 2), key, 3
@@ -222,31 +237,35 @@ class TestDirections:
         np.testing.assert_allclose(pi[0], [0.25, 0.75], atol=0.03)
         assert pi[1, 0] > 0.95
 
-    def test_inverse_soft_q_learning_is_the_formula(self, key):
+    @pytest.mark.parametrize("use_memory", [False, True])
+    def test_inverse_soft_q_learning_is_the_formula(self, use_memory, key):
         p = problem()
-        solver, agent = irl.IQLearn(1.0, **SHORT), p.lower_data.full().agent
+        solver = irl.IQLearn(1.0, use_memory=use_memory, **SHORT)
         state = solver.init(p, key)
         learner = sac.Learner(state.y, *state.moments)
         _, losses = jax.jit(solver.update)(p, state, learner, key)
-        keys = jax.random.split(key, 5)
+        keys, given = jax.random.split(key, 5), 8 if use_memory else 16
         flat = p.lower_data.full().expert
         chances = np.asarray(flat.inside) / np.sum(np.asarray(flat.inside))
-        drawn = jax.random.choice(keys[1], len(chances), (8,), p=jnp.asarray(chances))
-        memory = state.memory.draw(keys[0], 8)
-        join = lambda name: np.concatenate([getattr(flat, name)[drawn], getattr(memory, name)])  # noqa: E731
-        s, a, after, ended = (join(name) for name in ("observation", "action", "next_observation", "terminated"))
+        drawn = jax.random.choice(keys[1], len(chances), (given,), p=jnp.asarray(chances))
+        s, a, after, ended = (
+            np.asarray(getattr(flat, name))[drawn]
+            for name in ("observation", "action", "next_observation", "terminated")
+        )
+        if use_memory:
+            memory = state.memory.draw(keys[0], 8)
+            s, a = np.concatenate([s, memory.observation]), np.concatenate([a, memory.action])
+            after = np.concatenate([after, memory.next_observation])
+            ended = np.concatenate([ended, memory.terminated])
 
-        def value(nets, s):
-            Q = np.minimum(*(np.asarray(networks.mlp(net, jnp.asarray(s))) for net in nets))
-            return 0.2 * np.log(np.exp(Q / 0.2).sum(axis=1))
-
-        future = 0.9 * np.where(ended, 0, value(state.y.targets, after))
         total = 0
         for net in state.y.critics:
-            r = (np.asarray(networks.mlp(net, jnp.asarray(s))) * a).sum(axis=1) - future
-            total += np.mean(value(state.y.critics, s) - future) - r[:8].mean() + np.mean(r**2) / 2
+            Q, Q_after = (np.asarray(networks.mlp(net, jnp.asarray(x))) for x in (s, after))
+            V, V_after = (0.2 * np.log(np.exp(q / 0.2).sum(axis=1)) for q in (Q, Q_after))
+            future = 0.9 * np.where(ended, 0, V_after)
+            r = (Q * a).sum(axis=1) - future
+            total += np.mean(V - future) - r[:given].mean() + np.mean(r**2) / 2
         np.testing.assert_allclose(losses.critic, total, rtol=1e-8)
-        assert agent.batch_size == 16
 
 
 class TestRuns:
