@@ -137,22 +137,27 @@ def _count(truth: float, F: np.ndarray, gap: np.ndarray, outside: np.ndarray) ->
     }  # fmt: skip
 
 
+def _why(row: dict[str, Any]) -> str:
+    return ", ".join(f"{count} {cause}" for cause, count in row["causes"].items() if count)
+
+
 def line(row: dict[str, Any]) -> str:
     """One row as text."""
     if "refused" in row:
         return f"    {row['row']:10s} refused: {row['refused']}"
-    why = ", ".join(f"{count} {cause}" for cause, count in row["causes"].items() if count)
     low, high = row["F"] or (np.nan, np.nan)
     took = f"{row['seconds']:6.2f} s, CPU {row['cpu']:6.2f} s, first {row['first']:5.1f} s" if "seconds" in row else ""
     gap = np.nan if row["gap"] is None else row["gap"]
     return (
         f"    {row['row']:10s}{row['good']:3d}/{SEEDS}  F* {row['truth']:9.5f}  F {low:9.5f} to {high:9.5f}  "
-        f"gap {gap:7.0e}  {row['calls']:.0e} calls  {took}  {why}"
+        f"gap {gap:7.0e}  {row['calls']:.0e} calls  {took}  {_why(row)}"
     )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a problem, a column a solver; below, totals and the failures of SampledPenalty by name."""
+    """Markdown: a line a problem, a column a solver with the causes of its failures; below, totals, and the failures of
+    SampledPenalty by name.
+    """
     found = {(row["problem"], row["row"]): row for row in rows}
     names = list(dict.fromkeys(row["problem"] for row in rows))
     lines = [
@@ -161,7 +166,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
 
     def cell(row: dict[str, Any] | None) -> str:
-        return "" if row is None else "refused" if "refused" in row else f"{row['good']}"
+        if row is None or "refused" in row:
+            return "" if row is None else "refused"
+        return f"{row['good']}" + (f" ({_why(row)})" if row["good"] < SEEDS else "")
 
     for name in names:
         first = found.get((name, "default"), {})
@@ -176,8 +183,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             lines.append(f"\n{kind}: {good} of {pairs} (problem, seed) pairs, {100 * good / pairs:.1f}%.")
     for row in rows:
         if row.get("good", SEEDS) < SEEDS and row["row"] in ("default", "1 start"):
-            why = ", ".join(f"{count} {cause}" for cause, count in row["causes"].items() if count)
-            lines.append(f"\n- `{row['problem']}`, {row['row']}: {why}.")
+            lines.append(f"\n- `{row['problem']}`, {row['row']}: {_why(row)}.")
     return "\n".join(lines)
 
 

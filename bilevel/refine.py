@@ -167,8 +167,9 @@ def improve(
         d = lax.scan(conjugate, (jnp.zeros_like(y), start, start), length=min(view.m, MAX_CG))[0][0]
         steep = jnp.linalg.norm(G, axis=1)
         size = jnp.where(size > 0, size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / safe(steep))
-        trials = [y + length * d for length in LENGTHS] + [y - k * size[:, None] * G for k in SIZES] + [y]
-        trials = jax.vmap(lambda y: restore(view, x, y, restores))(jnp.stack(trials))
+        lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
+        moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
+        trials = jax.vmap(lambda y: restore(view, x, y, restores))(y[None] + jnp.concatenate(moves))
         values = oracles.batched(value)(trials)
         values = values.at[0].add(-rounding * jnp.abs(phi))  # where rounding hides the fall, Newton shows the way
         if view.problem.coupling is not None:  # what `restore` did not bring back does not count as lower

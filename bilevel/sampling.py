@@ -145,7 +145,7 @@ def fill(set: Set, uniform: Array, key: Array, like: PyTree) -> PyTree:
     """Points of `set` shaped like `like`, stacked, one for each row of `uniform`, shape [num, dim], in (0, 1).
 
     Boxes, balls and simplices are filled uniformly, as evenly as the rows fill the cube; coordinates of a box without
-    two finite ends are exponential or normal, as `Box.sample`'s. Other sets use `sample` with `key` instead.
+    two finite ends are exponential, as `Box.sample`'s, or logistic. Other sets use `sample` with `key` instead.
     """
     num = len(uniform)
     flat, unravel = ravel_pytree(like)
@@ -162,8 +162,9 @@ def fill(set: Set, uniform: Array, key: Array, like: PyTree) -> PyTree:
     if isinstance(set, Box):
         lo, hi = (ravel_pytree(bound)[0][None] for bound in set.bounds(like))
         low, high = (jnp.where(jnp.isfinite(end), end, 0) for end in (lo, hi))
-        far, normal = -jnp.log1p(-uniform), _normal(uniform)
-        open_end = jnp.where(jnp.isfinite(lo), low + far, jnp.where(jnp.isfinite(hi), high - far, normal))
+        far = -jnp.log1p(-uniform)
+        both = jnp.log(uniform) + far  # logistic: the program of a normal one is ten times as long
+        open_end = jnp.where(jnp.isfinite(lo), low + far, jnp.where(jnp.isfinite(hi), high - far, both))
         points = jnp.where(jnp.isfinite(lo) & jnp.isfinite(hi), low + uniform * (high - low), open_end)
     elif isinstance(set, Simplex):
         far = -jnp.log1p(-uniform)

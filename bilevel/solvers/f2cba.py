@@ -77,9 +77,9 @@ class F2CBA(Solver):
     Reference: Kornowski, Padmanabhan, Wang, Zhang, Sra. First-order methods for linearly constrained bilevel
         optimization. NeurIPS 2024, arXiv:2406.12771: the oracles of its sections on equalities and on inequalities with
         the optimal dual, and its nonsmooth method with an inexact gradient oracle.
-    Differs from the paper: the solver's name is ours. The multipliers, which the paper takes as given, come from the
-        warm-started dual steps; y takes projected gradient steps of Barzilai and Borwein's length. The points x are
-        reported, not averages of blocks.
+    Differs from the paper: the solver's name is ours; the formulas are from memory, the text was not at hand. The
+        multipliers, which the paper takes as given, come from the warm-started dual steps; y takes projected gradient
+        steps of Barzilai and Borwein's length. The points x are reported, not averages of blocks.
     """
 
     lower_step_size: Any = None

@@ -179,7 +179,8 @@ class ProxF2SA(F2SA):
     Reference: Kwon, Kwon, Wright, Nowak. On penalty methods for nonconvex bilevel optimization and first-order
         stochastic approximation. ICLR 2024, arXiv:2309.01753.
     Differs from the paper: its inner proximal problems are plain projected steps, and there is no momentum; y and z see
-        the same batches.
+        the same batches. From the paper's summary: sigma f + g, the direction's limit and the error bound; the order of
+        the updates is from memory, schedule and step sizes are ours.
     """
 
     growth: ClassVar[Callable] = staticmethod(_slow_growth)
