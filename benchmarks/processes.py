@@ -51,7 +51,15 @@ def join() -> None:
     import jax
 
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[NUMBER]))
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)  # Gloo prints that it is connected, into what `--json` writes
+    try:
+        jax.distributed.initialize(os.environ[ADDRESS], int(os.environ[COUNT]), int(os.environ[NUMBER]))
+        share(None)
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def leads() -> bool:

@@ -1,9 +1,9 @@
 """What a solve costs before it runs: seconds of tracing and compiling, and the memory of a step.
 
 `bilevax run --profile` prints it for each problem and solver. The numbers are XLA's own of the compiled chunk of steps
-(`run._advance`): arguments (problem, settings, state), results, and temporary buffers, whose sum is the most that is
-alive at once; floating-point operations of one pass through the program, loops counted once. Nothing is read from a
-compilation cache.
+(`lanes.advance_lanes`): arguments (problem, settings, state), results, and temporary buffers, whose sum is the most
+that is alive at once; floating-point operations of one pass through the program, loops counted once. Nothing is read
+from a compilation cache.
 """
 
 import time
@@ -14,7 +14,7 @@ import jax
 
 from benchmarks.files import write_json
 from benchmarks.registry import Cell, build_instance, build_solver
-from bilevel import run
+from bilevel import lanes, run
 
 HEADINGS = ["solver", "x", "y", "trace s", "compile s", "data MB", "state MB", "temporary MB", "peak MB", "Mflop"]
 
@@ -28,9 +28,9 @@ def of(problem: Any, solver: Any, key: jax.Array) -> dict[str, float]:
     reason = solver.unsupported(problem)
     if reason is not None:
         raise run.Unsupported(reason)
-    state = run._init(problem, solver, key, False)
+    state = lanes.init(problem, solver, key, False)
     begin = time.perf_counter()
-    lowered = run._advance.lower(problem, solver, state, key, 0, 1, False)
+    lowered = lanes.advance_lanes.lower(problem, solver, state, key, 0, 1, False)
     middle = time.perf_counter()
     compiled = lowered.compile()
     end = time.perf_counter()

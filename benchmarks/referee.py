@@ -15,7 +15,7 @@ from bilevel import diagnostics, gap, reference
 from bilevel.problem import Minimize
 
 PyTree = Any
-LARGEST = 400  # lower-level unknowns: dense matrices and BFGS stay quick below
+LARGEST = 1000  # lower-level unknowns: dense matrices stay quick below, a second at 650
 TOLERANCE = 1e-6
 KINK = 1e-5  # margin below which F has a kink to the reference, and one-sided gradients do not compare
 MISSED = 1e-4  # relative to 1 + |g|: how much lower SciPy may find the lower level than the measurement did

@@ -26,7 +26,7 @@ import bilevel
 import irl
 import problems
 from benchmarks import profile
-from bilevel import run
+from bilevel import lanes
 
 SIZES = {
     "unknowns": (10_000, 100_000, 1_000_000),
@@ -99,7 +99,7 @@ def cost(problem: bilevel.BilevelProblem, solver: bilevel.Solver, steps: int = 3
     call()
     stats = call().stats
     begin = time.perf_counter()
-    jax.block_until_ready(run._init(problem, solver, key, False))
+    jax.block_until_ready(lanes.init(problem, solver, key, False))
     start = time.perf_counter() - begin
     return {
         "step": stats["solve_time"] / max(stats["steps"], 1), "init": start, "measure": stats["measure_time"],

@@ -65,7 +65,8 @@ def lower_gap(problem: BilevelProblem, x: PyTree, y: PyTree, solved: PyTree) -> 
 
 
 def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
-    """y(x) from the start y, by SciPy's BFGS (Minimize) and then Newton steps in NumPy.
+    """y(x) from the start y, by SciPy's BFGS (for Minimize; above 100 unknowns L-BFGS, since BFGS costs n^3 a step) and
+    then Newton steps in NumPy.
 
     Raises:
         RuntimeError: where the residual at the end is above 1e-9 (1 + |R at the start|), with its value.
@@ -83,7 +84,7 @@ def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
     root = np.asarray(flat, float)
     first = float(np.linalg.norm(residual(root)))
     if isinstance(problem.lower, Minimize):
-        root = optimize.minimize(value, root, jac=True, method="BFGS").x
+        root = optimize.minimize(value, root, jac=True, method="BFGS" if root.size <= 100 else "L-BFGS-B").x
     for _ in range(20):  # Newton in NumPy: quadratic from here
         R = residual(root)
         trial = root - np.linalg.solve(_jacobians(problem, x, unravel(np.asarray(root, flat.dtype)))[1], R)

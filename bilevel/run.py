@@ -1,4 +1,4 @@
-"""Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds by vmap).
+"""Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds as lanes).
 
 The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps
 of a chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one
@@ -10,9 +10,8 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,94 +23,18 @@ from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
+from bilevel.lanes import Many, advance, compiled, lane, last_finite, passes_per_step
 from bilevel.problem import BilevelProblem, SmoothCoupling
 from bilevel.record import Record, Solution, SolveError, Status
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 
+__all__ = ["SolveError", "Unsupported", "advance", "passes_per_step", "solve", "solve_many"]
 PyTree = Any
 PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
 
 
 _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
-
-
-def advance(
-    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int
-) -> tuple[PyTree, PyTree]:
-    """(state, info of the last step) after steps start, …, start + num_steps - 1.
-
-    Pure: safe under jit, vmap and shard_map. `start` and `num_steps` may be traced. With num_steps = 0 info is zeros.
-    """
-    return _steps(problem, solver, state, key, start, num_steps, ())[:2]
-
-
-def _steps(
-    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int,
-    watched: tuple[str, ...],
-) -> tuple[PyTree, PyTree, Array]:  # fmt: skip
-    """`advance`, and at how many of the steps each `watched` field of info was false, shape [len(watched)]."""
-    shapes = jax.eval_shape(lambda s: solver.step(problem, s, key)[1], state)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-    def body(k: Array, carry: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
-        state, info = solver.step(problem, carry[0], jax.random.fold_in(key, k))
-        return state, info, carry[2] + jnp.array([~getattr(info, name) for name in watched], carry[2].dtype)
-
-    begin = state, nothing, jnp.zeros(len(watched), int)
-    return jax.lax.fori_loop(start, start + num_steps, body, begin)
-
-
-class Lanes(NamedTuple):
-    """The compiled functions of a run: for one key, or for many by vmap."""
-
-    init: Callable
-    advance: Callable
-    measure: Callable
-    output: Callable
-
-
-def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
-    """What a step costs in passes over the data: `OracleCount.passes` with the sources' fractions."""
-    if solver.full_batch:
-        return solver.cost(problem).passes(1.0, 1.0)
-    return solver.cost(problem).passes(problem.upper_data.fraction, problem.lower_data.fraction)
-
-
-def _all_finite(state: PyTree) -> Array:
-    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
-
-
-@partial(jax.jit, static_argnames="many")
-def _init(problem: BilevelProblem, solver: Solver, key: Array, many: bool) -> PyTree:
-    one = lambda key: solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))  # noqa: E731
-    return sharding.whole(jax.vmap(one)(key) if many else one(key))
-
-
-@partial(jax.jit, static_argnames="many")
-def _advance(
-    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: bool
-) -> tuple[PyTree, PyTree, Array, Array]:
-    """(state, info, whether the state is finite, at how many steps each of the solver's assumptions failed)."""
-
-    def one(state: PyTree, key: Array) -> tuple[PyTree, PyTree, Array, Array]:
-        watched = tuple(solver.assumptions)
-        state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
-        return state, info, _all_finite(state), failed
-
-    return sharding.whole(jax.vmap(one)(state, key) if many else one(state, key))
-
-
-@partial(jax.jit, static_argnames=("many", "measure"))
-def _measure(problem: BilevelProblem, x: PyTree, y: PyTree, many: bool, measure: Callable) -> Array:
-    """Of (x, y) alone, so that all solvers share one compilation; as one vector, since each transfer has its price."""
-
-    def one(x: PyTree, y: PyTree) -> Array:
-        measured = measure(problem, x, y)
-        return jnp.stack([jnp.asarray(field, measured.value.dtype) for field in measured])
-
-    return sharding.whole(jax.vmap(one)(x, y) if many else one(x, y))
 
 
 def solve(
@@ -186,16 +109,26 @@ def solve_many(
     time_limit: float | None = None,
     progress: bool | None = None,
     measure: Callable | None = None,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> list[Solution]:
-    """`solve` for every key of `keys`, shape [n], in one vmapped run; the arguments are those of `solve`.
+    """`solve` for every key of `keys`, shape [n], in one vmapped run.
+
+    The arguments are those of `solve`, but for `mesh`: devices of this process over which the keys are spread, n a
+    multiple of their number. Each runs its own keys by itself: nothing moves between devices, and each holds all data.
 
     A key that converges or turns non-finite is set aside with its record; the others go on. Times are those of all
     keys together.
+
+    Raises:
+        InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
     _check_arguments(max_steps, every, tol, time_limit)
     _check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
+    many: Many = True if mesh is None else sharding.automatic(mesh)
+    if mesh is not None and keys.shape[0] % mesh.size:
+        invalid("keys", f"shape {keys.shape}", f"a multiple of the mesh's {mesh.size} devices", "Add or drop keys.")
     return _drive(
-        problem, solver, keys, many=True, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
+        problem, solver, keys, many=many, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
         callback=None, checkpoint=None, progress=progress, measure=measure,
     )  # fmt: skip
 
@@ -216,24 +149,6 @@ def _check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None
         invalid(name, type(key).__name__, expected, "Make a typed key: jax.random.key(seed).")
     if key.ndim != axes or key.size == 0:
         invalid(name, f"shape {key.shape}", expected, do)
-
-
-def _lanes(solver: Solver, many: bool, measure: Callable) -> Lanes:
-    def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
-        output = partial(solver.output, problem)
-        x, y = (jax.vmap(output) if many else output)(state)
-        return _measure(problem, x, y, many, measure)
-
-    return Lanes(
-        init=lambda problem, key: _init(problem, solver, key, many),
-        advance=lambda problem, state, key, start, n: _advance(problem, solver, state, key, start, n, many),
-        measure=measured,
-        output=lambda problem, state: solver.output(problem, state),
-    )
-
-
-def _lane(tree: PyTree, many: bool, k: int) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
 
 
 def _scalars(info: PyTree) -> dict[str, float]:
@@ -258,7 +173,7 @@ class _Clock:
 
 
 def _drive(
-    problem: BilevelProblem, solver: Solver, key: Array, *, many: bool, max_steps: int, every: int | None, tol: float |
+    problem: BilevelProblem, solver: Solver, key: Array, *, many: Many, max_steps: int, every: int | None, tol: float |
     None,
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
     measure: Callable | None, mesh: jax.sharding.Mesh | None = None,
@@ -272,11 +187,14 @@ def _drive(
         smooth = isinstance(problem.coupling, SmoothCoupling)  # F has no implicit derivative there
         by_value = smooth or (solver.many_minimisers and problem.constrained_lower)
         measure = solver.referee or (measure_global if by_value else measure_implicit)
-    lanes, count = _lanes(solver, many, measure), key.shape[0] if many else 1
+    lanes, count = compiled(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
     owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
-    problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
+    if isinstance(many, jax.sharding.Mesh):
+        problem, solver, key = sharding.place((problem, solver, key), many)
+    else:
+        problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init(problem, key))
@@ -309,22 +227,22 @@ def _drive(
         for k in range(count):
             if k in finished:
                 continue
-            m = Measurement(*_lane(measured, many, k).tolist())
+            m = Measurement(*lane(measured, many, k).tolist())
             row = {
                 "step": step, "value": m.value, "hypergradient": m.hypergradient,
                 "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
                 "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
             }  # fmt: skip
-            row |= (_scalars(_lane(info, many, k)) if step > 0 else {}) | row  # the referee's numbers win
+            row |= (_scalars(lane(info, many, k)) if step > 0 else {}) | row  # the referee's numbers win
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
             gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)
             within = all(number <= tol for number in (gap, m.lower_residual, m.lower_distance, m.violation))
             within = within and step >= solver.least_steps
             if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
-                finished[k] = Status.CONVERGED, step, *_lane((state, info, failed), many, k)
+                finished[k] = Status.CONVERGED, step, *lane((state, info, failed), many, k)
             elif not np.isfinite(m.value) and m.status != Status.INFEASIBLE_LOWER:  # so far out that F overflows
-                finished[k] = Status.NONFINITE, step, *_lane((state, info, failed), many, k)
+                finished[k] = Status.NONFINITE, step, *lane((state, info, failed), many, k)
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
         if stop:
@@ -348,8 +266,8 @@ def _drive(
                 bad = [k for k in np.flatnonzero(~np.atleast_1d(finite)).tolist() if k not in finished]
                 if bad:
                     for k in bad:
-                        at, last, last_info, more = _last_finite(lanes, problem, state, key, step, piece, many, k)
-                        finished[k] = Status.NONFINITE, at, last, last_info, _lane(failed, many, k) + more
+                        at, last, last_info, more = last_finite(lanes, problem, state, key, step, piece, many, k)
+                        finished[k] = Status.NONFINITE, at, last, last_info, lane(failed, many, k) + more
                     done = len(finished) == count
                 if not done:
                     (state, info), step, failed = new, step + piece, failed + np.asarray(seen)
@@ -366,7 +284,7 @@ def _drive(
 
     solutions = []
     for k in range(count):
-        so_far = ending, step, *_lane((state, info, failed), many, k)
+        so_far = ending, step, *lane((state, info, failed), many, k)
         status, at, at_state, at_info, times = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
         if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] in (Status.INFEASIBLE_LOWER, Status.SATURATED):
@@ -379,22 +297,3 @@ def _drive(
         }  # fmt: skip
         solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
     return solutions
-
-
-def _last_finite(
-    lanes: Lanes, problem: BilevelProblem, state: PyTree, key: Array, start: int, piece: int, many: bool, k: int
-) -> tuple[int, PyTree, PyTree, Array]:
-    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and what
-    `_advance` counted from `start` to the step that did it.
-    """
-    good, bad = 0, piece
-    best, info, *_ = lanes.advance(problem, state, key, start, 0)
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        trial, trial_info, finite, _ = lanes.advance(problem, state, key, start, middle)
-        if np.atleast_1d(finite)[k]:
-            good, best, info = middle, trial, trial_info
-        else:
-            bad = middle
-    failed = np.asarray(lanes.advance(problem, state, key, start, bad)[3])
-    return start + good, *_lane((best, info, failed), many, k)

@@ -20,9 +20,10 @@ PyTree = Any
 
 
 def _active() -> Any:
-    """The mesh of `on`, or None."""
+    """The mesh of `on`, or None; None too where each device runs lanes of its own (`lanes`)."""
     mesh = jax.sharding.get_abstract_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    ours = not mesh.empty and mesh.size > 1 and all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return mesh if ours else None
 
 
 def _divisible(leaf: Any, size: int) -> bool:
@@ -66,11 +67,19 @@ def on(mesh: Mesh | None) -> Iterator[Mesh | None]:
     if mesh is None:
         yield None
         return
+    with jax.set_mesh(automatic(mesh)):
+        yield automatic(mesh)
+
+
+def automatic(mesh: Mesh) -> Mesh:
+    """The mesh with axes that the partitioner decides about.
+
+    Raises:
+        InvalidInput: not a mesh of devices.
+    """
     if not isinstance(mesh, Mesh) or mesh.empty:
         invalid("mesh", type(mesh).__name__, "a jax.sharding.Mesh", 'Make one: jax.make_mesh((8,), ("data",)).')
-    automatic = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    with jax.set_mesh(automatic):
-        yield automatic
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def place(tree: PyTree, mesh: Mesh | None) -> PyTree:

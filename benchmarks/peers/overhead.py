@@ -19,7 +19,7 @@ from rich.table import Table
 
 import bilevel
 import problems
-from bilevel import run
+from bilevel import lanes, run
 
 A, B, C = 0.1, 0.1, 0.01  # step sizes of y, v, x
 
@@ -45,7 +45,7 @@ def measure(problem: bilevel.BilevelProblem, num_steps: int, repeats: int) -> di
     """Median seconds of the hand-written scan, of `advance`, and of `solve` without and with measuring."""
     solver, key = bilevel.SOBA(A, B, C), jax.random.key(0)
     arguments = {"key": key, "max_steps": num_steps, "every": num_steps // 10, "tol": 0.0, "progress": False}
-    start = run._init(problem, solver, key, False)
+    start = lanes.init(problem, solver, key, False)
     hand = jax.jit(by_hand, static_argnames="num_steps")
     chunk = jax.jit(run.advance)
     calls: dict[str, Callable] = {

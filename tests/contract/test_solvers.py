@@ -10,7 +10,7 @@ import pytest
 
 import bilevel
 import problems
-from bilevel import diagnostics, oracles, run
+from bilevel import diagnostics, lanes, oracles
 from bilevel.gap import measure_global
 
 SOLVERS = bilevel.solvers.ALL
@@ -105,12 +105,12 @@ def suited(kind, seed=0, bound=3.0):
 
 def start(problem, solver, key):
     """The first state, as `solve` makes it."""
-    return run._init(problem, solver, key, False)
+    return lanes.init(problem, solver, key, False)
 
 
 def advance(problem, solver, state, key, num_steps):
     """(state, info) by the compiled function of `solve`: one compilation serves most tests of a solver."""
-    return run._advance(problem, solver, state, key, 0, num_steps, False)[:2]
+    return lanes.advance_lanes(problem, solver, state, key, 0, num_steps, False)[:2]
 
 
 def solve(problem, *args, many=False, **kwargs):
@@ -233,7 +233,7 @@ def test_vmap_over_step_sizes_equals_a_loop(kind, key):
 @each_solver
 def test_a_second_instance_and_other_step_sizes_compile_nothing(kind, key):
     solve(suited(kind, 1), make(kind, 0.05), key=key, max_steps=5, every=2)
-    compiled = (run._init, run._advance, run._measure)
+    compiled = (lanes.init, lanes.advance_lanes, lanes.measure_lanes)
     before = [function._cache_size() for function in compiled]
     solve(suited(kind, 2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
     assert [function._cache_size() for function in compiled] == before

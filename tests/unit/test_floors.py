@@ -25,7 +25,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"tuning", "theory", "theory_nonsmooth", "assumptions"},
     {"reference"},
     {"solver"},
-    {"solvers"},
+    {"solvers", "lanes"},
     {"run"},
     {"guarantees"},
 )

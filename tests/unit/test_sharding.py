@@ -9,7 +9,7 @@ import warnings
 warnings.simplefilter("error")
 import jax, jax.numpy as jnp, numpy as np
 import bilevel, irl, problems
-from bilevel import oracles, sample_oracles, sharding
+from bilevel import lanes, oracles, sample_oracles, sharding
 from bilevel.problem import BilevelProblem
 from jax.sharding import PartitionSpec
 
@@ -19,7 +19,7 @@ mesh = jax.make_mesh((2, 4), ("hosts", "data"))  # all axes together, Explicit o
 
 def close(a, b, tolerance):
     for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        u, v = np.asarray(u), np.asarray(v)
+        u, v = np.asarray(u, float), np.asarray(v, float)
         assert np.max(np.abs(u - v)) <= tolerance * (1 + np.max(np.abs(u))), np.max(np.abs(u - v))
 
 def measure(problem, x, y):  # F at the solver's y: nothing is solved for it, so that little is compiled
@@ -72,6 +72,56 @@ for make in (penalty, smoothed):
         close(alone, program(placed), 1e-12)
     assert "all-reduce" in program.as_text() or "all-gather" in program.as_text()
     assert "f64[8,3]" in program.as_text()  # 64 samples on 8 devices
+
+# the same in whole solvers: samples of the penalty, perturbations q with the lower level of each
+def wavy(x, y, batch):
+    return jnp.sum(jnp.cos(4 * y) + (y - x) ** 2)
+
+def near(x, y, batch):
+    return jnp.sum((x - 0.3) ** 2) + jnp.sum(y)
+
+box = bilevel.Box(-1.0, 1.0)
+penalised = BilevelProblem(
+    near, bilevel.Minimize(wavy), x_set=box, y_set=box, init=lambda key: (jnp.full(1, 0.5), jnp.zeros(1))
+)
+kinked = BilevelProblem(
+    lambda x, y, batch: jnp.sum((y - 1) ** 2) / 2 + jnp.sum(x**2) / 2,
+    bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x) ** 2) / 2),
+    coupling=bilevel.LinearCoupling(jnp.ones((1, 2)), jnp.zeros((1, 2)), jnp.full(1, 0.5)),
+    init=lambda key: (jnp.array([0.6, -0.2]), jnp.zeros(2)),
+)
+sampled = bilevel.SampledPenalty(num_samples=16, num_slots=2, num_starts=1, num_ladders=1, num_ladder_steps=4)
+for problem, solver in ((penalised, sampled), (kinked, bilevel.DSBLO(num_perturbations=8))):
+    key = jax.random.key(1)
+    state = lanes.init(problem, solver, key, False)
+    alone = lanes.advance_lanes(problem, solver, state, key, 0, 3, False)
+    with sharding.on(mesh) as devices:
+        parts = problem.on_mesh(devices), *sharding.place((solver, state, key), devices)
+        program = lanes.advance_lanes.lower(*parts, 0, 3, False).compile()
+        together = program(*parts, 0, 3)
+    assert "all-gather" in program.as_text() or "all-reduce" in program.as_text()
+    assert np.max(np.abs(state.x - alone[0].x)) > 1e-3
+    close((alone[0].x, alone[0].y, alone[1]), (together[0].x, together[0].y, together[1]), 1e-12)
+
+# keys over devices: the same numbers, and nothing moves
+problem = problems.make("quadratic", dim_x=3, dim_y=4, num_samples=64, batch_size=16).problem
+keys, solver = jax.random.split(jax.random.key(0), 16), bilevel.SOBA(0.1, 0.1, 0.01)
+settings = dict(keys=keys, max_steps=12, every=6, tol=0.0, progress=False, measure=measure)
+vmapped, spread = (bilevel.solve_many(problem, solver, mesh=m, **settings) for m in (None, mesh))
+for a, b in zip(vmapped, spread, strict=True):
+    close((a.x, a.y, a.record["value"]), (b.x, b.y, b.record["value"]), 1e-12)
+many = sharding.automatic(mesh)
+parts = sharding.place((problem, solver), many)
+state = lanes.init(*parts, sharding.place(keys, many), many)
+assert state.x.sharding.spec == PartitionSpec(("hosts", "data"))
+program = lanes.advance_lanes.lower(*parts, state, sharding.place(keys, many), 0, 3, many).compile().as_text()
+assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "permute") if word in program]
+try:
+    bilevel.solve_many(problem, solver, keys=keys[:12], mesh=mesh)
+except bilevel.struct.InvalidInput as error:
+    assert "8 devices" in str(error)
+else:
+    raise AssertionError("no error")
 try:
     bilevel.solve(problem, bilevel.AID(), key=jax.random.key(0), mesh="8")
 except bilevel.struct.InvalidInput as error:
@@ -82,7 +132,8 @@ else:
 
 
 def test_eight_devices_give_the_result_of_one():
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiling is what it costs
+    environment = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=600
     )

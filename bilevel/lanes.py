@@ -1,0 +1,158 @@
+"""What a run computes on its devices, for one key or for many lanes at once: `advance` and the compiled functions.
+
+A lane is a key with its own state. `many` below is False for a single one, True for lanes by vmap, or a mesh of devices
+over which the lanes are spread: each device then runs its own ones by itself, and nothing moves between devices.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from bilevel import sharding
+from bilevel.problem import BilevelProblem
+from bilevel.solver import Solver
+
+PyTree = Any
+Many = bool | Mesh
+
+
+def advance(
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int
+) -> tuple[PyTree, PyTree]:
+    """(state, info of the last step) after steps start, …, start + num_steps - 1.
+
+    Pure: safe under jit, vmap and shard_map. `start` and `num_steps` may be traced. With num_steps = 0 info is zeros.
+    """
+    return _steps(problem, solver, state, key, start, num_steps, ())[:2]
+
+
+def _steps(
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int,
+    watched: tuple[str, ...],
+) -> tuple[PyTree, PyTree, Array]:  # fmt: skip
+    """`advance`, and at how many of the steps each `watched` field of info was false, shape [len(watched)]."""
+    shapes = jax.eval_shape(lambda s: solver.step(problem, s, key)[1], state)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+    def body(k: Array, carry: tuple[PyTree, PyTree, Array]) -> tuple[PyTree, PyTree, Array]:
+        state, info = solver.step(problem, carry[0], jax.random.fold_in(key, k))
+        return state, info, carry[2] + jnp.array([~getattr(info, name) for name in watched], carry[2].dtype)
+
+    begin = state, nothing, jnp.zeros(len(watched), int)
+    return jax.lax.fori_loop(start, start + num_steps, body, begin)
+
+
+class Compiled(NamedTuple):
+    """The compiled functions of a run."""
+
+    init: Callable
+    advance: Callable
+    measure: Callable
+    output: Callable
+
+
+def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
+    """What a step costs in passes over the data: `OracleCount.passes` with the sources' fractions."""
+    if solver.full_batch:
+        return solver.cost(problem).passes(1.0, 1.0)
+    return solver.cost(problem).passes(problem.upper_data.fraction, problem.lower_data.fraction)
+
+
+def _all_finite(state: PyTree) -> Array:
+    floats = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in floats]).all()
+
+
+def _each(one: Callable, many: Many, shared: tuple, *lanes: PyTree) -> Any:
+    """one(*shared, *lanes) of a single lane, or of all of them, their axis then the first of every array."""
+    if many is False:
+        return sharding.whole(one(*shared, *lanes))
+    every = jax.vmap(one, in_axes=(*(None for _ in shared), *(0 for _ in lanes)))
+    if many is True:
+        return every(*shared, *lanes)
+    spread = PartitionSpec(many.axis_names)
+    specs = *(PartitionSpec() for _ in shared), *(spread for _ in lanes)
+    return jax.shard_map(every, mesh=many, in_specs=specs, out_specs=spread, check_vma=False)(*shared, *lanes)
+
+
+@partial(jax.jit, static_argnames="many")
+def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyTree:
+    """The state before the first step."""
+
+    def one(problem: BilevelProblem, solver: Solver, key: Array) -> PyTree:
+        return solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))
+
+    return _each(one, many, (problem, solver), key)
+
+
+@partial(jax.jit, static_argnames="many")
+def advance_lanes(
+    problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: Many
+) -> tuple[PyTree, PyTree, Array, Array]:
+    """(state, info, whether the state is finite, at how many steps each of the solver's assumptions failed)."""
+    watched = tuple(solver.assumptions)
+
+    def one(
+        problem: BilevelProblem, solver: Solver, start: Array, num_steps: Array, state: PyTree, key: Array
+    ) -> tuple[PyTree, PyTree, Array, Array]:
+        state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
+        return state, info, _all_finite(state), failed
+
+    return _each(one, many, (problem, solver, start, num_steps), state, key)
+
+
+@partial(jax.jit, static_argnames=("many", "measure"))
+def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, measure: Callable) -> Array:
+    """Of (x, y) alone, so that all solvers share one compilation; as one vector, since each transfer has its price."""
+
+    def one(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+        measured = measure(problem, x, y)
+        return jnp.stack([jnp.asarray(field, measured.value.dtype) for field in measured])
+
+    return _each(one, many, (problem,), x, y)
+
+
+def compiled(solver: Solver, many: Many, measure: Callable) -> Compiled:
+    """The functions of a run of `solver`, as functions of problem, state, key."""
+
+    def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
+        output = partial(solver.output, problem)
+        x, y = (jax.vmap(output) if many else output)(state)
+        return measure_lanes(problem, x, y, many, measure)
+
+    return Compiled(
+        init=lambda problem, key: init(problem, solver, key, many),
+        advance=lambda problem, state, key, start, n: advance_lanes(problem, solver, state, key, start, n, many),
+        measure=measured,
+        output=lambda problem, state: solver.output(problem, state),
+    )
+
+
+def lane(tree: PyTree, many: Many, k: int) -> PyTree:
+    """Lane k's part of `tree`."""
+    return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
+
+
+def last_finite(
+    lanes: Compiled, problem: BilevelProblem, state: PyTree, key: Array, start: int, piece: int, many: Many, k: int
+) -> tuple[int, PyTree, PyTree, Array]:
+    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and what
+    `advance_lanes` counted from `start` to the step that did it.
+    """
+    good, bad = 0, piece
+    best, info, *_ = lanes.advance(problem, state, key, start, 0)
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        trial, trial_info, finite, _ = lanes.advance(problem, state, key, start, middle)
+        if np.atleast_1d(finite)[k]:
+            good, best, info = middle, trial, trial_info
+        else:
+            bad = middle
+    failed = np.asarray(lanes.advance(problem, state, key, start, bad)[3])
+    return start + good, *lane((best, info, failed), many, k)
