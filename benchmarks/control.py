@@ -82,10 +82,12 @@ def random_episodes(environment: Environment, key: jax.Array) -> Steps:
     return rollouts.episodes(environment, rollouts.uniform(environment), key, 100)
 
 
-def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float:
-    """Spearman's correlation of the method's reward with the true one, the sides counting the same; NaN for BC."""
+def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float | None:
+    """Spearman's correlation of the method's reward with the true one, the sides counting the same; None for BC, and
+    where the true reward is constant.
+    """
     if isinstance(solver, irl.BC):
-        return float("nan")
+        return None
     learned, true = [], []
     for steps in sides:
         flat = steps.flat
@@ -94,6 +96,8 @@ def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: 
         few: Any = jax.tree.map(lambda leaf, at=at: leaf[at], flat)
         learned.append(np.asarray(solver.reward(problem, state, few)))
         true.append(np.asarray(few.reward))
+    if np.ptp(np.concatenate(true)) == 0:
+        return None
     found: Any = scipy.stats.spearmanr(np.concatenate(learned), np.concatenate(true))
     return float(found.statistic)
 
@@ -128,7 +132,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
 
 def table(cells: list[Cell], out: Path) -> Table:
     """Means over the seeds that are done."""
-    shown = Table(title="Return of the last policy; means over seeds (lowest to highest)")
+    shown = Table(title="Return of the last policy; means over seeds (lowest, highest)")
     for name in ("environment", "episodes", "method", "return", "ratio", "scaled", "rank", "steps", "minutes", "seeds"):
         shown.add_column(name, justify="left" if name in ("environment", "method") else "right")
     groups: dict[tuple, list[Cell]] = {}
@@ -142,7 +146,7 @@ def table(cells: list[Cell], out: Path) -> Table:
             continue
         values = {key: [one[key] for one in done if one[key] is not None] for key in ("ratio", "scaled", "rank")}
         spread = {
-            key: f"{np.mean(v):.2f} ({min(v):.2f} to {max(v):.2f})" if len(v) > 1 else f"{v[0]:.2f}" if v else "-"
+            key: f"{np.mean(v):.2f} ({min(v):.2f}, {max(v):.2f})" if len(v) > 1 else f"{v[0]:.2f}" if v else "-"
             for key, v in values.items()
         }
         mean = {key: np.mean([one[key] for one in done]) for key in ("return", "expert", "env_steps", "solve_minutes")}

@@ -14,10 +14,10 @@ from irl.imitation import Imitation, Pair, State, classify, step_x
 
 PyTree = Any
 
-H = {  # h_f of log u, u = rho_E/rho
-    "fkl": lambda log_u: -jnp.exp(log_u),
-    "rkl": lambda log_u: 1 - log_u,
-    "js": lambda log_u: -jax.nn.softplus(log_u),
+H = {  # h_f of log u, u = rho_E/rho, plus a constant that makes it 0 at the least u, log u = -clamp
+    "fkl": lambda log_u, clamp: -jnp.exp(log_u),
+    "rkl": lambda log_u, clamp: -log_u - clamp,
+    "js": lambda log_u, clamp: -jax.nn.softplus(log_u),
 }
 
 
@@ -48,7 +48,9 @@ class FIRL(Imitation):
 
     Reference: Ni, Sikchi, Wang, Gupta, Lee, Eysenbach. f-IRL: inverse reinforcement learning via state marginal
         matching. CoRL 2020, arXiv:2011.04709, Theorem 4.1 and Algorithm 1.
-    Differs from the paper: visits of what the reward sees, states or pairs of states and actions.
+    Differs from the paper: visits of what the reward sees, states or pairs of states and actions. Its episodes all have
+    one length, and constants in h_f drop out of the covariance; where one ends early, the missing steps are ones that
+    the expert never took, u near 0, and count h_f = 0: for the reverse KL 1 - log u is shifted by its largest value.
     """
 
     divergence: str = static(default="fkl")
@@ -76,7 +78,8 @@ class FIRL(Imitation):
 
         D = lax.fori_loop(0, self.num_discriminator_steps, fit, state.extra)
         sums = lambda values: jnp.sum((pair.agent_weights * values).reshape(n, -1), axis=1)  # noqa: E731
-        h = sums(H[self.divergence](task.rewards(D.weights, pair.agent)))
+        clamp = getattr(task.reward, "clamp", 10.0)
+        h = sums(H[self.divergence](task.rewards(D.weights, pair.agent), clamp))
         away = lax.stop_gradient(h - jnp.mean(h)) / (n - 1)
         alpha = jnp.exp(state.y.log_temperature)
         direction = jax.grad(lambda x: jnp.sum(away * sums(task.rewards(x, pair.agent))) / alpha)(state.x)

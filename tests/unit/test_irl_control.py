@@ -189,11 +189,11 @@ class TestDirections:
         )  # fmt: skip
 
     def test_divergences_move_the_reward_by_the_covariance(self, key):
-        """f-IRL with every divergence against the covariance over episodes, written out; constants do not matter."""
+        """f-IRL with every divergence against the covariance over episodes, written out; an early end counts 0."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
         task = p.lower_data.full()
         for divergence, h in {
-            "fkl": lambda u: -u, "rkl": lambda u: 1 - np.log(u), "js": lambda u: -np.log(1 + u)
+            "fkl": lambda u: -u, "rkl": lambda u: -np.log(u) - 10, "js": lambda u: -np.log(1 + u)
         }.items():  # fmt: skip
             solver = irl.FIRL(1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
             seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
