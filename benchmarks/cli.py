@@ -102,6 +102,9 @@ def run(
     profile: Annotated[
         bool, typer.Option("--profile", help="Also print compile time and memory of a step, and write profile.json.")
     ] = False,
+    curves: Annotated[
+        bool, typer.Option("--progress", help="Draw the curves of the running cell live, on a terminal.")
+    ] = False,
     plot: options.Plot = True,
     as_json: Json = False,
 ) -> None:
@@ -118,9 +121,11 @@ def run(
         raise typer.Exit(together.launch(processes, sys.argv[1:]))
     together.join()
     with _study(problem, solver, suite, seeds, limits, precision) as (name, cells):
+        from functools import partial
+
         from benchmarks.runner import execute
 
-        _carry_out(name, cells, precision, out, plot, as_json, execute, profile)
+        _carry_out(name, cells, precision, out, plot, as_json, partial(execute, live=curves), profile, curves)
 
 
 @app.command(
@@ -166,7 +171,7 @@ def sweep(
 
 def _carry_out(
     name: str, cells: Any, precision: int, out: Path | None, plot: bool, as_json: bool, how: Callable[..., bool],
-    profile: bool = False,
+    profile: bool = False, curves: bool = False,
 ) -> None:  # fmt: skip
     """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
     from benchmarks import files, processes, report, tuning
@@ -177,7 +182,7 @@ def _carry_out(
         done = not trials or how(Path(), trials, nobody)
         raise typer.Exit(0 if done and how(Path(), cells, nobody) else 130)
     with files.open_folder(out, files.settings_of(name, cells, precision)) as folder:
-        with progress(len(trials) + len(cells)) as on_cell:
+        with progress(len(trials) + len(cells), lines=curves) as on_cell:
             complete = not trials or how(folder / tuning.FOLDER, trials, on_cell)
             if complete and trials:
                 tuning.choose(folder, cells)

@@ -34,11 +34,12 @@ ACTIVE = 1e-6  # slack up to which a constraint counts as active
 
 @dataclasses.dataclass
 class Held:
-    """What cells share: solvers by their text, since a second one may compile again, and the last instance."""
+    """What cells share: solvers by their text, since a second one may compile again, the last instance, curves."""
 
     solvers: dict[str, bilevel.Solver] = dataclasses.field(default_factory=dict)
     key: tuple[str, int] | None = None
     instance: Any = None
+    live: bool = False
 
 
 def unfinished(folder: Path, cells: list[Cell]) -> list[int]:
@@ -47,15 +48,16 @@ def unfinished(folder: Path, cells: list[Cell]) -> list[int]:
     return [index for index, result in enumerate(results) if result is None or result["status"] == ERROR]
 
 
-def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None]) -> bool:
+def execute(folder: Path, cells: list[Cell], on_cell: Callable[[int, Cell], None], live: bool = False) -> bool:
     """Run every cell that is not finished in `folder`; true when all were run, false after Ctrl-C.
 
-    A cell that raised an error is tried again. `on_cell(index, cell)` is called before each cell.
+    A cell that raised an error is tried again. `on_cell(index, cell)` is called before each cell. `live` shows the
+    curves of the running cell, where stderr is a terminal.
 
     Raises:
         FolderError: a result that is there is damaged (before anything is run), or one cannot be written.
     """
-    held = Held({text: build_solver(text) for text in dict.fromkeys(cell.solver for cell in cells)})
+    held = Held({text: build_solver(text) for text in dict.fromkeys(cell.solver for cell in cells)}, live=live)
     for index in processes.share(unfinished(folder, cells) if processes.leads() else None):
         on_cell(index, cells[index])
         try:
@@ -105,7 +107,7 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
             held.key = cell.problem, cell.seed
         if processes.leads():
             _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
-        result |= _run(cell, held.instance, held.solvers[text], path)
+        result |= _run(cell, held.instance, held.solvers[text], path, held.live)
     except FolderError:
         raise
     except bilevel.Unsupported as error:
@@ -170,12 +172,12 @@ def _active(problem: bilevel.BilevelProblem, x: PyTree, y: PyTree) -> jax.Array:
     return jax.numpy.concatenate([*(jax.numpy.ravel(part) for part in near), values >= -ACTIVE])
 
 
-def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path) -> dict[str, Any]:
+def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path, live: bool) -> dict[str, Any]:
     active = Active(instance.problem, solver) if instance.problem.constrained_lower else None
     solution = bilevel.solve(
         instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),
-        every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=False, measure=instance.measure,
-        mesh=processes.mesh(), callback=active,
+        every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=None if live else False,
+        measure=instance.measure, mesh=processes.mesh(), callback=active,
     )  # fmt: skip
     result = {"status": solution.status.name, "stats": solution.stats, "record": solution.record.rows}
     if active is not None:

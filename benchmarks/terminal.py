@@ -60,10 +60,17 @@ def console() -> Any:
 
 
 @contextmanager
-def progress(total: int) -> Iterator[Any]:
-    """A function (index, what) -> None that moves a bar on stderr, where that is a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda index, what: None
+def progress(total: int, lines: bool = False) -> Iterator[Any]:
+    """A function (index, what) -> None that moves a bar on stderr, where that is a terminal; or writes `lines` there,
+    which leave the place to a run's own curves.
+    """
+
+    def name(what: Any) -> str:
+        return what if isinstance(what, str) else f"{what.problem} {what.solver} seed {what.seed}"
+
+    if lines or not sys.stderr.isatty():
+        shown = lines and sys.stderr.isatty()
+        yield lambda index, what: typer.echo(f"{index + 1}/{total} {name(what)}", err=True) if shown else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -73,8 +80,7 @@ def progress(total: int) -> Iterator[Any]:
         task = bar.add_task("", total=total)
 
         def update(index: int, what: Any) -> None:
-            text = what if isinstance(what, str) else f"{what.problem} {what.solver} seed {what.seed}"
-            bar.update(task, completed=index, description=text)
+            bar.update(task, completed=index, description=name(what))
 
         yield update
 

@@ -10,6 +10,7 @@ columns beside its own.
 
 import functools
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -53,7 +54,8 @@ class Info(NamedTuple):
     direction: |the direction of x|. policy_change: root mean square of log pi_{k+1} - log pi_k at the demonstrations.
     returns, length: of the rollouts, by the true reward. reward_expert, reward_agent: weighted means of the learned
     reward. reward_std: over the demonstrations. critic: the last update's error. entropy, temperature: of pi.
-    env_steps: in all.
+    env_steps: in all. told_apart: the share of steps that the discriminator gives to the right side, 1/2 by chance and
+    NaN where there is none. overlap: whether it is below `SURE`; above, its reward is nearly constant on each side.
     """
 
     Lhat: Array
@@ -68,6 +70,11 @@ class Info(NamedTuple):
     entropy: Array
     temperature: Array
     env_steps: Array
+    told_apart: Array
+    overlap: Array
+
+
+SURE = 0.99
 
 
 class Pair(NamedTuple):
@@ -121,6 +128,7 @@ class Imitation(Solver):
 
     referee = staticmethod(control.measure)
     full_batch = True
+    assumptions = MappingProxyType({"overlap": f"the discriminator is right at less than {SURE:.0%} of the steps"})
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the loop lengths."""
@@ -154,6 +162,10 @@ class Imitation(Solver):
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         """The reward that the agent is trained on, at flat transitions, [b]."""
         return problem.lower_data.full().rewards(state.x, steps)
+
+    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array | None:
+        """The discriminator's logit that flat steps are the expert's, [b]; None where the method has none."""
+        return None
 
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         """(state with x moved, the norm of its direction); here x stays."""
@@ -189,9 +201,14 @@ class Imitation(Solver):
         Lhat = jnp.sum(discounted * labels[0]) / len(V) - jnp.mean(V)
         moved = jnp.sqrt(jnp.sum(jnp.where(flat.inside, change**2, 0)) / count)
         length = jnp.sum(seen.inside, dtype=float) / self.num_rollouts
+        sides = self.logit(problem, state, pair.agent), self.logit(problem, state, pair.expert)
+        right = jnp.full((), jnp.nan)
+        if sides[0] is not None and sides[1] is not None:
+            right = mean(pair.agent_weights, (sides[0] < 0).astype(float))
+            right = (right + mean(pair.expert_weights, (sides[1] > 0).astype(float))) / 2
         return state, Info(
             Lhat, direction, moved, jnp.mean(seen.returns), length, means[1], means[0], spread, losses.critic,
-            losses.entropy, jnp.exp(state.y.log_temperature), state.env_steps,
+            losses.entropy, jnp.exp(state.y.log_temperature), state.env_steps, right, ~(right >= SURE),
         )  # fmt: skip
 
     def pair(self, environment: Environment, seen: Steps, expert: Steps) -> Pair:

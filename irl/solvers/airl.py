@@ -58,16 +58,17 @@ class AIRL(Imitation):
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return potential(problem.lower_data.full(), state.x, state.extra.h, steps)
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+        return self._logit(problem, state, state.x, state.extra.h, steps)
+
+    def _logit(self, problem: BilevelProblem, state: State, x: PyTree, h: PyTree, steps: Any) -> Array:
         task = problem.lower_data.full()
-        alpha = jnp.exp(state.y.log_temperature)
+        log_pi = task.agent.log_prob(state.y, steps.observation, steps.action)
+        return potential(task, x, h, steps) / jnp.exp(state.y.log_temperature) - log_pi
 
+    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         def loss(x: PyTree, h: PyTree) -> Array:
-            def logit(steps: Any) -> Array:
-                log_pi = task.agent.log_prob(state.y, steps.observation, steps.action)
-                return potential(task, x, h, steps) / alpha - log_pi
-
-            return classify(logit, pair)
+            return classify(lambda steps: self._logit(problem, state, x, h, steps), pair)
 
         to_x, to_h = jax.grad(loss, argnums=(0, 1))(state.x, state.extra.h)
         h, rule = state.extra.step(state.extra.h, to_h)

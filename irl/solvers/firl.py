@@ -69,6 +69,9 @@ class FIRL(Imitation):
         weights = task.reward.init(task.environment, key)
         return Discriminator(weights, stepper(as_step(optax.adam(1e-3)), None, weights))
 
+    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+        return problem.lower_data.full().rewards(state.extra.weights, steps)
+
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         task, n = problem.lower_data.full(), pair.num_agent
 

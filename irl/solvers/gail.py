@@ -34,6 +34,9 @@ class GAIL(Imitation):
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
 
+    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+        return problem.lower_data.full().rewards(state.x, steps)
+
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         task = problem.lower_data.full()
         direction = jax.grad(lambda x: classify(lambda steps: task.rewards(x, steps), pair))(state.x)
