@@ -240,7 +240,19 @@ def test_ctrl_c_keeps_finished_cells(finished, tmp_path, monkeypatch):
 
 def test_the_table_says_why_the_referee_skipped(tmp_path):
     result = call(
-        "run", "-p", PROBLEM, "-s", SOBA, "--precision", 32, "--max-steps", 5, "--out", tmp_path / "o", "--no-plot"
+        "run",
+        "-p",
+        PROBLEM,
+        "-s",
+        SOBA,
+        "--precision",
+        32,
+        "--max-steps",
+        5,
+        "--out",
+        tmp_path / "o",
+        "--no-plot",
+        "--progress",
     )
     assert result.exit_code == 0, result.stderr
     assert "referee skipped: the reference needs float64" in result.stdout
