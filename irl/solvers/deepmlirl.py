@@ -26,7 +26,8 @@ class DeepMLIRL(Imitation):
 
     Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
         NeurIPS 2022, arXiv:2210.01282, Section 6.
-    Differs from the paper: rewards see standardised observations; weights 1 by default where the theory has gamma^t.
+    Differs from the paper: rewards see observations standardised by demonstrations and random actions together (see
+    `control.Task`); weights 1 by default where the theory has gamma^t.
     """
 
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
