@@ -1,9 +1,10 @@
 """The true lower-level gap g(x, y) - min over Y(x) of g(x, .), by a search that shares no samples with any solver.
 
 Points of a fixed additive recurrence and of Y's boundary, moved into Y(x), the best of each of `num_starts` interleaved
-parts polished by `refine.polish`; for each block apart where the problem is separable. The minimum found is an upper
-bound of v(x), so that the gap is a lower bound of the true one: it is reliable where the points are dense enough for
-one to fall into the basin of a global minimiser, that is for blocks of dimension up to about 10.
+parts searched along the coordinates and polished by `refine.polish`; for each block apart where the problem is
+separable. The minimum found is an upper bound of v(x), so that the gap is a lower bound of the true one: it is reliable
+where the points are dense enough for one to fall into the basin of a global minimiser, that is for blocks of dimension
+up to about 10.
 """
 
 from functools import partial
@@ -22,6 +23,7 @@ from bilevel.struct import invalid
 
 PyTree = Any
 RADII = (1e-2, 1e-3, 1e-4)  # of the search for descent, times 1 + |x|
+LINE = 64  # points whose coordinates are tried, one by one
 DIRECTIONS, KEPT = 8, 3  # most directions beside the gradient's; minimisers of each kind that follow x
 
 
@@ -99,6 +101,17 @@ def _search(
     best = jnp.where(jnp.min(score, axis=0) < jnp.inf, jnp.argmin(score, axis=0), jnp.argmin(far, axis=0))
     starts = sampling.pick(points, best * num_starts + jnp.arange(num_starts)[:, None])
     starts = jnp.concatenate([starts, given[None]])
+
+    def along(k: Array, y: Array) -> Array:
+        """y, or where that lowers g of its block, with another point's k-th coordinate."""
+        others = points[:LINE]
+        line = jnp.where((jnp.arange(view.m) == k % view.m)[None, None], others, jnp.broadcast_to(y, others.shape))
+        line = jnp.concatenate([y[None], jax.vmap(lambda y: refine.restore(view, x, y))(line)])
+        g, outside = oracles.batched(look)(line)
+        return sampling.pick(line, jnp.argmin(jnp.where(outside <= tol, g, jnp.inf), axis=0))
+
+    if view.m > 1:  # wells that a sum has for each coordinate multiply, and points in all of them run out
+        starts = jax.vmap(lambda y: jax.lax.fori_loop(0, 2 * view.m, along, y))(starts)
     polished = jax.vmap(lambda y: refine.polish(view, x, y, num_steps))(starts)
 
     candidates = jnp.concatenate([starts, polished])

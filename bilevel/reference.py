@@ -257,7 +257,8 @@ def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts:
         raise RuntimeError(f"reference.least_lower_value: y_set is a {type(problem.y_set).__name__}")
     if problem.coupling is not None:
         values = lambda z, part: np.asarray(_coupling(problem, x, at(z))[part], float)  # noqa: E731
-        limits.append({"type": "ineq", "fun": lambda z: -values(z, 0)})
+        if values(np.asarray(flat), 0).size:
+            limits.append({"type": "ineq", "fun": lambda z: -values(z, 0)})
         if values(np.asarray(flat), 1).size:
             limits.append({"type": "eq", "fun": lambda z: values(z, 1)})
 
