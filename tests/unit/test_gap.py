@@ -7,6 +7,7 @@ import pytest
 
 import bilevel
 import problems
+from bilevel import reference
 from bilevel.gap import lower_gap, measure_global
 
 
@@ -105,8 +106,9 @@ def test_linear_coupling_and_an_infeasible_point():
 def test_equality_coupling():
     """With 1'(x + y + z) = 0 the least of |y|^2/2 - x'y + 1'z is -|x + 1|^2/2 - 1'x, and z is free on a plane."""
     problem = problems.make("nonconvex_scaled", case="lvhba_llc", n=2).problem
-    x = jnp.array([0.2, -0.7])
-    found = lower_gap(problem, x, jnp.array([1.2, 0.3, -0.5, -0.5]))
+    x, y = jnp.array([0.2, -0.7]), jnp.array([1.2, 0.3, -0.5, -0.5])
+    found = lower_gap(problem, x, y)
+    np.testing.assert_allclose(reference.least_lower_value(problem, x, y, num_starts=2), found.value, rtol=1e-7)
     np.testing.assert_allclose(found.value, -np.sum((x + 1) ** 2) / 2 - np.sum(x), rtol=1e-7)
     np.testing.assert_allclose(found.gap, 0, atol=1e-7)
     np.testing.assert_allclose(found.violation, 0, atol=1e-12)
