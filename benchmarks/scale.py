@@ -4,10 +4,10 @@
     samples:  least squares with 10 features and a penalty for each, n to 1e6; all data a step, or batches of 64
     states:   gridworld, to 1e5 states; exact occupancy, soft value iteration
 
-A row a solver and size: seconds a step (the second of two runs), of the start (`init`, with its default step sizes) and
-of one of the referee's measurements; the most memory a compiled step holds. The exponent p of each in size^p is the
-slope between the two largest sizes: 1 is linear. Above 1.2 it is marked: nothing should be quadratic that the method
-does not make so.
+A row a solver and size: CPU seconds of a step, of the start (`init`, with its default step sizes) and of one of the
+referee's measurements, each the least of three, so that other work on the machine distorts little; the most memory a
+compiled step holds. The exponent p of each in size^p is the slope between the two largest sizes: 1 is linear. Above 1.2
+it is marked: nothing should be quadratic that the method does not make so.
 """
 
 import argparse
@@ -26,13 +26,14 @@ import bilevel
 import irl
 import problems
 from benchmarks import profile
-from bilevel import lanes
+from bilevel import lanes, run
 
 SIZES = {
     "unknowns": (10_000, 100_000, 1_000_000),
     "samples": (10_000, 100_000, 1_000_000),
     "states": (1_024, 10_000, 100_489),
 }
+REPEATS = 3
 QUANTITIES = ("step", "init", "measure", "peak")
 
 
@@ -93,18 +94,26 @@ CASES: dict[str, Callable[[int], tuple[bilevel.BilevelProblem, dict[str, bilevel
 
 
 def cost(problem: bilevel.BilevelProblem, solver: bilevel.Solver, steps: int = 3) -> dict[str, float]:
-    """Seconds of a step, of init, of a measurement; bytes of a step."""
+    """CPU seconds of a step, of init, of a measurement, the least of `REPEATS`; bytes of a step."""
     key = jax.random.key(0)
-    call = lambda: bilevel.solve(problem, solver, key=key, max_steps=steps, every=steps, tol=0.0, progress=False)  # noqa: E731
-    call()
-    stats = call().stats
-    begin = time.perf_counter()
-    jax.block_until_ready(lanes.init(problem, solver, key, False))
-    start = time.perf_counter() - begin
-    return {
-        "step": stats["solve_time"] / max(stats["steps"], 1), "init": start, "measure": stats["measure_time"],
-        "peak": profile.of(problem, solver, key)["peak"],
-    }  # fmt: skip
+    state = lanes.init(problem, solver, key, False)
+    x, y = solver.output(problem, state)
+    measure = run.default_measure(problem, solver)
+    calls: dict[str, Callable[[], Any]] = {
+        "step": lambda: lanes.advance_lanes(problem, solver, state, key, 0, steps, False),
+        "init": lambda: lanes.init(problem, solver, key, False),
+        "measure": lambda: lanes.measure_lanes(problem, x, y, False, measure),
+    }
+    found = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())  # compiles
+        times = []
+        for _ in range(REPEATS):
+            begin = time.process_time()
+            jax.block_until_ready(call())
+            times.append(time.process_time() - begin)
+        found[name] = min(times)
+    return found | {"step": found["step"] / steps, "peak": profile.of(problem, solver, key)["peak"]}
 
 
 def exponent(small: float, large: float, ratio: float) -> float:

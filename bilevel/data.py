@@ -115,14 +115,20 @@ class Minibatch(Source):
             key, (self.batch_size,), positions, n
         )  # each uniform over what the epoch has left
 
+        # The swaps are made on the touched entries alone: XLA would copy the whole permutation at each of them.
+        touched = jnp.concatenate([positions, partners])
+        order = jnp.argsort(touched)
+        slots = order[jnp.searchsorted(touched[order], touched)]  # the same slot for the same place
+
         def swap(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            permutation, drawn = carry
-            here, there = permutation[positions[k]], permutation[partners[k]]
-            return permutation.at[positions[k]].set(there).at[partners[k]].set(here), drawn.at[k].set(there)
+            entries, drawn = carry
+            here, there = slots[k], slots[self.batch_size + k]
+            new = entries.at[here].set(entries[there]).at[there].set(entries[here])
+            return new, drawn.at[k].set(entries[there])
 
         drawn = jnp.zeros(self.batch_size, permutation.dtype)
-        permutation, drawn = jax.lax.fori_loop(0, self.batch_size, swap, (permutation, drawn))
-        return drawn, (permutation, (start + self.batch_size) % n)
+        entries, drawn = jax.lax.fori_loop(0, self.batch_size, swap, (permutation[touched], drawn))
+        return drawn, (permutation.at[touched].set(entries[slots]), (start + self.batch_size) % n)
 
     def take(self, indices: Array) -> PyTree:
         """The samples at `indices`."""

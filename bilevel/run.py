@@ -172,6 +172,13 @@ class _Clock:
             setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
 
 
+def default_measure(problem: BilevelProblem, solver: Solver) -> Callable:
+    """What `solve` measures by where nothing else is asked for."""
+    smooth = isinstance(problem.coupling, SmoothCoupling)  # F has no implicit derivative there
+    by_value = smooth or (solver.many_minimisers and problem.constrained_lower)
+    return solver.referee or (measure_global if by_value else measure_implicit)
+
+
 def _drive(
     problem: BilevelProblem, solver: Solver, key: Array, *, many: Many, max_steps: int, every: int | None, tol: float |
     None,
@@ -183,10 +190,7 @@ def _drive(
     reason = solver.unsupported(problem)
     if reason is not None:
         raise Unsupported(reason)
-    if measure is None:
-        smooth = isinstance(problem.coupling, SmoothCoupling)  # F has no implicit derivative there
-        by_value = smooth or (solver.many_minimisers and problem.constrained_lower)
-        measure = solver.referee or (measure_global if by_value else measure_implicit)
+    measure = default_measure(problem, solver) if measure is None else measure
     lanes, count = compiled(solver, many, measure), key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
