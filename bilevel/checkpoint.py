@@ -133,7 +133,11 @@ def _digest(payload: dict[str, np.ndarray]) -> str:
 
 
 def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes: dict[str, Any]) -> None:
-    """Write `tree` (arrays and typed keys), the fingerprint `owner` and JSON-able `notes` to `path`, atomically."""
+    """Write `tree` (arrays and typed keys), the fingerprint `owner` and JSON-able `notes` to `path`, atomically.
+
+    Raises:
+        CheckpointError: a full disk, a folder that is read-only or missing.
+    """
     arrays = [_to_numpy(leaf) for leaf in jax.tree.leaves(tree)]
     payload = {f"{k:06d}": np.frombuffer(array.tobytes(), np.uint8) for k, array in enumerate(arrays)}
     manifest = {
@@ -145,7 +149,13 @@ def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes:
     }
     text = json.dumps(manifest)
     head = {"manifest": text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
-    write_atomically(Path(path), save(payload, metadata=head))
+    try:
+        write_atomically(Path(path), save(payload, metadata=head))
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint {path}: it cannot be written ({error.strerror or error}). What was saved before is kept: make "
+            "room, or make the folder writable, and solve again to go on from it."
+        ) from error
 
 
 def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tuple[PyTree, dict[str, Any]]:

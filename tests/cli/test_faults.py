@@ -156,6 +156,17 @@ def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(fo
     assert not list(folder.rglob(".half*"))
 
 
+def test_a_point_with_pickled_objects_is_refused_and_not_run(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "was here"),)
+
+    np.savez(tmp_path / "cell.npz", x=np.array([Evil()], object), y=np.zeros(2))
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        files.load_point(tmp_path / "cell.npz", np.zeros(1), np.zeros(2))
+    assert not (tmp_path / "was here").exists()
+
+
 # A user without rights writes into a folder.
 READ_ONLY = """
 import os, pathlib, sys
