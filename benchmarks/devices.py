@@ -1,4 +1,4 @@
-"""Throughput against the number of devices: `python -m benchmarks.devices [--samples 200000] [--out devices.png]`.
+"""Throughput against the number of devices: `python -m benchmarks.devices [--samples 2000 200000] [--out devices.png]`.
 
 One SOBA run on a finite sum of least squares (n samples of d features; a step is one pass over all of them), sharded
 over 1, 2, 4, … devices: steps a second, the speed-up over one device, and the largest difference of x to one device's.
@@ -77,30 +77,35 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
     }
 
 
-def plot(found: dict[int, dict[str, float]], path: Path, title: str) -> None:
-    """Steps a second against devices, with the line of perfect scaling."""
+def plot(found: dict[int, dict[int, dict[str, float]]], path: Path, title: str) -> None:
+    """Steps a second against devices, a curve for each number of samples, with the lines of perfect scaling."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     figure = Figure(figsize=(5, 3.5), layout="constrained")
     ax: Any = figure.subplots()
-    counts = list(found)
-    rates = [found[count]["rate"] for count in counts]
-    ax.plot(counts, rates, "o-", label="measured")
-    ax.plot(counts, [rates[0] * count for count in counts], ":", color="gray", label="perfect scaling")
+    for k, (samples, rows) in enumerate(found.items()):
+        counts, rates = list(rows), [row["rate"] for row in rows.values()]
+        ax.plot(counts, rates, "o-", color=f"C{k}", label=f"{samples} samples")
+        perfect = [rates[0] * count for count in counts]
+        ax.plot(counts, perfect, ":", color="gray", label=None if k else "perfect scaling")
     ax.set_xscale("log", base=2)
-    ax.set_yscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(list(next(iter(found.values()))))
+    ax.xaxis.set_major_formatter(ScalarFormatter())
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.set_xlabel("devices")
     ax.set_ylabel("throughput (steps/s)")
     ax.set_title(title, fontsize=9)
-    ax.legend()
+    ax.legend(fontsize=8)
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description="throughput against the number of devices")
-    parser.add_argument("--samples", type=int, default=200_000)
+    parser.add_argument("--samples", type=int, nargs="+", default=[2_000, 200_000])
     parser.add_argument("--features", type=int, default=50)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
@@ -114,18 +119,19 @@ def main() -> None:
 
     jax.config.update("jax_enable_x64", True)
     begin = time.perf_counter()
-    found = measure(options.samples, options.features, options.steps, options.repeats)
-    kind = jax.devices()[0].device_kind
-    title = f"{options.samples} samples of {options.features} features, float64, {kind}, {os.cpu_count()} cores"
-    table = Table(title=title)
-    for column in ("devices", "steps/s", "speed-up", "largest difference of x"):
-        table.add_column(column, justify="right")
-    for count, row in found.items():
-        speed = row["rate"] / found[1]["rate"]
-        table.add_row(str(count), f"{row['rate']:.1f}", f"{speed:.2f}", f"{row['difference']:.1e}")
-    Console(width=100).print(table)
+    kind = f"{options.features} features, float64, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    found = {}
+    for samples in options.samples:
+        found[samples] = measure(samples, options.features, options.steps, options.repeats)
+        table = Table(title=f"{samples} samples of {kind}")
+        for column in ("devices", "steps/s", "speed-up", "largest difference of x"):
+            table.add_column(column, justify="right")
+        for count, row in found[samples].items():
+            speed = row["rate"] / found[samples][1]["rate"]
+            table.add_row(str(count), f"{row['rate']:.1f}", f"{speed:.2f}", f"{row['difference']:.1e}")
+        Console(width=100).print(table)
     if options.out is not None:
-        plot(found, options.out, title)
+        plot(found, options.out, kind)
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 
