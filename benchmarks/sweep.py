@@ -210,7 +210,7 @@ def _pool(backend: str, scheduler: str | None) -> Iterator[None]:
             import ray
             from ray.util.joblib import register_ray
 
-            ray.init(address=scheduler)
+            ray.init(address=scheduler, log_to_driver=False)  # or workers' lines get between those of --json
             register_ray()
     except ImportError as error:
         raise UsageError(f"--backend {backend}: {error}. Install it: pip install bilevax[{backend}].") from error

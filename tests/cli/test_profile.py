@@ -1,9 +1,13 @@
 """Compile time and memory of a step, from the compiled program."""
 
+import jax
 import pytest
 
+import bilevel
+import problems
 from benchmarks import profile, scale
 from benchmarks.registry import Cell
+from bilevel import lanes
 
 
 def test_a_row_for_each_problem_and_solver(tmp_path):
@@ -16,6 +20,18 @@ def test_a_row_for_each_problem_and_solver(tmp_path):
     assert (row["x"], row["y"]) == (20, 30)
     assert row["compile"] > 0
     assert "unconstrained lower level" in rows[1]["reason"]
+
+
+def test_what_a_run_has_compiled_before_is_compiled_again():
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+    problem, solver = problems.make("quadratic", dim_x=2, dim_y=2).problem, bilevel.SOBA(0.1, 0.1, 0.1)
+    key = jax.random.key(0)
+    bilevel.solve(problem, solver, key=key, max_steps=2, progress=False)
+    lanes.init(problem, solver, key, False)
+    compiled.clear()
+    profile.of(problem, solver, key)
+    assert "/jax/core/compile/backend_compile_duration" in compiled
 
 
 def test_exponents_are_slopes():
