@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_inverse, solve_model
+from bilevel.active_set import Factor, Model, Rows, Triangle, factorize, kkt_solve, masked_triangle, solve_model
 from bilevel.constraints import refuse, rows
 from bilevel.problem import BilevelProblem
 from bilevel.record import Status
@@ -42,15 +42,16 @@ class ActiveSet:
         max_changes: passes of the primal-dual search, after which the finite dual method takes over.
         start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
             holds with equality, and those that the unconstrained step violates.
-        factor: a solution's `factor`, to be used again for a quadratic g whose g_yy depends on x as little as the rows'
-            normals do. With another g_yy, refinement makes up for it or the end is STALLED; normals are not checked.
-        inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
+        factor: a solution's `factor`, to be used again for a quadratic g. Where g_yy or the rows' normals are not those
+            that it was made of, refinement makes up for the difference, in y and in the adjoint, or the end is STALLED:
+            residual, violation and the multipliers' signs are measured anew.
+        inside: beside `factor`, the same solution's `inside`, where `start` is its `active`.
     """
 
     tol: Any = None
     start: Any = None
     factor: Any = None
-    inverse: Any = None
+    inside: Any = None
     max_steps: int = static(default=100)
     max_changes: int = static(default=200)
 
@@ -61,7 +62,7 @@ class PolyhedralSolution(NamedTuple):
     y: shaped like the problem's. multipliers [m], signed. active [m]: 1 at hi, -1 at lo, 0 between. margin []: how far
     the bound of a row must move, in units of y, until that row changes sides, the least over the rows: the slack of
     inactive ones, |lam_i| (C H^-1 C')_ii of active ones, both over |C_i|; equalities do not count. residual []: norm of
-    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, inverse: the last step's.
+    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, inside: the last step's.
     weak, noise [m]: rows whose multiplier, or slack, is rounding error, and how much slack that is.
     status []: CONVERGED; WEAKLY_ACTIVE, solved with a margin of rounding error, or with active rows that depend on each
     other; INFEASIBLE_LOWER, y is NaN; SADDLE, H is not positive definite; MAX_STEPS, STALLED, NONFINITE.
@@ -77,13 +78,14 @@ class PolyhedralSolution(NamedTuple):
     steps: Array
     status: Array
     factor: Factor
-    inverse: Array
+    inside: Triangle
     weak: Array
     noise: Array
 
     def kept(self) -> ActiveSet:
         """Settings for a problem with the same g_yy and normals: start here, with these factors."""
-        return ActiveSet(start=self.active, factor=self.factor, inverse=self.inverse)
+        factor = self.factor._replace(L=self.factor.L.invert())
+        return ActiveSet(start=self.active, factor=factor, inside=self.inside.invert())
 
 
 def settings_for(problem: BilevelProblem, what: str, lower: Any, method: Any = None) -> ActiveSet:
@@ -139,13 +141,13 @@ def solve(
         g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
         return g, ravel_pytree(R)[0]
 
-    def factor_at(flat: Array) -> Factor:
-        return factorize(oracles.lower_hessian(problem, x, unravel(flat), batch), limits.C)
+    def factor_at(flat: Array, r: Array | None = None) -> tuple[Factor, Array]:
+        return factorize(oracles.lower_hessian(problem, x, unravel(flat), batch), limits.C, r)
 
-    def guess(grad: Array, factor: Factor) -> Array:
+    def guess(z: Array, factor: Factor) -> Array:
         at = limits.C @ flat
         near = 100 * eps * (jnp.abs(limits.C) @ jnp.abs(flat) + jnp.linalg.norm(limits.C, axis=1))
-        moved = at - factor.W.T @ (factor.X @ grad) / factor.d
+        moved = at - factor.W @ z
         held = jnp.where(jnp.abs(at - limits.hi) <= near, moved >= limits.hi, False)
         held_lo = jnp.where(jnp.abs(at - limits.lo) <= near, moved <= limits.lo, False)
         some = jnp.any(held | held_lo)
@@ -158,12 +160,13 @@ def solve(
     if constant:
         grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
         kept = settings.factor is not None
-        factor = settings.factor if kept else factor_at(flat)
-        a = guess(grad, factor) if start is None else jnp.asarray(start, dtype)
-        inverse = settings.inverse if kept and start is not None else None
-        model = solve_model(factor, limits, flat, grad, None, a, settings.max_changes, inverse)
-        end = _refine(problem, x, unravel, batch, limits, factor, model, flat, jnp.linalg.norm(grad))
-        status = _ends(end.status, factor, model, bad)
+        factor, z = (settings.factor, settings.factor.L.down(grad)) if kept else factor_at(flat, grad)
+        a = guess(z, factor) if start is None else jnp.asarray(start, dtype)
+        inside = settings.inside if kept and start is not None else None
+        model = solve_model(factor, limits, flat, z, None, a, settings.max_changes, inside)
+        end = _refine(problem, x, unravel, batch, limits, factor, model, flat, jnp.linalg.norm(grad), kept)
+        stale = kept & (end.status == Status.CONVERGED) & _contradicts(limits, end)
+        status = _ends(jnp.where(stale, Status.STALLED, end.status), factor, model, bad)
         return _certify(unravel, limits, end._replace(status=status))
 
     def body(c: _Search) -> _Search:
@@ -175,12 +178,14 @@ def solve(
         # Descent is asked for between feasible points only: the first full step makes y feasible.
         enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
         ok = finite & (first | ~c.feasible | enough)
-        before = jnp.linalg.norm(c.factor.L @ (c.factor.L.T @ c.model.p))
+        L = c.factor.L.L
+        before = jnp.linalg.norm(L @ (L.T @ c.model.p))
         renew = ok & ~first & ~((jnp.linalg.norm(R) <= 0.1 * before) & (c.t == 1))
-        factor = lax.cond(renew, lambda: factor_at(trial), lambda: c.factor)
+        factor = lax.cond(renew, lambda: factor_at(trial)[0], lambda: c.factor)
+        z = factor.L.down(R)
         a = c.model.active
-        a = jnp.where(first, guess(grad, factor), a) if start is None else a
-        new = lambda: solve_model(factor, limits, trial, R, c.model.multipliers, a, settings.max_changes)  # noqa: E731
+        a = jnp.where(first, guess(z, factor), a) if start is None else a
+        new = lambda: solve_model(factor, limits, trial, z, c.model.multipliers, a, settings.max_changes)  # noqa: E731
         model = lax.cond(ok, new, lambda: c.model)
         length = jnp.linalg.norm(model.p)
         y_next = jnp.where(ok, trial, c.y)
@@ -197,8 +202,8 @@ def solve(
                        c.steps + 1, status)  # fmt: skip
 
     a0 = nobody if start is None else jnp.asarray(start, dtype)
-    nothing = Model(jnp.zeros_like(flat), nobody, a0, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
-    begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat), nothing, jnp.array(0),
+    nothing = Model(jnp.zeros_like(flat), nobody, a0, Triangle(jnp.zeros((m, m), dtype)), no, no, no, nobody, nobody)
+    begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat)[0], nothing, jnp.array(0),
                     jnp.array(Status.MAX_STEPS))  # fmt: skip
 
     def go_on(c: _Search) -> Array:
@@ -222,18 +227,20 @@ class _Found(NamedTuple):
     status: Array
 
 
-REFINEMENTS = 5
+REFINEMENTS, KEPT_REFINEMENTS = 5, 30
 
 
 def _refine(
     problem: BilevelProblem, x: PyTree, unravel: Any, batch: PyTree, limits: Rows, factor: Factor, model: Model,
-    flat: Array, size: Array,
+    flat: Array, size: Array, kept: bool,
 ) -> _Found:  # fmt: skip
     """The quadratic g's solution from its model's: iterative refinement on the model's rows, until the residual is
     rounding error, measured by tr(H) |y| + |grad_y g| at the start (`size`), or no longer halves. A step's own rounding
-    error is in proportion to its length, so that a step of some length is always followed by another one.
+    error is in proportion to its length, so that a step of some length is always followed by another one. Factors that
+    were kept may be of another Hessian: then more steps are allowed, and less residual at the end.
     """
     eps, tiny = (float(getattr(jnp.finfo(flat.dtype), name)) for name in ("eps", "tiny"))
+    most, enough = (KEPT_REFINEMENTS, eps**-0.25) if kept else (REFINEMENTS, eps**-0.5)
     inside = model.active != 0
     bound = jnp.where(model.active > 0, limits.hi, limits.lo)
 
@@ -247,28 +254,36 @@ def _refine(
 
     def go_on(c: tuple) -> Array:
         size, before, far, count = c[-4:]
-        return ((size > 1) | far) & (size <= before / 2) & (count < REFINEMENTS)
+        return ((size > 1) | far) & (size <= before / 2) & (count < most)
 
     def body(c: tuple) -> tuple:
         flat, lam, at, R, size, _, _, count = c
-        p, change = kkt_solve(factor, model.inverse, model.active, -R, jnp.where(inside, bound - at, 0))
+        p, change = kkt_solve(factor, model.inside, model.active, -R, jnp.where(inside, bound - at, 0))
         return follow(flat, lam + change, p, size, count + 1)
 
     def follow(flat: Array, lam: Array, p: Array, before: Array, count: Array) -> tuple:
         y = flat + p
-        return y, lam, *look(y, lam), before, jnp.linalg.norm(p) > 0.1 * jnp.linalg.norm(y), count
+        return y, lam, *look(y, lam), before, p @ p > 0.01 * (y @ y), count
 
     begin = follow(flat, model.multipliers, model.p, jnp.full((), jnp.inf, flat.dtype), jnp.array(0))
     flat, lam, at, R, size, _, _, count = lax.while_loop(go_on, body, begin)
-    status = jnp.where(size <= eps**-0.5, Status.CONVERGED, Status.STALLED)
+    status = jnp.where(size <= enough, Status.CONVERGED, Status.STALLED)
     return _Found(flat, factor, model._replace(multipliers=lam), at, R, count + 2, status)
+
+
+def _contradicts(limits: Rows, end: _Found) -> Array:
+    """Whether a row is violated, or its multiplier has the wrong sign, by more than rounding error."""
+    noise, d, a = 100 * end.model.noise, end.factor.d, end.model.active
+    outside = d * jnp.maximum(end.at - limits.hi, limits.lo - end.at) > noise
+    wrong = (a * end.model.multipliers < -d * noise) & (limits.lo != limits.hi)
+    return jnp.any(outside | wrong)
 
 
 def _ends(status: Array, factor: Factor, model: Model, bad: Array) -> Array:
     """The status after a model was solved, where it did not go well."""
     status = jnp.where(model.unsolved, Status.STALLED, status)
     status = jnp.where(model.empty, Status.INFEASIBLE_LOWER, status)
-    status = jnp.where(jnp.isnan(factor.L[-1, -1]), Status.SADDLE, status)
+    status = jnp.where(jnp.isnan(factor.L.L[-1, -1]), Status.SADDLE, status)
     return jnp.where(bad, Status.NONFINITE, status)
 
 
@@ -293,7 +308,7 @@ def _certify(unravel: Any, limits: Rows, end: _Found) -> PolyhedralSolution:
         steps=end.steps,
         status=status,
         factor=end.factor,
-        inverse=model.inverse,
+        inside=model.inside,
         weak=weak,
         noise=10 * model.noise / d,
     )
@@ -301,12 +316,12 @@ def _certify(unravel: Any, limits: Rows, end: _Found) -> PolyhedralSolution:
 
 def adjoint(solution: PolyhedralSolution, fy: Array) -> tuple[Array, Array]:
     """(u [n], v [m]) of the module's adjoint system for f_y [n]; v is zero on inactive rows."""
-    return kkt_solve(solution.factor, solution.inverse, solution.active, fy)
+    return kkt_solve(solution.factor, solution.inside, solution.active, fy)
 
 
 def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSolution:
     """The solution with the factors of another Hessian."""
-    return solution._replace(factor=factor, inverse=masked_inverse(factor.S, solution.active)[0])
+    return solution._replace(factor=factor, inside=masked_triangle(factor.S, solution.active)[0])
 
 
 def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
@@ -319,7 +334,7 @@ def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
     """Proj(y - d) - y [n] on {lo <= C y <= hi}, y = flat [n], which need not be in it. One quadratic program; NaN if
     the set is empty.
     """
-    factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
+    factor, z = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C, d)
     nobody = jnp.zeros(len(limits.C), flat.dtype)
-    model = solve_model(factor, limits, flat, d, None, nobody, ActiveSet().max_changes)
+    model = solve_model(factor, limits, flat, z, None, nobody, ActiveSet().max_changes)
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)

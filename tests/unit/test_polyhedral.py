@@ -166,6 +166,26 @@ def test_kept_factors_serve_another_x_and_stale_ones_are_noticed():
     assert Status(int(stale.status)) == Status.STALLED
 
 
+def test_kept_factors_of_a_nearby_problem_are_made_up_for_by_refinement_or_refused():
+    data, rows, y_zero, active = instance(3)
+    x, begin = jnp.full(DIM_X, 1e-3), solve(make(data, rows), jnp.zeros(DIM_X), jnp.zeros(N))
+    gradient = jax.jit(
+        lambda problem, found: bilevel.hypergradient(problem, x, found.y, lower=found.kept(), estimate=False)
+    )
+    for factor, C in ((1.02, rows[0]), (1.0, 1.001 * rows[0] + 1e-3)):
+        near, moved = data | {"H": factor * data["H"]}, (C, *rows[1:])
+        found = gradient(make(near, moved), begin)
+        _, exact = dense_gradient(near, moved, np.asarray(x), y_zero, active)
+        assert Status(int(found.status)) == Status.UNCHECKED
+        assert relative(found.gradient, exact) <= 1e-9
+    # Other normals, under which a row that was inactive is violated at the point that the old factors find.
+    turned = gradient(
+        make(data, with_rows(rows, *[(i, -rows[0][i], rows[1][i], -9.0) for i in np.flatnonzero(~active)[:1]])), begin
+    )
+    assert np.isnan(turned.value) == (turned.status == Status.STALLED)
+    assert turned.status == Status.STALLED
+
+
 def test_float32_under_vmap():
     """The error in float32 that docs/design.md states."""
     instances, (data, rows) = stacked(range(24), np.float32)
