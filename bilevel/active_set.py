@@ -15,7 +15,7 @@ Goldfarb and Idnani (`least_distance`) takes over, in z = L'p: it is finite, and
 each other.
 
 Calls of LAPACK form one chain: XLA's thread pool can deadlock on two batched ones that wait for nothing of each other
-(jaxlib 0.10 on two cores). So the first solve with L is done together with that for W.
+(jaxlib 0.10 on two cores). So `Factor.down` waits for W.
 
 Reference: Hintermueller, Ito, Kunisch. The primal-dual active set strategy as a semismooth Newton method. SIAM Journal
 on Optimization 13, 2002. Kostreva. Block pivot methods for solving the complementarity problem. Linear Algebra and its
@@ -41,51 +41,43 @@ class Rows(NamedTuple):
     B: Array
 
 
-class Triangle(NamedTuple):
-    """A lower triangular L [n, n]; its inverse too where it was formed, which pays when L is used in many calls."""
-
-    L: Array
-    inverse: Array | None = None
-
-    def down(self, r: Array) -> Array:
-        """L^-1 r."""
-        return solve_triangular(self.L, r, lower=True) if self.inverse is None else self.inverse @ r
-
-    def up(self, r: Array) -> Array:
-        """L'^-1 r."""
-        return solve_triangular(self.L, r, lower=True, trans=1) if self.inverse is None else r @ self.inverse
-
-    def invert(self) -> "Triangle":
-        """With the inverse."""
-        eye = jnp.broadcast_to(jnp.eye(self.L.shape[-1], dtype=self.L.dtype), self.L.shape)
-        return Triangle(self.L, solve_triangular(self.L, eye, lower=True))
-
-
 class Factor(NamedTuple):
-    """Of H and the rows: L [n, n], L L' = H; W [m, n] = C L'^-1; d [m], one over the norms of its rows: rows of C are
-    measured in the norm of H^-1; S [m, m] = diag(d) W W' diag(d); length [m], d_i |C_i|; trace [] of H.
+    """Of H and the rows: L [n, n], L L' = H; X = L^-1 where it was formed, which pays when the factor is used in many
+    calls, else None; W [m, n] = C L'^-1; d [m], one over the norms of its rows: rows of C are measured in the norm of
+    H^-1; S [m, m] = diag(d) W W' diag(d); length [m], d_i |C_i|; trace [] of H.
     """
 
-    L: Triangle
+    L: Array
+    X: Array | None
     W: Array
     S: Array
     d: Array
     length: Array
     trace: Array
 
+    def down(self, r: Array) -> Array:
+        """L^-1 r, once W is there."""
+        return solve_triangular(self.L, r + 0 * self.d[0], lower=True) if self.X is None else self.X @ r
 
-def factorize(H: Array, C: Array, r: Array | None = None) -> tuple[Factor, Array]:
-    """(the factors of H [n, n] and the rows C [m, n], NaN where H is not positive definite; L^-1 r, r = 0 if None)."""
-    L = lax.linalg.cholesky(H.T, symmetrize_input=False)  # LAPACK counts by columns: H' comes without a copy
-    r = jnp.zeros_like(H[0]) if r is None else r
-    solved = solve_triangular(L, jnp.concatenate([C, r[None]]).T, lower=True).T
-    W, z = solved[:-1], solved[-1]
+    def up(self, r: Array) -> Array:
+        """L'^-1 r."""
+        return solve_triangular(self.L, r, lower=True, trans=1) if self.X is None else r @ self.X
+
+    def for_many_calls(self) -> "Factor":
+        """With X."""
+        eye = jnp.broadcast_to(jnp.eye(self.L.shape[-1], dtype=self.L.dtype), self.L.shape)
+        return self._replace(X=solve_triangular(self.L, eye, lower=True))
+
+
+def factorize(H: Array, C: Array) -> Factor:
+    """The factors of H [n, n] and the rows C [m, n]; NaN where H is not positive definite."""
+    L = lax.linalg.cholesky(H, symmetrize_input=False)
+    W = solve_triangular(L, C.T, lower=True).T
     S = W @ W.T
     squares = jnp.diagonal(S)
     d = 1 / jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    return Factor(
-        Triangle(L), W, d[:, None] * S * d[None], d, d * jnp.linalg.norm(C, axis=1), jnp.sum(jnp.diagonal(H))
-    ), z
+    S, length = d[:, None] * S * d[None], d * jnp.linalg.norm(C, axis=1)
+    return Factor(L, None, W, S, d, length, jnp.sum(jnp.diagonal(H)))
 
 
 class Model(NamedTuple):
@@ -94,7 +86,7 @@ class Model(NamedTuple):
     p: Array
     multipliers: Array
     active: Array
-    inside: Triangle  # [m, m], `masked_triangle` of S
+    inverse: Array  # [m, m], `masked_inverse` of S
     empty: Array
     unsolved: Array
     dependent: Array
@@ -102,27 +94,30 @@ class Model(NamedTuple):
     noise: Array  # rounding in it
 
 
-def masked_triangle(S: Array, a: Array, ridge: Array | float = 0.0, invert: bool = False) -> tuple[Triangle, Array]:
-    """(the Cholesky factor of S + ridge I on the rows in a, and of I elsewhere; whether these rows are independent)."""
+def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:
+    """(Y [m, m], whose Y'Y is the inverse of S + ridge I on the rows in a and zero elsewhere; whether these rows are
+    independent).
+    """
     inside, m = a != 0, len(a)
     unit = np.eye(m, dtype=S.dtype)  # a literal: XLA would build it anew before every loop
     K = jnp.where(inside[:, None] & inside[None, :], S, 0) + unit * jnp.where(inside, ridge, 1).astype(S.dtype)[None]
-    L = Triangle(lax.linalg.cholesky(K, symmetrize_input=False))
-    smallest = jnp.min(jnp.diagonal(L.L), initial=1.0) ** 2
-    return L.invert() if invert else L, smallest > 1e3 * float(jnp.finfo(S.dtype).eps) * max(m, 1)
+    L = lax.linalg.cholesky(K, symmetrize_input=False)
+    Y = solve_triangular(L, unit * inside.astype(S.dtype)[None], lower=True)
+    smallest = jnp.min(jnp.diagonal(L), initial=1.0) ** 2
+    return Y, smallest > 1e3 * float(jnp.finfo(S.dtype).eps) * max(m, 1)
 
 
 def solve_model(
     factor: Factor, limits: Rows, y: Array, z: Array, lam: Array | None, a: Array, max_changes: int,
-    inside: Triangle | None = None,
+    inverse: Array | None = None,
 ) -> Model:  # fmt: skip
     """The quadratic model's solution from the active set a; z = L^-1 (grad_y g + C' lam), lam = 0 where it is None.
 
-    inside: `masked_triangle` of a, if it is at hand.
+    inverse: `masked_inverse` of a, if it is at hand.
     """
-    L, W, S, d, length, _ = factor
+    _, _, W, S, d, length, _ = factor
     eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
-    z0, invert = -z, inside is not None and inside.inverse is not None
+    z0 = -z
     at = limits.C @ y
     lo, hi = d * (limits.lo - at), d * (limits.hi - at)
     base = jnp.zeros_like(d) if lam is None else lam / d
@@ -132,12 +127,12 @@ def solve_model(
     size = length * jnp.linalg.norm(y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
     noise = 10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0))
 
-    def step_on(a: Array, inside: Triangle) -> tuple[Array, Array]:
+    def step_on(a: Array, inverse: Array) -> tuple[Array, Array]:
         """(change of lam, C p), scaled."""
         out = jnp.where(a != 0, 0, -base)
         moved = 0 if lam is None else S @ out
         rhs = jnp.where(a != 0, reach - jnp.where(a > 0, hi, lo) - moved, 0)
-        change = inside.up(inside.down(rhs)) + out
+        change = (inverse @ rhs) @ inverse + out
         return change, reach - S @ change
 
     def wrong(a: Array, change: Array, value: Array) -> Array:
@@ -151,8 +146,8 @@ def solve_model(
 
     def search(c: tuple) -> tuple:
         a, _, _, _, passes, best, patience, phase, _, _ = c
-        inside, independent = masked_triangle(S, a, jnp.where(phase == ridged, eps**0.5, 0), invert)
-        change, value = step_on(a, inside)
+        inverse, independent = masked_inverse(S, a, jnp.where(phase == ridged, eps**0.5, 0))
+        change, value = step_on(a, inverse)
         better = wrong(a, change, value)
         off = better != a
         count = jnp.sum(off)
@@ -167,7 +162,7 @@ def solve_model(
         a = jnp.where(done | failed | begin_ridge | alone, a, better)
         best = jnp.where(begin_ridge, m + 1, jnp.minimum(best, count))
         phase = jnp.where(begin_ridge, ridged, jnp.where(end_ridge, last_pass, phase))
-        return a, change, value, inside, passes + 1, best, patience, phase, done, failed & ~done
+        return a, change, value, inverse, passes + 1, best, patience, phase, done, failed & ~done
 
     def dual(c: tuple) -> tuple:
         """The dual method in z = L'p, from the unconstrained step."""
@@ -177,8 +172,8 @@ def solve_model(
         # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
         exact = nearest(jnp.concatenate([rows, -rows]), slack, allow, skip=~c[-1])
         a = exact.active[:m].astype(a0.dtype) - exact.active[m:].astype(a0.dtype)
-        inside, independent = masked_triangle(S, a, invert=invert)
-        return a, *step_on(a, inside), inside, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
+        inverse, independent = masked_inverse(S, a)
+        return a, *step_on(a, inverse), inverse, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
 
     def find(c: tuple) -> tuple:
         """The search and, where it fails, the dual method: loops of at most one pass, since XLA's conditional would
@@ -189,26 +184,25 @@ def solve_model(
         return lax.while_loop(lambda c: c[-1], dual, (*found[:4], no, no, no, failed))
 
     no, a0 = jnp.array(False), a
-    inside, independent = masked_triangle(S, a) if inside is None else (inside, ~no)
-    change, value = step_on(a, inside)
+    inverse, independent = masked_inverse(S, a) if inverse is None else (inverse, ~no)
+    change, value = step_on(a, inverse)
     better = wrong(a, change, value)
     good = independent & jnp.isfinite(jnp.sum(change))
     again = jnp.any(better != a) | ~good
-    a, change, value, inside, dependent, empty, unsolved, _ = lax.while_loop(
-        lambda c: c[-1], find, (jnp.where(good, better, a), change, value, inside, no, no, no, again)
+    a, change, value, inverse, dependent, empty, unsolved, _ = lax.while_loop(
+        lambda c: c[-1], find, (jnp.where(good, better, a), change, value, inverse, no, no, no, again)
     )
     total = base + change
     slack = jnp.minimum(hi - value, value - lo)
     room = jnp.where(fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), slack))
-    p = L.up(z0 - (d * change) @ W)
+    p = factor.up(z0 - (d * change) @ W)
     unsolved = unsolved | ~jnp.isfinite(jnp.sum(p))
-    return Model(p, d * total, a, inside, empty, unsolved, dependent, room, noise)
+    return Model(p, d * total, a, inverse, empty, unsolved, dependent, room, noise)
 
 
-def kkt_solve(factor: Factor, inside: Triangle, active: Array, r: Array, s: Array | None = None) -> tuple[Array, Array]:
+def kkt_solve(factor: Factor, inverse: Array, active: Array, r: Array, s: Array | None = None) -> tuple[Array, Array]:
     """(u [n], v [m]) with H u + C_a' v_a = r, C_a u = s_a, and v_i = s_i on inactive rows; s = 0 where it is None."""
-    z = factor.L.down(r)
+    z = factor.down(r)
     reach = factor.W @ z
-    reach = jnp.where(active != 0, factor.d * (reach if s is None else reach - s), 0)
-    v = factor.d * inside.up(inside.down(reach))
-    return factor.L.up(z - v @ factor.W), v if s is None else jnp.where(active != 0, v, s)
+    v = factor.d * ((inverse @ (factor.d * (reach if s is None else reach - s))) @ inverse)
+    return factor.up(z - v @ factor.W), v if s is None else jnp.where(active != 0, v, s)

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.active_set import Factor, Model, Rows, Triangle, factorize, kkt_solve, masked_triangle, solve_model
+from bilevel.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.constraints import refuse, rows
 from bilevel.problem import BilevelProblem
 from bilevel.record import Status
@@ -45,13 +45,13 @@ class ActiveSet:
         factor: a solution's `factor`, to be used again for a quadratic g. Where g_yy or the rows' normals are not those
             that it was made of, refinement makes up for the difference, in y and in the adjoint, or the end is STALLED:
             residual, violation and the multipliers' signs are measured anew.
-        inside: beside `factor`, the same solution's `inside`, where `start` is its `active`.
+        inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
     """
 
     tol: Any = None
     start: Any = None
     factor: Any = None
-    inside: Any = None
+    inverse: Any = None
     max_steps: int = static(default=100)
     max_changes: int = static(default=200)
 
@@ -62,7 +62,7 @@ class PolyhedralSolution(NamedTuple):
     y: shaped like the problem's. multipliers [m], signed. active [m]: 1 at hi, -1 at lo, 0 between. margin []: how far
     the bound of a row must move, in units of y, until that row changes sides, the least over the rows: the slack of
     inactive ones, |lam_i| (C H^-1 C')_ii of active ones, both over |C_i|; equalities do not count. residual []: norm of
-    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, inside: the last step's.
+    (grad_y g + C' lam, violations). steps []: gradients of g taken. factor, inverse: the last step's.
     weak, noise [m]: rows whose multiplier, or slack, is rounding error, and how much slack that is.
     status []: CONVERGED; WEAKLY_ACTIVE, solved with a margin of rounding error, or with active rows that depend on each
     other; INFEASIBLE_LOWER, y is NaN; SADDLE, H is not positive definite; MAX_STEPS, STALLED, NONFINITE.
@@ -78,14 +78,13 @@ class PolyhedralSolution(NamedTuple):
     steps: Array
     status: Array
     factor: Factor
-    inside: Triangle
+    inverse: Array
     weak: Array
     noise: Array
 
     def kept(self) -> ActiveSet:
         """Settings for a problem with the same g_yy and normals: start here, with these factors."""
-        factor = self.factor._replace(L=self.factor.L.invert())
-        return ActiveSet(start=self.active, factor=factor, inside=self.inside.invert())
+        return ActiveSet(start=self.active, factor=self.factor.for_many_calls(), inverse=self.inverse)
 
 
 def settings_for(problem: BilevelProblem, what: str, lower: Any, method: Any = None) -> ActiveSet:
@@ -141,8 +140,8 @@ def solve(
         g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
         return g, ravel_pytree(R)[0]
 
-    def factor_at(flat: Array, r: Array | None = None) -> tuple[Factor, Array]:
-        return factorize(oracles.lower_hessian(problem, x, unravel(flat), batch), limits.C, r)
+    def factor_at(flat: Array) -> Factor:
+        return factorize(oracles.lower_hessian(problem, x, unravel(flat), batch), limits.C)
 
     def guess(z: Array, factor: Factor) -> Array:
         at = limits.C @ flat
@@ -160,10 +159,11 @@ def solve(
     if constant:
         grad = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
         kept = settings.factor is not None
-        factor, z = (settings.factor, settings.factor.L.down(grad)) if kept else factor_at(flat, grad)
+        factor = settings.factor if kept else factor_at(flat)
+        z = factor.down(grad)
         a = guess(z, factor) if start is None else jnp.asarray(start, dtype)
-        inside = settings.inside if kept and start is not None else None
-        model = solve_model(factor, limits, flat, z, None, a, settings.max_changes, inside)
+        inverse = settings.inverse if kept and start is not None else None
+        model = solve_model(factor, limits, flat, z, None, a, settings.max_changes, inverse)
         end = _refine(problem, x, unravel, batch, limits, factor, model, flat, jnp.linalg.norm(grad), kept)
         stale = kept & (end.status == Status.CONVERGED) & _contradicts(limits, end)
         status = _ends(jnp.where(stale, Status.STALLED, end.status), factor, model, bad)
@@ -178,11 +178,10 @@ def solve(
         # Descent is asked for between feasible points only: the first full step makes y feasible.
         enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
         ok = finite & (first | ~c.feasible | enough)
-        L = c.factor.L.L
-        before = jnp.linalg.norm(L @ (L.T @ c.model.p))
+        before = jnp.linalg.norm(c.factor.L @ (c.factor.L.T @ c.model.p))
         renew = ok & ~first & ~((jnp.linalg.norm(R) <= 0.1 * before) & (c.t == 1))
-        factor = lax.cond(renew, lambda: factor_at(trial)[0], lambda: c.factor)
-        z = factor.L.down(R)
+        factor = lax.cond(renew, lambda: factor_at(trial), lambda: c.factor)
+        z = factor.down(R)
         a = c.model.active
         a = jnp.where(first, guess(z, factor), a) if start is None else a
         new = lambda: solve_model(factor, limits, trial, z, c.model.multipliers, a, settings.max_changes)  # noqa: E731
@@ -202,8 +201,8 @@ def solve(
                        c.steps + 1, status)  # fmt: skip
 
     a0 = nobody if start is None else jnp.asarray(start, dtype)
-    nothing = Model(jnp.zeros_like(flat), nobody, a0, Triangle(jnp.zeros((m, m), dtype)), no, no, no, nobody, nobody)
-    begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat)[0], nothing, jnp.array(0),
+    nothing = Model(jnp.zeros_like(flat), nobody, a0, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
+    begin = _Search(flat, zero + 1, zero, zero, zero, no, factor_at(flat), nothing, jnp.array(0),
                     jnp.array(Status.MAX_STEPS))  # fmt: skip
 
     def go_on(c: _Search) -> Array:
@@ -258,7 +257,7 @@ def _refine(
 
     def body(c: tuple) -> tuple:
         flat, lam, at, R, size, _, _, count = c
-        p, change = kkt_solve(factor, model.inside, model.active, -R, jnp.where(inside, bound - at, 0))
+        p, change = kkt_solve(factor, model.inverse, model.active, -R, jnp.where(inside, bound - at, 0))
         return follow(flat, lam + change, p, size, count + 1)
 
     def follow(flat: Array, lam: Array, p: Array, before: Array, count: Array) -> tuple:
@@ -283,7 +282,7 @@ def _ends(status: Array, factor: Factor, model: Model, bad: Array) -> Array:
     """The status after a model was solved, where it did not go well."""
     status = jnp.where(model.unsolved, Status.STALLED, status)
     status = jnp.where(model.empty, Status.INFEASIBLE_LOWER, status)
-    status = jnp.where(jnp.isnan(factor.L.L[-1, -1]), Status.SADDLE, status)
+    status = jnp.where(jnp.isnan(factor.L[-1, -1]), Status.SADDLE, status)
     return jnp.where(bad, Status.NONFINITE, status)
 
 
@@ -308,7 +307,7 @@ def _certify(unravel: Any, limits: Rows, end: _Found) -> PolyhedralSolution:
         steps=end.steps,
         status=status,
         factor=end.factor,
-        inside=model.inside,
+        inverse=model.inverse,
         weak=weak,
         noise=10 * model.noise / d,
     )
@@ -316,12 +315,12 @@ def _certify(unravel: Any, limits: Rows, end: _Found) -> PolyhedralSolution:
 
 def adjoint(solution: PolyhedralSolution, fy: Array) -> tuple[Array, Array]:
     """(u [n], v [m]) of the module's adjoint system for f_y [n]; v is zero on inactive rows."""
-    return kkt_solve(solution.factor, solution.inside, solution.active, fy)
+    return kkt_solve(solution.factor, solution.inverse, solution.active, fy)
 
 
 def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSolution:
     """The solution with the factors of another Hessian."""
-    return solution._replace(factor=factor, inside=masked_triangle(factor.S, solution.active)[0])
+    return solution._replace(factor=factor, inverse=masked_inverse(factor.S, solution.active)[0])
 
 
 def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
@@ -334,7 +333,7 @@ def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
     """Proj(y - d) - y [n] on {lo <= C y <= hi}, y = flat [n], which need not be in it. One quadratic program; NaN if
     the set is empty.
     """
-    factor, z = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C, d)
+    factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
     nobody = jnp.zeros(len(limits.C), flat.dtype)
-    model = solve_model(factor, limits, flat, z, None, nobody, ActiveSet().max_changes)
+    model = solve_model(factor, limits, flat, factor.down(d), None, nobody, ActiveSet().max_changes)
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)

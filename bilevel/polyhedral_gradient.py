@@ -35,7 +35,7 @@ def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, 
     if oracles.constant_hessian(problem, x, found.y, batch):
         return found
     C = constraints.rows(problem, x, found.y).C
-    return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.y, batch), C)[0])
+    return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.y, batch), C))
 
 
 def differentiate(
@@ -57,7 +57,7 @@ def differentiate(
     flat, unravel = ravel_pytree(found.y)
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
 
-    solve = partial(kkt_solve, found.factor, found.inside, found.active)
+    solve = partial(kkt_solve, found.factor, found.inverse, found.active)
 
     def look(flat: Array, lam: Array, u: Array, v: Array) -> tuple[tuple, tuple]:
         """((y, lam, u, v, residuals), what is seen there)."""
@@ -76,24 +76,31 @@ def differentiate(
         (d, dlam), (du, dv) = solve(-R, off), solve(r_u, r_v)
         return look(flat + d, lam + dlam, u + du, v + dv)
 
-    def kept_refined(first: tuple) -> tuple:
+    def kept_refined(u: Array, v: Array) -> tuple[Array, Array]:
         """Corrections until the adjoint's residual is rounding error or no longer halves: kept factors may be stale."""
-        eps = jnp.finfo(flat.dtype).eps
+
+        def seen(u: Array, v: Array) -> tuple:
+            Hu = ravel_pytree(oracles.hvp(problem, x, found.y, unravel(u), lower_batch))[0]
+            r_u, r_v = fy - Hu - limits.C.T @ v, jnp.where(inside, -(limits.C @ u), 0)
+            return u, v, r_u, r_v, jnp.sqrt(jnp.sum(r_u**2) + jnp.sum(r_v**2))
 
         def go_on(c: tuple) -> Array:
-            (_, (_, u, _, _, sizes)), before, count = c
-            noise = 10 * eps * (found.factor.trace * jnp.linalg.norm(u) + jnp.linalg.norm(fy))
-            return (sizes[1] > noise) & (sizes[1] <= before / 2) & (count < polyhedral.KEPT_REFINEMENTS)
+            u, _, _, _, size, before, count = c
+            noise = 10 * jnp.finfo(flat.dtype).eps * (found.factor.trace * jnp.linalg.norm(u) + jnp.linalg.norm(fy))
+            return (size > noise) & (size <= before / 2) & (count < polyhedral.KEPT_REFINEMENTS)
 
         def body(c: tuple) -> tuple:
-            return correct(c[0][0], None), c[0][1][-1][1], c[2] + 1
+            u, v, r_u, r_v, size, _, count = c
+            du, dv = solve(r_u, r_v)
+            return *seen(u + du, v + dv), size, count + 1
 
-        return lax.while_loop(go_on, body, (first, jnp.full((), jnp.inf, flat.dtype), jnp.array(0)))[0]
+        far = jnp.full((), jnp.inf, flat.dtype)
+        return lax.while_loop(go_on, body, (*seen(u, v), far, jnp.array(0)))[:2]
 
     lam, kept = jnp.where(inside, found.multipliers, 0), settings.factor is not None
     if kept or not estimate:
-        first = look(flat, lam, *solve(fy))
-        first = kept_refined(first) if kept else first
+        uv = solve(fy)
+        first = look(flat, lam, *(kept_refined(*uv) if kept else uv))
     if estimate:
         zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(lam)
         begin = first[0] if kept else (flat, lam, zero, nothing, zero, nothing, fy, nothing)
@@ -150,7 +157,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Acti
         return jnp.concatenate([R + limits.C.T @ jnp.where(inside, lam, 0), jnp.where(inside, off, lam)])
 
     def inverse(r: Array) -> Array:
-        return jnp.concatenate(kkt_solve(found.factor, found.inside, found.active, r[:n], r[n:]))
+        return jnp.concatenate(kkt_solve(found.factor, found.inverse, found.active, r[:n], r[n:]))
 
     def tangent(matvec: Any, b: Array) -> Array:
         solve = lambda matvec, b: refine(matvec, inverse, b)  # noqa: E731
@@ -194,7 +201,7 @@ def directional(
         cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
         slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
         start = jnp.where(strong, 1, 0).astype(at.dtype)
-        model = solve_model(found.factor, cone, zero, found.factor.L.down(slope), None, start, 200)
+        model = solve_model(found.factor, cone, zero, found.factor.down(slope), None, start, 200)
         change = sign * (fx @ d) + fy @ model.p
         return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
 

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles, per_sample, polyhedral
-from bilevel.active_set import Factor, factorize, kkt_solve, masked_triangle, solve_model
+from bilevel.active_set import Factor, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.data import PerSample
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
@@ -94,7 +94,7 @@ def _factor_at(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, C: 
     definite = jnp.isfinite(lax.linalg.cholesky(H, symmetrize_input=False)[-1, -1])
     size = jnp.sum(jnp.abs(H), axis=1)
     safe = jnp.diag(jnp.where(size > 0, size, 1) + jnp.where(definite, 0, 0 * H[0, 0]))
-    return factorize(jnp.where(definite, H, safe), C)[0], definite
+    return factorize(jnp.where(definite, H, safe), C), definite
 
 
 def track(
@@ -114,33 +114,33 @@ def track(
     factor, definite = _factor_at(problem, x, y, batch, limits.C)
 
     def body(_: int, carry: tuple) -> tuple:
-        flat, active, lam, inside, factor, definite = carry[:6]
+        flat, active, lam, inverse, factor, definite = carry[:6]
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + flat_q + limits.C.T @ lam
-        z = factor.L.down(R)
-        model = solve_model(factor, limits, flat, z, lam, active, polyhedral.ActiveSet().max_changes, inside)
+        z = factor.down(R)
+        model = solve_model(factor, limits, flat, z, lam, active, polyhedral.ActiveSet().max_changes, inverse)
         feasible = ~(model.empty | model.unsolved)
-        flat, inside = jnp.where(feasible, flat + model.p, jnp.nan), model.inside
+        flat, inverse = jnp.where(feasible, flat + model.p, jnp.nan), model.inverse
         if not constant:
             factor, definite = _factor_at(problem, x, unravel(flat), batch, limits.C)
-            inside = masked_triangle(factor.S, model.active)[0]
+            inverse = masked_inverse(factor.S, model.active)[0]
         weak = model.room <= 10 * model.noise
         seen = jnp.min(model.room, initial=jnp.inf), feasible, ~model.dependent, weak
-        return flat, model.active, model.multipliers, inside, factor, definite, *seen
+        return flat, model.active, model.multipliers, inverse, factor, definite, *seen
 
     yes, far = jnp.array(True), jnp.full((), jnp.inf, flat.dtype)
-    inside = masked_triangle(factor.S, active)[0]
-    carry = flat, active, jnp.zeros_like(active), inside, factor, definite, far, yes, yes, active > 0
-    flat, active, _, inside, factor, definite, *seen = lax.fori_loop(0, num_steps, body, carry)
+    inverse = masked_inverse(factor.S, active)[0]
+    carry = flat, active, jnp.zeros_like(active), inverse, factor, definite, far, yes, yes, active > 0
+    flat, active, _, inverse, factor, definite, *seen = lax.fori_loop(0, num_steps, body, carry)
     margin, feasible, independent, weak = seen
     holding = jnp.where(weak, 1, active)  # the active set has rows that are independent; those without slack may not be
 
     def holding_independent(_: tuple) -> tuple[Array, Array]:
-        return masked_triangle(factor.S, holding)[1], ~yes
+        return masked_inverse(factor.S, holding)[1], ~yes
 
     more = independent & jnp.any(holding != active)
     independent, _ = lax.while_loop(lambda c: c[1], holding_independent, (independent, more))  # one pass or none
     seen = margin, feasible, independent, definite, ~jnp.any(weak)
-    return Tracked(unravel(flat), active, *seen), factor, inside
+    return Tracked(unravel(flat), active, *seen), factor, inverse
 
 
 def _track_in_box(
@@ -172,14 +172,14 @@ def gradient(
     problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Any, Array], upper: PyTree, lower: PyTree
 ) -> PyTree:
     """Grad F_q(x) of `track`'s result, shaped like x, with f on the batch `upper`."""
-    tracked, factor, inside = found
+    tracked, factor, inverse = found
     unravel_y = ravel_pytree(tracked.y)[1]
     fx, fy = oracles.upper_gradients(problem, x, tracked.y, upper)
     if _diagonal_box(problem):
-        D = factor
+        D, inside = factor, inverse
         u = unravel_y(jnp.where(inside, ravel_pytree(fy)[0] / D, 0))
         return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, tracked.y, u, lower))
-    u, v = kkt_solve(factor, inside, tracked.active, ravel_pytree(fy)[0])
+    u, v = kkt_solve(factor, inverse, tracked.active, ravel_pytree(fy)[0])
     cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
     return unravel_x(flat - cross - constraints.rows(problem, x, tracked.y).B.T @ v)

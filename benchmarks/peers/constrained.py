@@ -3,12 +3,20 @@ benchmarks.peers.constrained`.
 
     lower: y(x) = argmin y'H y/2 + (G x + c)'y  over  A y + B x <= b,    upper: t'y + |y|^2/2
 
-One process, one thread, float64; 50 unknowns, 30 rows, 10 parameters x; about half of the rows active. Each library
-returns F and grad F. Calls from Python: median and minimum over interleaved repetitions, each at another x near the
-last; a call that does nothing is in the table, since dispatch counts for all. Then the same inside one compiled loop
-over these x, as a solver's steps are. "warm" starts from the solution and active set at x = 0; "factors kept" also from
-its factors (`PolyhedralSolution.kept`), which do not depend on x. Error: worst relative error of the gradient over
-those x against NumPy's dense KKT system on the active rows. Then 256 perturbations q of g (g + q'y) by vmap.
+One process, one thread (calls run in the thread that makes them, and XLA schedules for one), float64; 50 unknowns, 30
+rows, 10 parameters x; about half of the rows active. Each library returns F and grad F. Times are CPU time, medians and
+minima over repetitions, each at another x near the last, the libraries in turn:
+
+- steady: 20 calls from Python in a row before the next library's turn, as in a loop of calls;
+- alone: one call a turn, so that the others' work has emptied the caches;
+- loop: inside one compiled loop, as a solver's steps are, with g_yy moving with x, so that nothing of it is left to do
+  outside of the loop; "warm" starts here from the last step's y.
+
+"warm" starts from the solution and active set at x = 0; "factors kept" also from its factors
+(`PolyhedralSolution.kept`), which do not depend on x except in the loop, where refinement makes up for that. A call
+that does nothing is in the table, since dispatch counts for all, and a Cholesky factor of H with two triangular solves.
+Error: worst relative error of the gradient over those x against NumPy's dense KKT system on the active rows. Then 256
+perturbations q of g (g + q'y) by vmap.
 
 qpax runs with its default tolerances, and with the tight ones where its gradient was found to be the most exact (1e-10,
 target_kappa 1e-8: tighter ones are no more exact). A library that is not installed is named and skipped; cvxpylayers'
@@ -19,11 +27,14 @@ import argparse
 import importlib.util
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false --xla_cpu_enable_concurrency_optimized_scheduler=false"
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import time
 from collections.abc import Callable
-from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,14 +101,22 @@ def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return -G.T @ uv[: len(y)] - B.T @ uv[len(y) :]
 
 
-def gradient_of(problem: bilevel.BilevelProblem, y0: jax.Array) -> Callable:
-    """Value and gradient by `bilevel.hypergradient`, cold."""
+def bilevax_step(rows: tuple, lower: Any = None, estimate: bool = False) -> Callable:
+    """Step: (data, x, warm start y) -> (F, grad F, y) by `bilevel.hypergradient`."""
 
-    def call(x):
-        h = bilevel.hypergradient(problem, x, y0, estimate=False)
-        return h.value, h.gradient
+    def step(data, x, y):
+        h = bilevel.hypergradient(
+            make_problem(data, rows), x, y, lower=lower or polyhedral.ActiveSet(), estimate=estimate
+        )
+        return h.value, h.gradient, h.y
 
-    return call
+    return step
+
+
+def floor_step(data, x, y):
+    """What no method with a new H avoids: its Cholesky factor and two triangular solves."""
+    factor = jax.lax.linalg.cholesky(data["H"], symmetrize_input=False)
+    return x[0], x, jax.scipy.linalg.cho_solve((factor, True), data["G"] @ x + data["c"])
 
 
 def qpax_call(data: dict, rows: tuple, **settings: float) -> Callable:
@@ -148,51 +167,60 @@ def median_ms(found: Measured) -> str:
 def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
     """The table of single solves and gradients."""
     data, rows = make_data(n, rows_count)
-    problem = make_problem(data, rows)
-    calls: dict[str, Callable] = {}
+    y0 = jnp.zeros(n)
+    found = jax.jit(polyhedral.solve)(make_problem(data, rows), jnp.zeros(DIM_X), y0, data)
+    steps: dict[str, Callable] = {}
+    tight = {"solver_tol": 1e-10, "target_kappa": 1e-8}
     if importlib.util.find_spec("qpax"):
-        calls["qpax, default"] = jax.jit(qpax_call(data, rows))
-        calls["qpax, tight"] = jax.jit(qpax_call(data, rows, solver_tol=1e-10, target_kappa=1e-8))
+        steps["qpax, default"] = lambda data, x, y: (*qpax_call(data, rows)(x), y)
+        steps["qpax, tight"] = lambda data, x, y: (*qpax_call(data, rows, **tight)(x), y)
     if importlib.util.find_spec("jaxopt"):
-        calls["jaxopt OSQP"] = jax.jit(jaxopt_call(data, rows))
+        steps["jaxopt OSQP"] = lambda data, x, y: (*jaxopt_call(data, rows)(x), y)
+    warm = polyhedral.ActiveSet(start=found.active)
+    steps["bilevax, cold"] = lambda data, x, y: (*bilevax_step(rows)(data, x, y0)[:2], y)
+    steps["bilevax, cold, error estimate"] = lambda data, x, y: (*bilevax_step(rows, None, True)(data, x, y0)[:2], y)
+    steps["bilevax, warm"] = bilevax_step(rows, warm)
+    steps["bilevax, warm, factors kept"] = bilevax_step(rows, found.kept())
+    steps["a call that does nothing"] = lambda data, x, y: (jnp.sum(x), x, y)
+    steps["Cholesky of H, two solves"] = floor_step
+    calls = {name: jax.jit(lambda x, step=step: step(data, x, found.y)) for name, step in steps.items()}
     if importlib.util.find_spec("cvxpylayers"):
         calls["cvxpylayers (no jit)"] = cvxpylayers_call(data, rows)
     for name in ("qpax", "jaxopt", "cvxpylayers"):
         if not importlib.util.find_spec(name):
             console.print(f"skipped: {name} is not installed")
-    y0 = jnp.zeros(n)
-    slope = lambda h: (h.value, h.gradient)  # noqa: E731
-    calls["bilevax, cold"] = jax.jit(lambda x: slope(bilevel.hypergradient(problem, x, y0, estimate=False)))
-    calls["bilevax, cold, error estimate"] = jax.jit(lambda x: slope(bilevel.hypergradient(problem, x, y0)))
-    found = jax.jit(polyhedral.solve)(problem, jnp.zeros(DIM_X), y0, data)
-    settings = polyhedral.ActiveSet(start=found.active)
-    calls["bilevax, warm"] = jax.jit(
-        lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=settings, estimate=False))
-    )
-    kept = found.kept()
-    calls["bilevax, warm, factors kept"] = jax.jit(
-        lambda x: slope(bilevel.hypergradient(problem, x, found.y, lower=kept, estimate=False))
-    )
-    calls["a call that does nothing"] = jax.jit(lambda x: (jnp.sum(x), x))
     points = [1e-3 * np.random.default_rng(k).normal(size=DIM_X) for k in range(repeats)]
     solve = jax.jit(polyhedral.solve)
+    problem = make_problem(data, rows)
     truths = [exact(data, rows, x, np.asarray(solve(problem, jnp.asarray(x), y0, data).y)) for x in points]
 
     def error(k: int, out: tuple) -> float:
         return float(np.linalg.norm(out[1] - truths[k]) / np.linalg.norm(truths[k]))
 
-    measured = interleaved(calls, [(jnp.asarray(x),) for x in points], error)
-    loops = {name: jax.jit(partial(jax.lax.map, call)) for name, call in calls.items() if "no jit" not in name}
-    looped = interleaved(loops, [(jnp.asarray(points),)] * (1 + repeats // 5))
+    at = [(jnp.asarray(x),) for x in points]
+    alone = interleaved(calls, at, error, clock=time.process_time)
+    steady = interleaved(calls, at, in_a_row=20, clock=time.process_time)
+
+    def loop(step: Callable) -> Callable:
+        def body(y, at):
+            x, scale = at
+            value, gradient, y = step(data | {"H": scale * data["H"]}, x, y)
+            return y, (value, gradient)
+
+        return jax.jit(lambda points, scales: jax.lax.scan(body, found.y, (points, scales)))
+
+    scales = jnp.asarray(1 + 1e-3 * np.random.default_rng(0).normal(size=repeats))
+    turns = [(jnp.asarray(points), scales)] * (1 + repeats // 10)
+    looped = interleaved({name: loop(step) for name, step in steps.items()}, turns, clock=time.process_time)
     for row in looped.values():
         row.seconds = [seconds / repeats for seconds in row.seconds]
-    table = Table(title=f"Solve and gradient, {n} unknowns, {rows_count} rows, float64, one thread")
-    for column in ("library", "first call (s)", "call: median (min), ms", "in a loop, ms", "worst relative error"):
+    table = Table(title=f"Solve and gradient, {n} unknowns, {rows_count} rows, float64, one thread; CPU time, ms")
+    for column in ("library", "first call (s)", "steady: median (min)", "alone", "loop", "worst relative error"):
         table.add_column(column, justify="left" if column == "library" else "right")
-    for name, row in measured.items():
+    for name in calls:
         inside = median_ms(looped[name]) if name in looped else "-"
-        shown = "-" if "nothing" in name else f"{row.worst:.1e}"
-        table.add_row(name, f"{row.first:.2f}", median_ms(row), inside, shown)
+        shown = "-" if name in list(steps)[-2:] else f"{alone[name].worst:.1e}"
+        table.add_row(name, f"{alone[name].first:.2f}", median_ms(steady[name]), median_ms(alone[name]), inside, shown)
     console.print(table)
 
 
@@ -211,10 +239,10 @@ def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 
         rest = (rows[0], jnp.zeros((rows_count, n)), rows[2])
         for name, more in (("qpax, default", {}), ("qpax, tight", {"solver_tol": 1e-10, "target_kappa": 1e-8})):
             calls[name] = jax.jit(jax.vmap(lambda q, more=more: qpax_call(shifted(q), rest, **more)(q)[1]))
-    measured = interleaved(calls, [(draws * (1 + 1e-6 * k),) for k in range(repeats)])
+    measured = interleaved(calls, [(draws * (1 + 1e-6 * k),) for k in range(repeats)], clock=time.process_time)
     table = Table(title=f"{number} perturbations by vmap, {n} unknowns, {rows_count} rows")
     table.add_column("library")
-    table.add_column("steady: median (minimum), ms", justify="right")
+    table.add_column("CPU time: median (minimum), ms", justify="right")
     for name, row in measured.items():
         table.add_row(name, median_ms(row))
     console.print(table)
@@ -226,6 +254,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=101)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     console = Console(width=120)
     single(console, 50, 30, options.repeats)
     for n, rows_count in ((10, 8), (50, 20)):

@@ -34,25 +34,29 @@ class Measured:
 
 
 def interleaved(
-    calls: dict[str, Callable[..., Any]], points: Sequence[tuple], judge: Callable[[int, Any], float] | None = None
-) -> dict[str, Measured]:
+    calls: dict[str, Callable[..., Any]], points: Sequence[tuple], judge: Callable[[int, Any], float] | None = None,
+    in_a_row: int = 1, clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Measured]:  # fmt: skip
     """Every call once on points[0], then all calls in turn on each of `points`; results are waited for.
 
     Args:
         calls: by name; each takes a point's entries as arguments.
         points: tuples of arguments.
         judge: (number of the point, result) -> a number, an error for instance; not timed.
+        in_a_row: so many points for one call before the next one's turn, so that caches hold what a call needs.
+        clock: seconds; `time.process_time` for CPU time, which other programs on the machine hardly change.
     """
     found = {}
     for name, call in calls.items():
         begin = time.perf_counter()
         jax.block_until_ready(call(*points[0]))
         found[name] = Measured(time.perf_counter() - begin)
-    for k, point in enumerate(points):
+    for first in range(0, len(points), in_a_row):
+        turn = points[first : first + in_a_row]
         for name, call in calls.items():
-            begin = time.perf_counter()
-            out = jax.block_until_ready(call(*point))
-            found[name].seconds.append(time.perf_counter() - begin)
+            begin = clock()
+            outs = [jax.block_until_ready(call(*point)) for point in turn]
+            found[name].seconds.append((clock() - begin) / len(turn))
             if judge is not None:
-                found[name].judged.append(judge(k, out))
+                found[name].judged += [judge(first + k, out) for k, out in enumerate(outs)]
     return found
