@@ -156,8 +156,9 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
     """The same for a lower level on a polyhedron: cvxpy's quadratic programs, then dense KKT systems in NumPy.
 
     Sequential quadratic programming from y with backtracking on g, Clarabel for the models; rows with a slack below
-    1e-6 and a multiplier above 1e-6 are active; Newton's method on the equations of the active rows ends it. Only the
-    reading of the sets into rows (`constraints.rows`) is shared with the fast path.
+    1e-6 and a multiplier above 1e-6 are taken for active; Newton's method on the equations of the active rows ends it,
+    and where it leaves a row violated, or a multiplier of the wrong sign, the row changes sides. Only the reading of
+    the sets into rows (`constraints.rows`) is shared with the fast path.
 
     Raises:
         RuntimeError: not a polyhedron, no convergence, or a residual above 1e-8 at the end.
@@ -196,16 +197,28 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
     multipliers = np.zeros(len(C))
     multipliers[near] = found[: near.sum()]
     active = fixed | (multipliers > 1e-6)
-    slack = np.minimum(above, below)[~active]
-    margin = min(multipliers[active & ~fixed].min(initial=np.inf), slack.min(initial=np.inf))
-    A, bound, size = C[active], np.where(sign > 0, hi, lo)[active], int(active.sum())
-    for _ in range(5):  # Newton in NumPy on the equations of the active rows
-        H, R = hessian(z), residual(z)
-        M = np.block([[H, A.T], [A, np.zeros((size, size))]])
-        z = z + np.linalg.lstsq(M, np.concatenate([-R, bound - A @ z]), rcond=None)[0][: flat.size]
-    R = residual(z)
-    rest = R + A.T @ np.linalg.lstsq(A.T, -R, rcond=None)[0] if size else R
-    outside = np.maximum(C @ z - hi, lo - C @ z).max(initial=0.0)
+    for _ in range(
+        2 * len(C) + 1
+    ):  # tolerances misjudge rows that are almost active: mend the set until all signs agree
+        A, bound, size = C[active], np.where(sign > 0, hi, lo)[active], int(active.sum())
+        for _ in range(5):  # Newton in NumPy on the equations of the active rows
+            H, R = hessian(z), residual(z)
+            M = np.block([[H, A.T], [A, np.zeros((size, size))]])
+            z = z + np.linalg.lstsq(M, np.concatenate([-R, bound - A @ z]), rcond=None)[0][: flat.size]
+        R, beyond = residual(z), np.maximum(C @ z - hi, lo - C @ z)
+        multipliers = np.zeros(len(C))
+        multipliers[active] = sign[active] * np.linalg.lstsq(A.T, -R, rcond=None)[0] if size else 0
+        tol = 1e-11 * (1 + np.linalg.norm(R) + np.linalg.norm(z))
+        missing, wrong = np.where(active, 0, beyond), np.where(active & ~fixed, multipliers, 0)
+        if missing.max(initial=0) > tol:
+            row = int(np.argmax(missing))
+            active[row], sign[row] = True, 1.0 if C[row] @ z > hi[row] else -1.0
+        elif wrong.min(initial=0) < -tol:
+            active[int(np.argmin(wrong))] = False
+        else:
+            break
+    margin = min(multipliers[active & ~fixed].min(initial=np.inf), -beyond[~active].max(initial=-np.inf))
+    rest, outside = R + A.T @ (sign * multipliers)[active], beyond.max(initial=0.0)
     if not max(float(np.linalg.norm(rest)), outside) <= 1e-8 * (1 + float(np.linalg.norm(R))):
         raise RuntimeError(f"reference.constrained: residual {np.linalg.norm(rest):.1e}, outside by {outside:.1e}")
     by_x, by_y = (np.asarray(part, float) for part in _jacobians(problem, x, at(z)))

@@ -90,3 +90,14 @@ def test_the_reference_of_a_polyhedron_gives_the_margin_to_the_kink():
     np.testing.assert_allclose(found.y, [0.25, 0, 1], atol=1e-12)
     np.testing.assert_allclose(found.gradient, np.array([0.7, -0.3, -0.3]) + 0.2 * x, atol=1e-12)
     assert found.margin == pytest.approx(0.25, abs=1e-7)
+
+
+@pytest.mark.parametrize("x1", [2e-7, 3e-8, 0.0, -1e-7])
+def test_the_reference_reads_rows_that_are_almost_active_by_their_signs(x1):
+    """The ridge F = 5|x1| + (x2 - 3)^2/2: one step of 1e-7 from the kink a row is within Clarabel's accuracy of it."""
+    instance = problems.make("constrained", kind="ridge")
+    found = reference.constrained(instance.problem, jnp.array([x1, 1.3]), instance.problem.init(jax.random.key(0))[1])
+    assert found.value == pytest.approx(5 * abs(x1) + 1.7**2 / 2, abs=1e-14)
+    assert found.margin == pytest.approx(abs(x1), abs=1e-12)
+    if x1:
+        np.testing.assert_allclose(found.gradient, [5 * np.sign(x1), -1.7], atol=1e-12)
