@@ -56,7 +56,9 @@ def lower_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> float:
         raise RuntimeError(f"reference.lower_residual: {reason}")
     z = np.asarray(ravel_pytree(y)[0], float)
     C, lo, hi, _ = (np.asarray(part, float) for part in constraints.rows(problem, x, y))
-    return float(np.linalg.norm(_model(np.eye(z.size), R, z, C, lo, hi) - z))
+    one = np.eye(z.size)
+    near = _model(one, R, z, C, lo, hi)
+    return float(np.linalg.norm(_polish(near, C, lo, hi, lambda w: R + w - z, lambda w: one)[0] - z))
 
 
 def lower_gap(problem: BilevelProblem, x: PyTree, y: PyTree, solved: PyTree) -> float:
@@ -163,8 +165,6 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
     Raises:
         RuntimeError: not a polyhedron, no convergence, or a residual above 1e-8 at the end.
     """
-    from scipy import optimize
-
     reason = constraints.refuse(problem)
     if reason is not None:
         raise RuntimeError(f"reference.constrained: {reason}")
@@ -187,24 +187,45 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
         while value(z + length * step) > before + 1e-4 * length * slope and length > 1e-9:
             length /= 2
         z = z + length * step
+    z, R, active, multipliers, beyond = _polish(z, C, lo, hi, residual, hessian)
+    fixed, A, size = lo == hi, C[active], int(active.sum())
+    margin = min(np.abs(multipliers[active & ~fixed]).min(initial=np.inf), -beyond[~active].max(initial=-np.inf))
+    rest, outside = R + A.T @ multipliers[active], beyond.max(initial=0.0)
+    if not max(float(np.linalg.norm(rest)), outside) <= 1e-8 * (1 + float(np.linalg.norm(R))):
+        raise RuntimeError(f"reference.constrained: residual {np.linalg.norm(rest):.1e}, outside by {outside:.1e}")
+    by_x, by_y = (np.asarray(part, float) for part in _jacobians(problem, x, at(z)))
+    F, (fx, fy) = _upper(problem, x, at(z))
+    fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
+    M = np.block([[by_y, A.T], [A, np.zeros((size, size))]])
+    uw = np.linalg.lstsq(M, np.concatenate([fy, np.zeros(size)]), rcond=None)[0]
+    gradient = fx - by_x.T @ uw[: flat.size] - B[active].T @ uw[flat.size :]
+    return Constrained(at(z), float(F), unravel_x(np.asarray(gradient, flat_x.dtype)), float(margin))
+
+
+def _polish(
+    z: np.ndarray, C: np.ndarray, lo: np.ndarray, hi: np.ndarray, residual: Callable, hessian: Callable
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(z, R, active rows, signed multipliers, violations) exactly, from a z within 1e-6: tolerances misjudge rows that
+    are almost active, so the set is mended, a row at a time, until all signs agree.
+    """
+    from scipy import optimize
+
     R = residual(z)
     above, below = hi - C @ z, C @ z - lo
     near = np.minimum(above, below) <= 1e-6
     sign = np.where(above <= below, 1.0, -1.0)
     fixed = lo == hi
     columns = np.concatenate([(C[near] * sign[near, None]).T, -C[near & fixed].T], axis=1)
-    found = optimize.nnls(columns, -R, maxiter=100 * flat.size)[0] if near.any() else np.zeros(0)
+    found = optimize.nnls(columns, -R, maxiter=100 * len(z))[0] if near.any() else np.zeros(0)
     multipliers = np.zeros(len(C))
     multipliers[near] = found[: near.sum()]
     active = fixed | (multipliers > 1e-6)
-    for _ in range(
-        2 * len(C) + 1
-    ):  # tolerances misjudge rows that are almost active: mend the set until all signs agree
+    for _ in range(2 * len(C) + 1):
         A, bound, size = C[active], np.where(sign > 0, hi, lo)[active], int(active.sum())
         for _ in range(5):  # Newton in NumPy on the equations of the active rows
             H, R = hessian(z), residual(z)
             M = np.block([[H, A.T], [A, np.zeros((size, size))]])
-            z = z + np.linalg.lstsq(M, np.concatenate([-R, bound - A @ z]), rcond=None)[0][: flat.size]
+            z = z + np.linalg.lstsq(M, np.concatenate([-R, bound - A @ z]), rcond=None)[0][: len(z)]
         R, beyond = residual(z), np.maximum(C @ z - hi, lo - C @ z)
         multipliers = np.zeros(len(C))
         multipliers[active] = sign[active] * np.linalg.lstsq(A.T, -R, rcond=None)[0] if size else 0
@@ -217,17 +238,7 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
             active[int(np.argmin(wrong))] = False
         else:
             break
-    margin = min(multipliers[active & ~fixed].min(initial=np.inf), -beyond[~active].max(initial=-np.inf))
-    rest, outside = R + A.T @ (sign * multipliers)[active], beyond.max(initial=0.0)
-    if not max(float(np.linalg.norm(rest)), outside) <= 1e-8 * (1 + float(np.linalg.norm(R))):
-        raise RuntimeError(f"reference.constrained: residual {np.linalg.norm(rest):.1e}, outside by {outside:.1e}")
-    by_x, by_y = (np.asarray(part, float) for part in _jacobians(problem, x, at(z)))
-    F, (fx, fy) = _upper(problem, x, at(z))
-    fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
-    M = np.block([[by_y, A.T], [A, np.zeros((size, size))]])
-    uw = np.linalg.lstsq(M, np.concatenate([fy, np.zeros(size)]), rcond=None)[0]
-    gradient = fx - by_x.T @ uw[: flat.size] - B[active].T @ uw[flat.size :]
-    return Constrained(at(z), float(F), unravel_x(np.asarray(gradient, flat_x.dtype)), float(margin))
+    return z, R, active, sign * multipliers, beyond
 
 
 def _model(H: np.ndarray, R: np.ndarray, z: np.ndarray, C: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:

@@ -16,14 +16,22 @@ def lower(x, y, batch):
     return 0.5 * jnp.sum((y - x) ** 2)
 
 
+def hollow(x, y, batch):
+    return -0.5 * jnp.sum(y**2) + jnp.sum(x * y)
+
+
+def level(x, y, batch):
+    return jnp.sum(y - x)
+
+
 def init(key):
     return jnp.array([1.5]), jnp.zeros(1)
 
 
-def problem(A, b):
+def problem(A, b, f=upper, g=lower, B=0.0):
     A = jnp.array(A)
-    coupling = LinearCoupling(A, jnp.zeros((len(b), 1)), jnp.array(b))
-    return bilevel.BilevelProblem(upper, bilevel.Minimize(lower), coupling=coupling, init=init)
+    coupling = LinearCoupling(A, jnp.full((len(b), 1), B), jnp.array(b))
+    return bilevel.BilevelProblem(f, bilevel.Minimize(g), coupling=coupling, init=init)
 
 
 def run(problem, **more):
@@ -51,6 +59,17 @@ def test_nothing_is_said_where_all_holds():
     solution = run(problem([[1.0], [-1.0]], [1.0, 5.0]))
     assert solution.stats["failed"] == {}
     assert "assumption" not in str(solution)
+
+
+def test_rows_without_multipliers_are_reported_and_a_concave_lower_level_is_in_the_info():
+    """The row y <= x, weakly active at y = x, where f = y - x does not move x: every step; and g = -y^2/2 + x y."""
+    solution, strict = run(problem([[1.0]], [0.0], f=level, B=-1.0)), bilevel.PIGD.assumptions["strict"]
+    assert solution.stats["failed"][strict] == 6
+    assert f"assumption failed at 6 of 6 steps: {strict}" in str(solution)
+    concave, key = problem([[1.0], [-1.0]], [1.0, 5.0], g=hollow), jax.random.key(0)
+    solver = bilevel.PIGD(upper_step_size=0.1)
+    _, info = jax.jit(solver.step)(concave, solver.init(concave, key), key)
+    assert not info.definite
 
 
 def test_an_empty_lower_level_is_reported_beside_the_last_finite_iterate():
