@@ -261,10 +261,12 @@ def smoothness(
         return jax.vmap(lambda x, y: ravel_pytree((x, y))[0])(xs, ys)
 
     def f(z: Array) -> Array:
-        return ravel_pytree(oracles.upper_gradients(problem, *unravel(z), problem.upper_data.full()))[0]
+        x, y = unravel(z)
+        return ravel_pytree(oracles.upper_gradients(problem, x, y, problem.upper_data.full()))[0]
 
     def g(z: Array) -> Array:
-        return ravel_pytree(oracles.lower_gradients(problem, *unravel(z), problem.lower_data.full()))[0]
+        x, y = unravel(z)
+        return ravel_pytree(oracles.lower_gradients(problem, x, y, problem.lower_data.full()))[0]
 
     here, there = points(*keys[:2]), points(*keys[2:])
     near = here + 1e-3 * (there - here)

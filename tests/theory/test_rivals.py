@@ -80,7 +80,7 @@ def test_ends_are_local_minima_of_the_coupled_toy(solver):
 
 
 @pytest.mark.parametrize(
-    ("solver", "steps"), [(bilevel.BLOCC(), 2000), (bilevel.SFLCB(), 10_000), (bilevel.F2CBA(), 3000)]
+    ("solver", "steps"), [(bilevel.BLOCC(), 2000), (bilevel.SFLCB(), 10_000), (bilevel.F2CBA(), 6000)]
 )
 def test_known_optima_through_inequalities(solver, steps):
     """The multipliers of the two lower problems differ by those of f alone: both must be right for F to reach 0."""
