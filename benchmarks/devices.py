@@ -3,7 +3,8 @@
 One SOBA run on a finite sum of least squares (n samples of d features; a step is one pass over all of them), sharded
 over 1, 2, 4, … devices: steps a second, the speed-up over one device, and the largest difference of x to one device's.
 Without an accelerator the devices are `--devices` virtual ones of this machine's processor: they share its cores and
-memory, so that the table shows the cost of partitioning there, not a gain. Runs are interleaved; medians.
+memory, so that the table shows the cost of partitioning there, not a gain. Runs are interleaved; medians. CPU time of
+all threads, the least, says what a step costs also where other work shares the cores and seconds say little.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def lower(x: Any, y: Any, batch: Any) -> Any:
 
 
 def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, dict[str, float]]:
-    """{devices: steps a second, difference of x to one device's}."""
+    """{devices: steps a second, CPU seconds a step, difference of x to one device's}."""
     import jax
     import jax.numpy as jnp
 
@@ -64,13 +65,17 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
 
     first = {count: call() for count, call in calls.items()}
     times: dict[int, list[float]] = {count: [] for count in counts}
+    work: dict[int, list[float]] = {count: [] for count in counts}
     for _ in range(repeats):
         for count, call in calls.items():
+            begin = time.process_time()
             times[count].append(call().stats["solve_time"])
+            work[count].append(time.process_time() - begin)
     alone = np.asarray(first[1].x)
     return {
         count: {
             "rate": steps / float(np.median(times[count])),
+            "cpu": min(work[count]) / steps,
             "difference": float(np.abs(np.asarray(first[count].x) - alone).max()),
         }
         for count in counts
@@ -124,11 +129,13 @@ def main() -> None:
     for samples in options.samples:
         found[samples] = measure(samples, options.features, options.steps, options.repeats)
         table = Table(title=f"{samples} samples of {kind}")
-        for column in ("devices", "steps/s", "speed-up", "largest difference of x"):
+        for column in ("devices", "steps/s", "speed-up", "CPU ms a step", "largest difference of x"):
             table.add_column(column, justify="right")
         for count, row in found[samples].items():
             speed = row["rate"] / found[samples][1]["rate"]
-            table.add_row(str(count), f"{row['rate']:.1f}", f"{speed:.2f}", f"{row['difference']:.1e}")
+            table.add_row(
+                str(count), f"{row['rate']:.1f}", f"{speed:.2f}", f"{1e3 * row['cpu']:.3g}", f"{row['difference']:.1e}"
+            )
         Console(width=100).print(table)
     if options.out is not None:
         plot(found, options.out, kind)
