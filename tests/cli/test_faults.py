@@ -31,7 +31,7 @@ def quick(synthetic, monkeypatch):
     """`bilevax run` whose cells end at once, so that nothing but the files is tested; gives the seeds that ran."""
     ran = []
 
-    def run(cell, instance, solver, path):
+    def run(cell, instance, solver, path, live):
         ran.append(cell.seed)
         files.save_point(path.with_suffix(".npz"), np.zeros(2), np.zeros(2))
         return {"status": "MAX_STEPS"} | {
