@@ -214,7 +214,8 @@ def test_vmap_over_keys_equals_a_loop(kind):
     for key, solution in zip(keys, together, strict=True):
         alone = solve(problem, solver, key=key, max_steps=12, every=6, tol=0.0)
         assert_same(alone.state, solution.state, rtol=1e-10)
-        np.testing.assert_allclose(alone.record["value"], solution.record["value"], rtol=1e-10)
+        # not to 1e-10: GPBGD's y runs away at these steps, and the referee, which starts there, keeps fewer digits
+        np.testing.assert_allclose(alone.record["value"], solution.record["value"], rtol=1e-8)
 
 
 @each_solver

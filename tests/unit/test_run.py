@@ -175,6 +175,8 @@ def test_keyboard_interrupt_keeps_everything_and_resumes(instance, key, tmp_path
 def test_a_real_sigint_in_another_process(tmp_path):
     """Ctrl-C while compiled code runs: the process ends by itself with status INTERRUPTED and a usable checkpoint."""
     code = textwrap.dedent(f"""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         import jax, bilevel, problems
         problem = problems.make("quadratic", seed=0, dim_x=3, dim_y=4).problem
         solver = bilevel.SOBA(0.1, 0.1, 0.1)
