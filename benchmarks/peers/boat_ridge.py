@@ -6,11 +6,11 @@ rate to 1e-13: boat-torch takes optimisers of torch and a number of steps, no to
 map. Its own writing of losses goes to the null device. One thread, float64.
 """
 
-import json
 import math
 import os
 import sys
-import time
+
+from standalone import report
 
 
 def lower(feed, x_model, w_model, params=None):
@@ -67,17 +67,7 @@ def main(path: str) -> None:
     def call(problem):
         return problem.run_iter({"Z": Z, "t": t}, {"V": V, "s": s}, 0)[0][0].numpy()
 
-    problem = prepare(points[0])
-    begin = time.perf_counter()
-    call(problem)
-    first, seconds, gradients = time.perf_counter() - begin, [], []
-    for x in points:
-        problem = prepare(x)
-        begin = time.perf_counter()
-        gradients.append(call(problem).tolist())
-        seconds.append(time.perf_counter() - begin)
-    versions = f"boat-torch {version('boat-torch')}, torch {torch.__version__}"
-    print(json.dumps({"version": versions, "first": first, "seconds": seconds, "gradients": gradients}))
+    report(call, points, f"boat-torch {version('boat-torch')}, torch {torch.__version__}", prepare)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,10 @@ mu_pi - mu_E. It is what one step of imitation's tabular `MCEIRL` computes: soft
 One thread, float64.
 """
 
-import json
 import sys
-import time
 import warnings
+
+from standalone import report
 
 
 def main(path: str) -> None:
@@ -36,15 +36,7 @@ def main(path: str) -> None:
         visited = mce_occupancy_measures(world, reward=reward, pi=pi)[0][:-1]  # the last row is after the end
         return visited.sum(axis=0) @ features - expert
 
-    begin = time.perf_counter()
-    call(points[0])
-    first, seconds, gradients = time.perf_counter() - begin, [], []
-    for x in points:
-        begin = time.perf_counter()
-        gradients.append(call(x).tolist())
-        seconds.append(time.perf_counter() - begin)
-    versions = f"imitation {version('imitation')}, NumPy {np.__version__}"
-    print(json.dumps({"version": versions, "first": first, "seconds": seconds, "gradients": gradients}))
+    report(call, points, f"imitation {version('imitation')}, NumPy {np.__version__}")
 
 
 if __name__ == "__main__":

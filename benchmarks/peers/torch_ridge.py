@@ -4,9 +4,9 @@
 first call and of each later one, and the gradients. One thread, float64, the same stops as the others.
 """
 
-import json
 import sys
-import time
+
+from standalone import report
 
 
 def main(path: str) -> None:
@@ -49,15 +49,7 @@ def main(path: str) -> None:
         w = solve(torch.zeros_like(x).requires_grad_(True), x)
         return torch.autograd.grad(0.5 * torch.mean((V @ w - s) ** 2), x)[0].numpy()
 
-    begin = time.perf_counter()
-    call(points[0])
-    first, seconds, gradients = time.perf_counter() - begin, [], []
-    for x in points:
-        begin = time.perf_counter()
-        gradients.append(call(x).tolist())
-        seconds.append(time.perf_counter() - begin)
-    version = f"torchopt {torchopt.__version__}, torch {torch.__version__}"
-    print(json.dumps({"version": version, "first": first, "seconds": seconds, "gradients": gradients}))
+    report(call, points, f"torchopt {torchopt.__version__}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
