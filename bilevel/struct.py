@@ -21,7 +21,29 @@ def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
 def struct(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass registered as a pytree."""
     cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    jax.tree_util.register_dataclass(cls)  # pyright: ignore[reportArgumentType]
+    names = [(field.name, field.metadata.get("static", False)) for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+    data = tuple(name for name, is_static in names if not is_static)
+    meta = tuple(name for name, is_static in names if is_static)
+    keys = tuple(map(jax.tree_util.GetAttrKey, data))
+
+    def flatten(instance: T) -> tuple[tuple, tuple]:
+        fields = vars(instance)
+        return tuple([fields[name] for name in data]), tuple([fields[name] for name in meta])
+
+    def flatten_with_keys(instance: T) -> tuple[tuple, tuple]:
+        children, constants = flatten(instance)
+        return tuple(zip(keys, children, strict=True)), constants
+
+    def unflatten(constants: tuple, children: tuple) -> T:
+        instance = object.__new__(cls)
+        fields = vars(instance)
+        fields.update(zip(data, children, strict=True))
+        fields.update(zip(meta, constants, strict=True))
+        return instance
+
+    # Not jax.tree_util.register_dataclass: to it two classes with the same fields are the same structure (jaxlib 0.10.2
+    # to 0.12.0.1), so that jit may take a compiled SOBA for SABA whenever their hashes collide.
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
 
 

@@ -1,6 +1,5 @@
 """The run loop: statuses, limits, interruption, checkpoints, records, many seeds."""
 
-import dataclasses
 import math
 import os
 import signal
@@ -18,6 +17,7 @@ import bilevel
 import problems
 from bilevel import SOBA, Status, run
 from bilevel.checkpoint import CheckpointError
+from bilevel.struct import struct
 
 STEPS = {"lower_step_size": 0.5, "linear_step_size": 0.5, "upper_step_size": 0.2}
 
@@ -41,11 +41,11 @@ def test_converged_means_the_referee_agrees(instance, key):
 def test_a_good_x_with_a_bad_y_is_not_converged(instance, key):
     """A solver that claims the optimum of x but never moves y: the referee's F and gradient are perfect, y is not."""
 
+    @struct
     class Liar(SOBA):
         def output(self, problem, state):
             return jnp.asarray(instance.truth.x), jnp.zeros(4)
 
-    jax.tree_util.register_dataclass(Liar, [field.name for field in dataclasses.fields(SOBA)], [])
     solution = bilevel.solve(instance.problem, Liar(**STEPS), key=key, max_steps=10, every=5, tol=1e-6)
     assert solution.status == Status.MAX_STEPS
     assert solution.record["hypergradient"][-1] < 1e-10
@@ -104,6 +104,7 @@ def test_an_infeasible_lower_level_does_not_stop_a_run_but_is_its_end(key):
         init=lambda key: (jnp.full(1, -3.0), jnp.zeros(1)),
     )  # fmt: skip
 
+    @struct
     class Ahead(SOBA):  # x moves towards 1 whatever y is
         def step(self, problem, state, key):
             x = state.x + 0.1 * (1 - state.x)
@@ -112,7 +113,6 @@ def test_an_infeasible_lower_level_does_not_stop_a_run_but_is_its_end(key):
         def unsupported(self, problem):
             return None
 
-    jax.tree_util.register_dataclass(Ahead, [field.name for field in dataclasses.fields(SOBA)], [])
     short, long = (bilevel.solve(problem, Ahead(**STEPS), key=key, max_steps=n, every=5, tol=1e-6) for n in (5, 300))
     assert short.status == Status.INFEASIBLE_LOWER
     assert np.isnan(short.record["value"][-1])

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import bilevel
 from bilevel.struct import InvalidInput, invalid, static, struct
 
 
@@ -32,6 +33,27 @@ def test_frozen_and_replaceable():
     with pytest.raises(dataclasses.FrozenInstanceError):
         point.a = 2.0
     assert dataclasses.replace(point, power=4).power == 4
+
+
+@struct
+class Other:
+    """The same fields as `Point`."""
+
+    a: Any
+    b: Any = 2.0
+    power: int = static(3)
+
+
+def test_two_classes_with_the_same_fields_are_two_structures():
+    """Else jit, whose cache compares structures where hashes collide, may run one class's code for another's."""
+    assert jax.tree.structure(Point(1.0)) == jax.tree.structure(Point(2.0))
+    assert jax.tree.structure(Point(1.0)) != jax.tree.structure(Other(1.0))
+    assert jax.tree.structure(bilevel.SOBA()) != jax.tree.structure(bilevel.SABA())
+
+
+def test_paths_name_the_fields():
+    (first, _), (second, _) = jax.tree_util.tree_leaves_with_path(Point(1.0, {"c": 4.0}))
+    assert (jax.tree_util.keystr(first), jax.tree_util.keystr(second)) == (".a", ".b['c']")
 
 
 def test_equality_is_identity():
