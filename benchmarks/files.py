@@ -35,7 +35,8 @@ from bilevel.checkpoint import write_atomically
 PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
 ERROR, UNSUPPORTED = "ERROR", "UNSUPPORTED"
-FAILED = (ERROR, bilevel.Status.NONFINITE.name)
+BROKEN = bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.SADDLE  # ends without a value of F
+FAILED = (ERROR, *(status.name for status in BROKEN))
 FORMAT = 1
 LOCK = "run.lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # of `write_atomically`

@@ -120,8 +120,16 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
         ),
         "tuned": list(dict.fromkeys(r["tuned"] for _, r in found if r.get("tuned"))),
         "reasons": list(dict.fromkeys(f"{r['status']}: {r['reason']}" for _, r in found if r["reason"])),
+        "assumptions": _assumptions([result["stats"] for _, result, _ in measured]),
         "metrics": _spread([result["metrics"] for _, result in found if result["metrics"]]),
     }
+
+
+def _assumptions(stats: list[dict[str, Any]]) -> list[str]:
+    """What the solver's steps saw fail of its assumptions, counted over the seeds."""
+    failed = sum((Counter(one.get("failed", {})) for one in stats), Counter())
+    steps = sum(one["steps"] for one in stats)
+    return [f"assumption failed at {count:,} of {steps:,} steps: {text}" for text, count in failed.items()]
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -236,7 +244,7 @@ def facts(problem: dict[str, Any]) -> str:
 
 
 def reasons(problem: dict[str, Any], names: dict[str, str]) -> list[str]:
-    """Why the referee skipped, what settings were chosen, and why runs failed or were refused."""
+    """Why the referee skipped, what settings were chosen, why runs failed or were refused, what assumptions failed."""
     found = []
     for row in problem["rows"]:
         for reason in row["referee_reasons"]:  # a skip is the problem's, a disagreement the row's
@@ -244,7 +252,8 @@ def reasons(problem: dict[str, Any], names: dict[str, str]) -> list[str]:
             found.append(f"{whose}referee {_shorten(reason)}")
     found = list(dict.fromkeys(found))
     found += [f"{names[row['solver']]}: tuned to {text}" for row in problem["rows"] for text in row["tuned"]]
-    return found + [f"{names[row['solver']]}: {_shorten(text)}" for row in problem["rows"] for text in row["reasons"]]
+    said = [(row["solver"], text) for row in problem["rows"] for text in row["reasons"] + row["assumptions"]]
+    return found + [f"{names[solver]}: {_shorten(text)}" for solver, text in said]
 
 
 def settings_rule(cells: list[Cell]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 import bilevel
 from benchmarks import processes, referee
 from benchmarks.files import (
+    BROKEN,
     EMPTY,
     ERROR,
     UNSUPPORTED,
@@ -190,8 +191,8 @@ def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path, live: bo
     last = solution.record.rows[-1]
     with np.errstate(all="ignore"):  # a diverged run overflows in the metrics too: its numbers say so
         metrics = {} if instance.metrics is None else instance.metrics(x, y)
-        if solution.status == bilevel.Status.NONFINITE or not math.isfinite(last["value"]):
-            status = bilevel.Status.NONFINITE
+        if solution.status in BROKEN or not math.isfinite(last["value"]):
+            status = solution.status if solution.status in BROKEN else bilevel.Status.NONFINITE
             return result | {"status": status.name, "reason": status.advice, "metrics": metrics}
         verdict = referee.judge(instance, x, y, solution.record.rows)
     if instance.maps is not None:

@@ -47,7 +47,11 @@ class Status(enum.IntEnum):
     INTERRUPTED = 7, "Interrupted from the keyboard; everything up to the interruption is returned."
     ESTIMATED = 8, "Solved, with an error bound that is estimated, not proved. Pass constants= to certify it."
     STOPPED = 9, "The callback asked to stop."
-    SADDLE = 10, "The lower level stopped where its Hessian is not positive definite: no minimum. Start y elsewhere."
+    SADDLE = (
+        10,
+        "The lower level stopped where g_yy is not positive definite: g is not strongly convex there, and y no minimum "
+        "for certain. Start y elsewhere, or add a strongly convex term to g.",
+    )
     UNSOLVED_LINEAR = (
         11,
         "The adjoint's linear system is unsolved, so the error is unknown. Raise max_iterations, or use Dense.",

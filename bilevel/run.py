@@ -32,7 +32,7 @@ from bilevel.struct import invalid
 __all__ = ["SolveError", "Unsupported", "advance", "passes_per_step", "solve", "solve_many"]
 PyTree = Any
 PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
-
+NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE  # F has no value at this x, but may have one at the next
 
 _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
 
@@ -245,7 +245,7 @@ def _drive(
             within = within and step >= solver.least_steps
             if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
                 finished[k] = Status.CONVERGED, step, *lane((state, info, failed), many, k)
-            elif not np.isfinite(m.value) and m.status != Status.INFEASIBLE_LOWER:  # so far out that F overflows
+            elif not np.isfinite(m.value) and m.status not in NO_VALUE:  # so far out that F overflows
                 finished[k] = Status.NONFINITE, step, *lane((state, info, failed), many, k)
         save()
         stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
@@ -291,8 +291,10 @@ def _drive(
         so_far = ending, step, *lane((state, info, failed), many, k)
         status, at, at_state, at_info, times = finished.get(k, so_far)
         x, y = lanes.output(problem, at_state)
-        if status == Status.MAX_STEPS and rows[k].rows[-1]["status"] in (Status.INFEASIBLE_LOWER, Status.SATURATED):
-            status = Status(rows[k].rows[-1]["status"])  # a run may pass through such x, but not end there
+        last = rows[k].rows[-1]
+        unusable = (Status.SATURATED,) if np.isfinite(last["value"]) else NO_VALUE
+        if status == Status.MAX_STEPS and last["status"] in unusable:
+            status = Status(last["status"])  # a run may pass through such x, but not end there
         stats = {
             "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
             "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,

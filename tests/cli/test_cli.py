@@ -310,3 +310,15 @@ def test_means_and_spreads():
     assert spread["b"] == {"mean": 2.0, "std": None, "count": 1}
     assert files.clean({"a": [np.float64("nan"), np.int32(3)], "b": float("inf")}) == {"a": [None, 3], "b": None}
     assert report.short_names(["A[b=1]", "C[b=1]", "C"]) == {"A[b=1]": "A", "C[b=1]": "C[b=1]", "C": "C"}
+
+
+def test_the_table_says_which_assumptions_steps_saw_fail(tmp_path, synthetic):
+    """Counted over the seeds; a lower level that is not strongly convex, without a value of F, is a failure."""
+    convex = "g_yy is positive definite (strong convexity)"
+    ends = {seed: synthetic.result(synthetic.rows([1.0, 0.5]), "SADDLE", reason="no value") for seed in range(2)}
+    for seed, failed in enumerate(({convex: 7}, {})):
+        ends[seed]["stats"]["failed"] = failed
+    synthetic.write(tmp_path / "run", {("a", "s", seed): end for seed, end in ends.items()})
+    summary = report.summarise(report.load(tmp_path / "run"))
+    assert summary["failed"] == 2 and report.exit_code(summary) == 1
+    assert f"assumption failed at 7 of 20 steps: {convex}" in report.as_text(summary)

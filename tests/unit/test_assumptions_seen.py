@@ -34,8 +34,8 @@ def problem(A, b, f=upper, g=lower, B=0.0):
     return bilevel.BilevelProblem(f, bilevel.Minimize(g), coupling=coupling, init=init)
 
 
-def run(problem, **more):
-    return bilevel.solve(problem, bilevel.PIGD(), key=jax.random.key(0), max_steps=6, every=2, tol=0.0, **more)
+def run(problem, solver=bilevel.PIGD(), **more):  # noqa: B008
+    return bilevel.solve(problem, solver, key=jax.random.key(0), max_steps=6, every=2, tol=0.0, **more)
 
 
 def test_dependent_active_rows_are_counted_and_reported(tmp_path):
@@ -61,15 +61,22 @@ def test_nothing_is_said_where_all_holds():
     assert "assumption" not in str(solution)
 
 
-def test_rows_without_multipliers_are_reported_and_a_concave_lower_level_is_in_the_info():
-    """The row y <= x, weakly active at y = x, where f = y - x does not move x: every step; and g = -y^2/2 + x y."""
+def test_rows_without_multipliers_are_reported():
+    """The row y <= x, weakly active at y = x, where f = y - x does not move x: every step."""
     solution, strict = run(problem([[1.0]], [0.0], f=level, B=-1.0)), bilevel.PIGD.assumptions["strict"]
     assert solution.stats["failed"][strict] == 6
     assert f"assumption failed at 6 of 6 steps: {strict}" in str(solution)
-    concave, key = problem([[1.0], [-1.0]], [1.0, 5.0], g=hollow), jax.random.key(0)
-    solver = bilevel.PIGD(upper_step_size=0.1)
-    _, info = jax.jit(solver.step)(concave, solver.init(concave, key), key)
-    assert not info.definite
+
+
+def test_a_concave_lower_level_is_named():
+    """With g = -y^2/2 + x y from the start on: in the info, in the status and in the report, and F has no value."""
+    concave, convex = problem([[1.0], [-1.0]], [1.0, 5.0], g=hollow), bilevel.PIGD.assumptions["definite"]
+    solution = run(concave, solver=bilevel.PIGD(upper_step_size=0.1))
+    assert not solution.info.definite
+    assert solution.status == bilevel.Status.SADDLE
+    assert solution.stats["failed"][convex] == 6
+    assert f"assumption failed at 6 of 6 steps: {convex}" in str(solution)
+    assert np.isnan(solution.record["value"]).all()
 
 
 def test_an_empty_lower_level_is_reported_beside_the_last_finite_iterate():
