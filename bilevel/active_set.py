@@ -71,13 +71,17 @@ class Factor(NamedTuple):
 
 def factorize(H: Array, C: Array) -> Factor:
     """The factors of H [n, n] and the rows C [m, n]; NaN where H is not positive definite."""
-    L = lax.linalg.cholesky(H, symmetrize_input=False)
+    return with_rows(lax.linalg.cholesky(H, symmetrize_input=False), jnp.sum(jnp.diagonal(H)), C)
+
+
+def with_rows(L: Array, trace: Array, C: Array) -> Factor:
+    """The factors of H = L L', with its trace, and the rows C [m, n]."""
     W = solve_triangular(L, C.T, lower=True).T
     S = W @ W.T
     squares = jnp.diagonal(S)
     d = 1 / jnp.sqrt(jnp.where(squares > 0, squares, 1))
     S, length = d[:, None] * S * d[None], d * jnp.linalg.norm(C, axis=1)
-    return Factor(L, None, W, S, d, length, jnp.sum(jnp.diagonal(H)))
+    return Factor(L, None, W, S, d, length, trace)
 
 
 class Model(NamedTuple):

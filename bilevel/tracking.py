@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles, per_sample, polyhedral
-from bilevel.active_set import Factor, factorize, kkt_solve, masked_inverse, solve_model
+from bilevel.active_set import Factor, kkt_solve, masked_inverse, solve_model, with_rows
 from bilevel.data import PerSample
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount
@@ -91,10 +91,12 @@ def no_rows_active(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
 def _factor_at(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, C: Array) -> tuple[Factor, Array]:
     """(factor of g_yy, or of its absolute row sums where it is not positive definite; whether it is)."""
     H = oracles.lower_hessian(problem, x, y, batch)
-    definite = jnp.isfinite(lax.linalg.cholesky(H, symmetrize_input=False)[-1, -1])
+    L = lax.linalg.cholesky(H, symmetrize_input=False)
+    definite = jnp.isfinite(L[-1, -1])
     size = jnp.sum(jnp.abs(H), axis=1)
-    safe = jnp.diag(jnp.where(size > 0, size, 1) + jnp.where(definite, 0, 0 * H[0, 0]))
-    return factorize(jnp.where(definite, H, safe), C), definite
+    size = jnp.where(size > 0, size, 1)
+    trace = jnp.where(definite, jnp.sum(jnp.diagonal(H)), jnp.sum(size))
+    return with_rows(jnp.where(definite, L, jnp.diag(jnp.sqrt(size))), trace, C), definite
 
 
 def track(
