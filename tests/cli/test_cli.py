@@ -320,5 +320,6 @@ def test_the_table_says_which_assumptions_steps_saw_fail(tmp_path, synthetic):
         ends[seed]["stats"]["failed"] = failed
     synthetic.write(tmp_path / "run", {("a", "s", seed): end for seed, end in ends.items()})
     summary = report.summarise(report.load(tmp_path / "run"))
-    assert summary["failed"] == 2 and report.exit_code(summary) == 1
+    assert summary["failed"] == 2
+    assert report.exit_code(summary) == 1
     assert f"assumption failed at 7 of 20 steps: {convex}" in report.as_text(summary)
