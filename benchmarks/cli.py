@@ -12,7 +12,7 @@ import typer
 
 from benchmarks import commands
 from benchmarks import terminal as options
-from benchmarks.terminal import Json, console, examples, progress, usage_errors, use_compilation_cache
+from benchmarks.terminal import Json, console, examples, progress, usage_errors, use_quick_compilation
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -207,7 +207,7 @@ def _study(
         raise typer.BadParameter(f"got {precision}; expected 64 or 32.", param_hint="--precision")
     if suite is not None and (problem or solver):
         raise typer.BadParameter("it says which problems and solvers run: leave out -p and -s.", param_hint="--suite")
-    use_compilation_cache()
+    use_quick_compilation()
     import jax
 
     from benchmarks import registry
@@ -270,7 +270,7 @@ def verify(
 
     Exit code: 0 nothing broke, 1 a counterexample was found, 2 bad usage.
     """
-    use_compilation_cache()
+    use_quick_compilation()
     import jax
 
     from benchmarks import verify as verifier

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.terminal import Json, progress, usage_errors, use_compilation_cache
+from benchmarks.terminal import Json, progress, usage_errors, use_quick_compilation
 
 EXPERT_EXAMPLES = (
     "bilevax expert Pendulum-v1",
@@ -31,7 +31,7 @@ def expert(
     as_json: Json = False,
 ) -> None:
     """Train an expert by soft actor-critic and save demonstrations of it with their returns."""
-    use_compilation_cache()
+    use_quick_compilation()
     with usage_errors():
         from benchmarks import expert as maker
 

@@ -27,7 +27,7 @@ from rich.table import Table
 
 import bilevel
 import irl
-from benchmarks.terminal import use_compilation_cache
+from benchmarks.terminal import use_quick_compilation
 from irl import expert, rollouts
 from irl.environments import GYMNAX, Environment
 from irl.imitation import Imitation
@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/control"))
     parser.add_argument("--table", action="store_true", help="Run nothing.")
     args = parser.parse_args()
-    use_compilation_cache()
+    use_quick_compilation()
     args.out.mkdir(parents=True, exist_ok=True)
     cells = [
         Cell(name, trajectories, method, seed, args.steps)

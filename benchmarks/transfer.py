@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import irl
-from benchmarks.terminal import use_compilation_cache
+from benchmarks.terminal import use_quick_compilation
 from irl import soft
 from irl.diagnostics import epic_distance, objective
 from problems.gridworld import grid
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--slips", nargs="+", type=float, default=[0.0, 0.3])
     args = parser.parse_args()
-    use_compilation_cache()
+    use_quick_compilation()
     jax.config.update("jax_enable_x64", True)
     table = Table(title=f"Transfer to a {SIZE} x {SIZE} grid with turned actions, {args.seeds} seeds")
     for heading in ("slip", "method", "regret", "EPIC"):

@@ -28,7 +28,7 @@ from rich.table import Table
 import bilevel
 import irl
 from benchmarks.control import agent_of, load, random_episodes
-from benchmarks.terminal import use_compilation_cache
+from benchmarks.terminal import use_quick_compilation
 from bilevel.struct import struct
 from irl import expert
 from irl.imitation import Imitation
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["true", *METHODS], choices=["true", *METHODS])
     parser.add_argument("--out", type=Path, default=Path("results/transfer-control"))
     args = parser.parse_args()
-    use_compilation_cache()
+    use_quick_compilation()
     args.out.mkdir(parents=True, exist_ok=True)
     demonstrations = load(args.demonstrations, NAME)
     if demonstrations is None:

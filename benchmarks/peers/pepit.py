@@ -28,7 +28,7 @@ import jax
 from rich import box
 from rich.table import Table
 
-from benchmarks.terminal import console, progress, use_compilation_cache
+from benchmarks.terminal import console, progress, use_quick_compilation
 from bilevel.guarantees import Guarantee, Path, search
 from problems import strategies
 from problems.guarantees import gradient
@@ -190,7 +190,7 @@ def main() -> int:
     if importlib.util.find_spec("PEPit") is None:
         print("PEPit is not installed: pip install 'bilevax[peers]'", file=sys.stderr)
         return 2
-    use_compilation_cache()
+    use_quick_compilation()
     wanted = [(name, condition, k) for name in METHODS for condition in options.conditions for k in options.steps]
     cases = []
     with jax.enable_x64(True), progress(len(wanted)) as advance:

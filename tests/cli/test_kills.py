@@ -80,7 +80,7 @@ CHECKPOINT = (
     """
 def work(folder):
     jax.config.update("jax_enable_x64", True)
-    cli.use_compilation_cache()
+    cli.use_quick_compilation()
     folder.mkdir(exist_ok=True)
     problem = problems.make("quadratic", dim_x=2, dim_y=2, num_samples=8, batch_size=2).problem
     solution = bilevel.solve(
