@@ -58,8 +58,8 @@ class Status(enum.IntEnum):
     )
     SATURATED = (
         13,
-        "The learned reward sits at its clamp on most demonstrations and has no gradient there. Lower the upper step "
-        "size, or raise weight decay.",
+        "What is learned is saturated: the reward sits at its clamp on most demonstrations, or the discriminator is "
+        "right at nearly every step. Lower the upper step size, or raise weight decay.",
     )
     UNCHECKED = 12, "Solved, but no error bound was computed. Use an implicit method with estimate=True, or constants=."
 

@@ -295,11 +295,15 @@ def _drive(
         unusable = (Status.SATURATED,) if np.isfinite(last["value"]) else NO_VALUE
         if status == Status.MAX_STEPS and last["status"] in unusable:
             status = Status(last["status"])  # a run may pass through such x, but not end there
+        counts = dict(zip(solver.assumptions, times.tolist(), strict=True))
+        if status == Status.MAX_STEPS:
+            warned = (warning for name, warning in solver.warnings.items() if 0 < at <= 2 * counts[name])
+            status = next(warned, status)
         stats = {
             "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
             "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,
             "cost": call.as_dict(),
-            "failed": {text: n for text, n in zip(solver.assumptions.values(), times.tolist(), strict=True) if n},
+            "failed": {solver.assumptions[name]: n for name, n in counts.items() if n},
         }  # fmt: skip
         solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
     return solutions

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from jax import Array
 
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Status
 from bilevel.sampling import unbounded
 
 PyTree = Any
@@ -36,6 +36,9 @@ class Solver:
     assumptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """What the steps see of the method's assumptions: the name of a boolean field of `info`, true where the assumption
     holds, and a sentence that states it. `solve` counts the steps at which it failed, and the report says so."""
+
+    warnings: ClassVar[Mapping[str, Status]] = MappingProxyType({})
+    """The status instead of MAX_STEPS of a run at half of whose steps or more an assumption of that name failed."""
 
     @property
     def least_steps(self) -> int:

@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Status
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
@@ -129,6 +129,7 @@ class Imitation(Solver):
     referee = staticmethod(control.measure)
     full_batch = True
     assumptions = MappingProxyType({"overlap": f"the discriminator is right at less than {SURE:.0%} of the steps"})
+    warnings = MappingProxyType({"overlap": Status.SATURATED})
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the loop lengths."""

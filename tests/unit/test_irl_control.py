@@ -288,12 +288,13 @@ class TestRuns:
         p, solver = problem(clamp=1e-6), irl.BC(**SHORT)
         assert bilevel.solve(p, solver, key=key, max_steps=1).status == bilevel.Status.SATURATED
 
-    def test_a_discriminator_that_is_always_right_is_reported(self, key):
+    def test_a_discriminator_that_is_always_right_ends_with_a_warning(self, key):
         """Demonstrations far from where the agent can go: the logit's sign tells the sides apart."""
         far = irl.Demonstrations.of(np.full((1, 6, 1), 50.0), [[1] * 6], last=[[50.0]], terminated=[False])
         p = irl.to_control(Corridor(), far, irl.DeepReward(hidden=(4,)), agent=TINY)
         solution = bilevel.solve(p, irl.GAIL(0.5, num_upper_steps=20, **SHORT), key=key, max_steps=2, every=1)
         assert solution.record["told_apart"][-1] == 1
+        assert solution.status == bilevel.Status.SATURATED
         assert "assumption failed at 2 of 2 steps: the discriminator is right" in str(solution)
 
     def test_every_method_takes_control_problems_and_no_others(self):
