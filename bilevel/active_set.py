@@ -1,10 +1,11 @@
 """Strictly convex quadratic programs with two-sided rows, by a primal-dual active-set method with a finite fallback.
 
-    min over p of  R'p + p'H p/2   with  lo <= C (y + p) <= hi,    H = L L',  W = C L'^-1,  S = W W'.
+    min over p of  R'p + p'H p/2   with  lo <= C (y + p) <= hi,    H = L L',  W = D C L'^-1,  S = W W',
 
-From multipliers lam, R = gradient + C' lam, and an active set a, the model's step is
+D diagonal, so that rows are measured in the norm of H^-1: S has a unit diagonal. From multipliers lam, scaled by D^-1,
+R = gradient + C'D lam, and an active set a, the model's step is
 
-    S_aa dlam_a = (C (y + p0) - bound)_a,    p = p0 - H^-1 C' dlam,    p0 = -H^-1 R,    dlam_i = -lam_i outside of a.
+    S_aa dlam_a = D (C (y + p0) - bound)_a,    p = p0 - H^-1 C'D dlam,    p0 = -H^-1 R,    dlam_i = -lam_i outside of a.
 
 The active set that the search starts from is tried first, and where it is the right one nothing else is done: one pass,
 without a factorization where its inverse is given. Else the search for a is a semismooth Newton method: solve for the
@@ -43,8 +44,8 @@ class Rows(NamedTuple):
 
 class Factor(NamedTuple):
     """Of H and the rows: L [n, n], L L' = H; X = L^-1 where it was formed, which pays when the factor is used in many
-    calls, else None; W [m, n] = C L'^-1; d [m], one over the norms of its rows: rows of C are measured in the norm of
-    H^-1; S [m, m] = diag(d) W W' diag(d); length [m], d_i |C_i|; trace [] of H.
+    calls, else None; W [m, n] = diag(d) C L'^-1; d [m], one over the norms of the rows of C L'^-1, so that those of W
+    have length one; S [m, m] = W W'; length [m], d_i |C_i|; trace [] of H.
     """
 
     L: Array
@@ -76,12 +77,11 @@ def factorize(H: Array, C: Array) -> Factor:
 
 def with_rows(L: Array, trace: Array, C: Array) -> Factor:
     """The factors of H = L L', with its trace, and the rows C [m, n]."""
-    W = solve_triangular(L, C.T, lower=True).T
-    S = W @ W.T
-    squares = jnp.diagonal(S)
+    W = lax.linalg.triangular_solve(L, C, lower=True, transpose_a=True)
+    squares = jnp.sum(W**2, axis=1)
     d = 1 / jnp.sqrt(jnp.where(squares > 0, squares, 1))
-    S, length = d[:, None] * S * d[None], d * jnp.linalg.norm(C, axis=1)
-    return Factor(L, None, W, S, d, length, trace)
+    W = d[:, None] * W
+    return Factor(L, None, W, W @ W.T, d, d * jnp.linalg.norm(C, axis=1), trace)
 
 
 class Model(NamedTuple):
@@ -126,7 +126,7 @@ def solve_model(
     lo, hi = d * (limits.lo - at), d * (limits.hi - at)
     base = jnp.zeros_like(d) if lam is None else lam / d
     fixed = limits.lo == limits.hi
-    reach = d * (W @ z0)
+    reach = W @ z0
     finite = lambda end: jnp.where(jnp.isfinite(end), jnp.abs(end), 0)  # noqa: E731
     size = length * jnp.linalg.norm(y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
     noise = 10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0))
@@ -171,10 +171,9 @@ def solve_model(
     def dual(c: tuple) -> tuple:
         """The dual method in z = L'p, from the unconstrained step."""
         free = reach + S @ base
-        rows = d[:, None] * W
         slack, allow = jnp.concatenate([hi - free, free - lo]), jnp.concatenate([noise, noise])
         # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
-        exact = nearest(jnp.concatenate([rows, -rows]), slack, allow, skip=~c[-1])
+        exact = nearest(jnp.concatenate([W, -W]), slack, allow, skip=~c[-1])
         a = exact.active[:m].astype(a0.dtype) - exact.active[m:].astype(a0.dtype)
         inverse, independent = masked_inverse(S, a)
         return a, *step_on(a, inverse), inverse, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
@@ -199,7 +198,7 @@ def solve_model(
     total = base + change
     slack = jnp.minimum(hi - value, value - lo)
     room = jnp.where(fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), slack))
-    p = factor.up(z0 - (d * change) @ W)
+    p = factor.up(z0 - change @ W)
     unsolved = unsolved | ~jnp.isfinite(jnp.sum(p))
     return Model(p, d * total, a, inverse, empty, unsolved, dependent, room, noise)
 
@@ -208,5 +207,6 @@ def kkt_solve(factor: Factor, inverse: Array, active: Array, r: Array, s: Array 
     """(u [n], v [m]) with H u + C_a' v_a = r, C_a u = s_a, and v_i = s_i on inactive rows; s = 0 where it is None."""
     z = factor.down(r)
     reach = factor.W @ z
-    v = factor.d * ((inverse @ (factor.d * (reach if s is None else reach - s))) @ inverse)
-    return factor.up(z - v @ factor.W), v if s is None else jnp.where(active != 0, v, s)
+    v = (inverse @ (reach if s is None else reach - factor.d * s)) @ inverse
+    u = factor.up(z - v @ factor.W)
+    return u, factor.d * v if s is None else jnp.where(active != 0, factor.d * v, s)

@@ -146,7 +146,7 @@ def solve(
     def guess(z: Array, factor: Factor) -> Array:
         at = limits.C @ flat
         near = 100 * eps * (jnp.abs(limits.C) @ jnp.abs(flat) + jnp.linalg.norm(limits.C, axis=1))
-        moved = at - factor.W @ z
+        moved = at - (factor.W @ z) / factor.d
         held = jnp.where(jnp.abs(at - limits.hi) <= near, moved >= limits.hi, False)
         held_lo = jnp.where(jnp.abs(at - limits.lo) <= near, moved <= limits.lo, False)
         some = jnp.any(held | held_lo)
