@@ -12,6 +12,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.active_set import masked_inverse
 from bilevel.problem import BilevelProblem, LinearCoupling
 from bilevel.sampling import smoothness, starts
 from bilevel.step import StepRule, move
@@ -66,6 +67,17 @@ def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tupl
 def active(problem: BilevelProblem, m: Array) -> Array:
     """Which rows hold with equality by their multipliers: inequalities where m > 0, and all equalities; [rows]."""
     return (m > 0) | ~_unequal(problem, m.size)
+
+
+def independent(problem: BilevelProblem, held: Array) -> Array:
+    """Whether the rows in `held` [rows] of a `LinearCoupling`, or of none, are linearly independent (LICQ), []."""
+    if problem.coupling is None:
+        return jnp.array(True)
+    assert isinstance(problem.coupling, LinearCoupling)
+    A = jnp.concatenate([part for part in (problem.coupling.A, problem.coupling.A_eq) if part is not None])
+    length = jnp.linalg.norm(A, axis=1, keepdims=True)
+    A = A / jnp.where(length > 0, length, 1)
+    return masked_inverse(A @ A.T, held.astype(A.dtype))[1]
 
 
 def sizes(

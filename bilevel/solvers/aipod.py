@@ -1,6 +1,7 @@
 """AiPOD: projected lower steps and implicit gradients for lower levels under linear equalities."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -35,10 +36,11 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """The norm of the direction in x, and |A y + B x - b|."""
+    """The norm of the direction in x; |A y + B x - b|; whether v'g_yy v > 0 (or v = 0)."""
 
     direction: Array
     violation: Array
+    convex: Array
 
 
 def _matrix(problem: BilevelProblem, y: PyTree) -> Array:
@@ -83,6 +85,7 @@ class AiPOD(Solver):
     upper_step_size: Any = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
+    assumptions = MappingProxyType({"convex": "g_yy is positive along the adjoint v (strong convexity)"})
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x and y only."""
@@ -117,12 +120,15 @@ class AiPOD(Solver):
         v, lower = neumann(problem, x, y, tangent(fy), eta, lower, key_v, self.num_linear_steps, project=tangent)
 
         batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
-        rest = jax.tree.map(jnp.subtract, fy, oracles.hvp(problem, x, y, v, batch_g))
+        Hv = oracles.hvp(problem, x, y, v, batch_g)
+        rest = jax.tree.map(jnp.subtract, fy, Hv)
         by_x, _ = oracles.coupling_pullback(problem, x, y)[1](inverse.T @ ravel_pytree(rest)[0])
         cross = oracles.cross(problem, x, y, v, batch_g)
         direction = jax.tree.map(lambda f, c, b: f - c - b, fx, cross, by_x)
         x, step_x = state.step_x(x, direction)
-        info = Info(norm(direction), norm(oracles.coupling_residual(problem, state.x, y)))
+        flat = ravel_pytree(v)[0]
+        convex = (flat @ ravel_pytree(Hv)[0] > 0) | ~jnp.any(flat != 0)
+        info = Info(norm(direction), norm(oracles.coupling_residual(problem, state.x, y)), convex)
         return State(problem.x_set.project(x), y, inverse, step_x, step_y, step_v, upper, lower), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

@@ -1,13 +1,14 @@
 """F2CBA: first-order hypergradients under linear constraints, from multipliers and a penalty on the active rows."""
 
 import dataclasses
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import lagrangian, oracles
+from bilevel import lagrangian, oracles, tracking
 from bilevel.diagnostics import norm
 from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
 from bilevel.record import OracleCount
@@ -34,11 +35,15 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """The norm of the hypergradient's estimate; how many rows are active; the violation at y."""
+    """The norm of the hypergradient's estimate; how many rows are active; the violation at y; whether the active rows
+    are linearly independent; margin, the least over the inequalities of the larger of multiplier and slack at z.
+    """
 
     direction: Array
     active: Array
     violation: Array
+    independent: Array
+    margin: Array
 
 
 @struct
@@ -90,6 +95,7 @@ class F2CBA(Solver):
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=30)
     full_batch = True
+    assumptions = MappingProxyType({"independent": tracking.ASSUMPTIONS["independent"]})
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well, unless there is a radius."""
@@ -147,7 +153,11 @@ class F2CBA(Solver):
         by_rows, _ = oracles.coupling_pullback(problem, x, y)[1]((m - n) / delta)
         total = lambda f, q, r: f + q / jnp.asarray(delta, f.dtype) + r  # noqa: E731
         direction = jax.tree.map(total, fx, gap, by_rows)
-        info = Info(norm(direction), jnp.sum(held), norm(oracles.coupling_residual(problem, x, y)))
+        slack = -oracles.coupling_values(problem, x, z)[0]
+        info = Info(
+            norm(direction), jnp.sum(held), norm(oracles.coupling_residual(problem, x, y)),
+            lagrangian.independent(problem, held), jnp.min(jnp.maximum(n[: len(slack)], slack), initial=jnp.inf),
+        )  # fmt: skip
 
         if self.radius is None:
             x, step_x = state.step_x(x, direction)

@@ -20,6 +20,10 @@ def hollow(x, y, batch):
     return -0.5 * jnp.sum(y**2) + jnp.sum(x * y)
 
 
+def wells(x, y, batch):
+    return jnp.sum(y**4 / 4 - y**2 / 2) + 0 * jnp.sum(x)
+
+
 def level(x, y, batch):
     return jnp.sum(y - x)
 
@@ -77,6 +81,21 @@ def test_a_concave_lower_level_is_named():
     assert solution.stats["failed"][convex] == 6
     assert f"assumption failed at 6 of 6 steps: {convex}" in str(solution)
     assert np.isnan(solution.record["value"]).all()
+
+
+def test_first_order_methods_see_what_they_can():
+    """F2CBA the row y <= 1 twice, active as at x = 1.5; AiPOD where g = y^4/4 - y^2/2 is concave along its adjoint."""
+    key, sizes = jax.random.key(0), {"lower_step_size": 0.3, "upper_step_size": 0.1}
+    solver = bilevel.F2CBA(**sizes, dual_step_size=0.3, num_lower_steps=30, num_penalty_steps=1)
+    for rows, fine in (([[1.0], [1.0]], False), ([[1.0], [-1.0]], True)):
+        given = problem(rows, [1.0, 1.0])
+        assert solver.assumptions.keys() == {"independent"}
+        assert bool(jax.jit(solver.step)(given, solver.init(given, key), key)[1].independent) == fine
+    solver = bilevel.AiPOD(**sizes, linear_step_size=0.1, num_lower_steps=1, num_linear_steps=1)
+    free = bilevel.BilevelProblem(upper, bilevel.Minimize(wells), init=init)
+    for y, fine in ((0.1, False), (1.5, True)):
+        state = solver.init(free, key)._replace(y=jnp.array([y]))
+        assert bool(jax.jit(solver.step)(free, state, key)[1].convex) == fine
 
 
 def test_an_empty_lower_level_is_reported_beside_the_last_finite_iterate():
