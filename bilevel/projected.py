@@ -82,7 +82,8 @@ class Face(NamedTuple):
 
 def settings_for(problem: BilevelProblem, y: PyTree, lower: Any) -> ProjectedNewton | None:
     """The settings where this method is the one to use, else None: as asked for by `lower`; or by itself for boxes,
-    balls and simplices without a coupling, where there is a ball or y has more than `linear.DENSE_LIMIT` entries.
+    balls and simplices without a coupling, where there is a ball, where y has more than `linear.DENSE_LIMIT` entries,
+    or where g_yy is given by its diagonal, with which this method needs no linear solve.
 
     Raises:
         NotImplementedError: where it is asked for and does not suit.
@@ -97,8 +98,11 @@ def settings_for(problem: BilevelProblem, y: PyTree, lower: Any) -> ProjectedNew
                 "without coupling, and Minimize(g)."
             )
         return lower
-    large = ravel_pytree(y)[0].size > DENSE_LIMIT
-    if lower is None or isinstance(lower, ActiveSet) or not suits or not (Ball in kinds or large):
+    if lower is None or isinstance(lower, ActiveSet) or not suits:
+        return None
+    given = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
+    diagonal = given and problem.constrained_lower
+    if not (diagonal or Ball in kinds or ravel_pytree(y)[0].size > DENSE_LIMIT):
         return None
     return ProjectedNewton(tol=lower.tol)
 
@@ -150,12 +154,23 @@ def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
 
 
 def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face) -> Callable:
-    """(b, tol) -> v in the tangent space with P (H + D) P v = P b."""
+    """(b, tol) -> v in the tangent space with P (H + D) P v = P b.
+
+    With H given by its diagonal and E = H + D, v = E^-1 (b - N'm), N E^-1 N' m = N E^-1 b on the free entries: the
+    normals N of a face are of different sets, so that N E^-1 N' is diagonal and nothing is solved.
+    """
     unravel = ravel_pytree(y)[1]
     diagonal = oracles.lower_diagonal(problem, x, y, batch)
-    if diagonal is not None and _kinds(problem.y_set) <= {Reals, Box}:
-        flat = ravel_pytree(diagonal)[0]
-        return lambda b, tol=None: face.tangent(b) / flat
+    if diagonal is not None:
+        E = ravel_pytree(diagonal)[0] + face.mu
+        N = face.normals / E[None]
+        size = jnp.sum(face.normals * N, axis=1)
+
+        def closed(b: Array, tol: Any = None) -> Array:
+            v = jnp.where(face.free, b, 0) / E
+            return v - ((face.normals @ v) / jnp.where(size > 0, size, 1)) @ N
+
+        return closed
     product = oracles.hvp_operator(problem, x, y, batch)
 
     def operator(v: Array) -> Array:

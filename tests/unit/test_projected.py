@@ -135,6 +135,34 @@ def test_large_lower_levels_take_it_by_themselves_and_use_no_matrix():
     assert f"{n}x{n}" not in text
 
 
+def separable(x, y, batch):
+    scale, G, c = batch
+    return 0.5 * jnp.sum(scale * y**2) + y @ (G @ x + c)
+
+
+def scales(x, y, batch):
+    return batch[0]
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_hessian_given_by_its_diagonal_needs_no_solve(name):
+    """The same as by products and conjugate gradients, without a loop; such problems take the method by themselves."""
+    _, G, c = data(7)
+    batch = jnp.linspace(0.5, 4.0, N), G, c
+    by_products = dataclasses.replace(make(SETS[name], separable), lower_data=bilevel.Full(batch))
+    given = dataclasses.replace(by_products, lower=bilevel.Minimize(separable, scales))
+    assert isinstance(projected.settings_for(given, jnp.zeros(N), bilevel.Newton()), ProjectedNewton)
+    assert projected.settings_for(given, jnp.zeros(N), bilevel.ActiveSet()) is None
+    x, s, R = jnp.ones(DIM_X), jnp.array(0.2), G @ jnp.ones(DIM_X) + c
+    y = SETS[name].project(-10 * R)  # far out: on the boundary
+    face = projected.face_at(given, y, R, s)
+    assert not face.free.all() or jnp.any(face.mu > 0)
+    by_diagonal, iterative = (projected.tangent_solve(one, x, y, batch, face) for one in (given, by_products))
+    np.testing.assert_allclose(by_diagonal(c), iterative(c), atol=1e-11)
+    primitives = {equation.primitive.name for equation in jax.make_jaxpr(by_diagonal)(c).eqns}
+    assert not {"while", "cond", "scan"} & primitives
+
+
 def test_weakly_active_and_failures_are_named():
     def g(x, y, batch):
         return 0.5 * jnp.sum((y - x) ** 2)
