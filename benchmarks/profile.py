@@ -38,12 +38,18 @@ def of(problem: Any, solver: Any, key: jax.Array) -> dict[str, float]:
     memory: Any = compiled.memory_analysis()
     flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
     size = lambda tree: sum(getattr(leaf, "nbytes", 8) for leaf in jax.tree.leaves(tree))  # noqa: E731
-    peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
     return {
         "trace": middle - begin, "compile": end - middle, "data": size(problem), "state": size(state),
-        "temporary": memory.temp_size_in_bytes, "peak": peak - memory.alias_size_in_bytes, "flops": flops,
+        "temporary": memory.temp_size_in_bytes, "peak": peak(compiled), "flops": flops,
         "x": size(problem.init(key)[0]) // 8, "y": size(problem.init(key)[1]) // 8,
     }  # fmt: skip
+
+
+def peak(compiled: Any) -> float:
+    """Bytes of arguments, results and temporary buffers of a compiled program together."""
+    memory = compiled.memory_analysis()
+    parts = memory.argument_size_in_bytes, memory.output_size_in_bytes, memory.temp_size_in_bytes
+    return sum(parts) - memory.alias_size_in_bytes
 
 
 def table(cells: list[Cell]) -> list[dict[str, Any]]:

@@ -1,16 +1,20 @@
 """Cost against size, with fitted exponents: `python -m benchmarks.scale [unknowns samples states] [--quick]`.
 
-    unknowns: g = sum d_i (y_i - x_i)^2/2, f = |y - 1|^2/2 + |x|^2/2; x and y to 1e6; every solver that takes it
+    unknowns: g = sum d_i (y_i - x_i)^2/2, f = |y - 1|^2/2 + |x|^2/2; x and y to 1e6; every solver that takes it. Those
+              that track the lower solution exactly would factor the n x n matrix g_yy: they are given its diagonal. AT
+              and PerSamplePenalty are not here: they need a y for each sample.
     samples:  least squares with 10 features and a penalty for each, n to 1e6; all data a step, or batches of 64
     states:   gridworld, to 1e5 states; exact occupancy, soft value iteration
 
-A row a solver and size: CPU seconds of a step, of the start (`init`, with its default step sizes) and of one of the
-referee's measurements, each the least of three, so that other work on the machine distorts little; the most memory a
-compiled step holds. The exponent p of each in size^p is the slope between the two largest sizes: 1 is linear. Above 1.2
-it is marked: nothing should be quadratic that the method does not make so.
+A row a solver and size: CPU seconds of a step and of the start (`init`, with its default step sizes), each the least of
+three where that is quick, so that other work on the machine distorts little; the most memory a compiled step holds; and
+a line a size: one of the referee's measurements, which cost the same with every solver. The exponent p of each in
+size^p is the slope between the two largest sizes: 1 is linear. Above 1.2 it is marked: nothing should be quadratic that
+the method does not make so. What does not run at a size, for want of memory for instance, is a line with the reason.
 """
 
 import argparse
+import dataclasses
 import math
 import time
 from collections.abc import Callable
@@ -26,15 +30,17 @@ import bilevel
 import irl
 import problems
 from benchmarks import profile
-from bilevel import lanes, run
+from bilevel import diagnostics, lanes
 
 SIZES = {
-    "unknowns": (10_000, 100_000, 1_000_000),
+    "unknowns": (100_000, 1_000_000),
     "samples": (10_000, 100_000, 1_000_000),
     "states": (1_024, 10_000, 100_489),
 }
 REPEATS = 3
-QUANTITIES = ("step", "init", "measure", "peak")
+LONG = 2.0  # seconds of a call, from which on one is enough
+SPAN = 0.2  # CPU seconds of steps in one call, where a step is short
+QUANTITIES = ("step", "init", "peak")
 
 
 def separable_upper(x: jax.Array, y: jax.Array, batch: Any) -> jax.Array:
@@ -57,18 +63,30 @@ def penalised(x: jax.Array, y: jax.Array, batch: tuple[jax.Array, jax.Array]) ->
     return squares(x, y, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
 
 
-def unknowns(size: int) -> tuple[bilevel.BilevelProblem, dict[str, bilevel.Solver]]:
+Runs = dict[str, tuple[bilevel.BilevelProblem, bilevel.Solver]]
+EXACT = ("DSBLO", "DSIGD", "PIGD", "SSIGD")
+
+
+def unknowns(size: int) -> Runs:
     """The separable problem and every solver with its defaults."""
     curvature = jnp.linspace(0.5, 1.5, size)
     problem = bilevel.BilevelProblem(
         separable_upper, bilevel.Minimize(separable_lower), lower_data=bilevel.Full(curvature),
         init=lambda key: (jnp.ones(size), jnp.zeros(size)),
     )  # fmt: skip
-    solvers = {name: cls() for name, cls in bilevel.solvers.ALL.items()}
-    return problem, {name: solver for name, solver in solvers.items() if solver.unsupported(problem) is None}
+    given = dataclasses.replace(problem, lower=bilevel.Minimize(separable_lower, diagonal=lambda x, y, batch: batch))
+    boxed = dataclasses.replace(problem, y_set=bilevel.Box(-10.0, 10.0))
+    found = {}
+    for name, cls in bilevel.solvers.ALL.items():
+        taken, title = (given, f"{name} (diagonal given)") if name in EXACT else (problem, name)
+        if name == "SampledPenalty":
+            taken, title = boxed, f"{name} (|y_i| < 10)"
+        if cls().unsupported(taken) is None:
+            found[title] = taken, cls()
+    return found
 
 
-def samples(size: int) -> tuple[bilevel.BilevelProblem, dict[str, bilevel.Solver]]:
+def samples(size: int) -> Runs:
     """Least squares in batches of 64; AID uses all of the data in every step."""
     rng = np.random.default_rng(0)
     Z = rng.normal(size=(size, 10))
@@ -78,45 +96,51 @@ def samples(size: int) -> tuple[bilevel.BilevelProblem, dict[str, bilevel.Solver
         squares, bilevel.Minimize(penalised), upper_data=source, lower_data=source,
         init=lambda key: (jnp.zeros(10), jnp.zeros(10)),
     )  # fmt: skip
-    return problem, {"AID": bilevel.AID(), "SOBA": bilevel.SOBA(), "StocBiO": bilevel.StocBiO()}
+    return {type(solver).__name__: (problem, solver) for solver in (bilevel.AID(), bilevel.SOBA(), bilevel.StocBiO())}
 
 
-def states(size: int) -> tuple[bilevel.BilevelProblem, dict[str, bilevel.Solver]]:
+def states(size: int) -> Runs:
     """A gridworld of isqrt(size)^2 states."""
     side = math.isqrt(size)
     problem = problems.make("gridworld", size=side, trajectories=0, discount=0.9).problem
-    return problem, {"MLIRL": irl.MLIRL(), "SOBA": bilevel.SOBA(0.5, 0.5, 0.1)}
+    return {"MLIRL": (problem, irl.MLIRL()), "SOBA": (problem, bilevel.SOBA(0.5, 0.5, 0.1))}
 
 
-CASES: dict[str, Callable[[int], tuple[bilevel.BilevelProblem, dict[str, bilevel.Solver]]]] = {
-    "unknowns": unknowns, "samples": samples, "states": states,
-}  # fmt: skip
+CASES: dict[str, Callable[[int], Runs]] = {"unknowns": unknowns, "samples": samples, "states": states}
 
 
-def cost(problem: bilevel.BilevelProblem, solver: bilevel.Solver, steps: int = 3) -> dict[str, float]:
-    """CPU seconds of a step, of init, of a measurement, the least of `REPEATS`; bytes of a step."""
+def least(call: Callable[[], Any]) -> float:
+    """CPU seconds of a call that has been compiled, the least of `REPEATS`, or of one that is `LONG`."""
+    times = []
+    while len(times) < REPEATS and max(times, default=0.0) < LONG:
+        begin = time.process_time()
+        jax.block_until_ready(call())
+        times.append(time.process_time() - begin)
+    return min(times)
+
+
+def cost(problem: bilevel.BilevelProblem, solver: bilevel.Solver) -> dict[str, float]:
+    """CPU seconds of a step and of init; bytes that a step holds."""
     key = jax.random.key(0)
-    state = lanes.init(problem, solver, key, False)
-    x, y = solver.output(problem, state)
-    measure = run.default_measure(problem, solver)
-    advance = lambda n: lanes.advance_lanes(problem, solver, state, key, 0, n, False)  # noqa: E731
-    calls: dict[str, Callable[[], Any]] = {
-        "step": lambda: advance(steps),
-        "call": lambda: advance(0),  # the state is copied once a call, not once a step
-        "init": lambda: lanes.init(problem, solver, key, False),
-        "measure": lambda: lanes.measure_lanes(problem, x, y, False, measure),
-    }
-    found = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())  # compiles
-        times = []
-        for _ in range(REPEATS):
-            begin = time.process_time()
-            jax.block_until_ready(call())
-            times.append(time.process_time() - begin)
-        found[name] = min(times)
-    step = max(found["step"] - found["call"], 0.0) / steps
-    return found | {"step": step, "peak": profile.of(problem, solver, key)["peak"]}
+    start = lanes.init.lower(problem, solver, key, False).compile()
+    begin = time.process_time()
+    state = jax.block_until_ready(start(problem, solver, key))
+    init = time.process_time() - begin
+    if init < LONG:
+        init = least(lambda: start(problem, solver, key))
+    advance = lanes.advance_lanes.lower(problem, solver, state, key, 0, 0, False).compile()
+    copy = least(lambda: advance(problem, solver, state, key, 0, 0))  # the state, once a call and not once a step
+    once = least(lambda: advance(problem, solver, state, key, 0, 1)) - copy
+    steps = int(np.clip(SPAN / max(once, 1e-9), 1, 1000))
+    step = max(least(lambda: advance(problem, solver, state, key, 0, steps)) - copy, 0.0) / steps
+    return {"step": step, "copy": copy, "init": init, "peak": profile.peak(advance)}
+
+
+def measurement(problem: bilevel.BilevelProblem) -> float:
+    """CPU seconds of one of the referee's measurements at the start, which is the same for all solvers."""
+    x, y = problem.init(jax.random.key(0))
+    measure = lanes.measure_lanes.lower(problem, x, y, False, diagnostics.measure).compile()
+    return least(lambda: measure(problem, x, y))
 
 
 def exponent(small: float, large: float, ratio: float) -> float:
@@ -139,25 +163,41 @@ def main() -> None:
     for case in options.cases or CASES:
         sizes = [size // 10 if options.quick else size for size in SIZES[case]]
         found: dict[str, dict[int, dict[str, float]]] = {}
+        failed: dict[str, str] = {}
+        measured: dict[int, float] = {}
         for size in sizes:
-            problem, solvers = CASES[case](size)
-            for name, solver in solvers.items():
-                if options.solver and name not in options.solver:
+            runs = CASES[case](size)
+            measured[size] = measurement(next(iter(runs.values()))[0])
+            print(case, size, f"a measurement {measured[size]:.3g}", flush=True)
+            for name, (problem, solver) in runs.items():
+                if (options.solver and type(solver).__name__ not in options.solver) or name in failed:
                     continue
-                found.setdefault(name, {})[size] = cost(problem, solver)
-                row = found[name][size]
+                try:
+                    row = cost(problem, solver)
+                except (MemoryError, RuntimeError) as error:  # XLA's own are RuntimeErrors
+                    failed[name] = f"{name} at {size}: {str(error).splitlines()[0]}"
+                    print(failed[name], flush=True)
+                    continue
+                found.setdefault(name, {})[size] = row
                 print(case, size, name, {k: float(f"{v:.3g}") for k, v in row.items()}, flush=True)
-        table = Table(title=f"{case}: exponents between {sizes[-2]} and {sizes[-1]}; numbers at {sizes[-1]}")
-        for column in ("solver", "ms a step", "p", "init s", "p", "measure s", "p", "peak MB", "p"):
+                jax.clear_caches()
+        last, before = sizes[-1], sizes[-2]
+        table = Table(title=f"{case}: exponents between {before} and {last}; numbers at {last}")
+        for column in ("solver", "ms a step", "p", "init s", "p", "peak MB", "p"):
             table.add_column(column, justify="left" if column == "solver" else "right")
         for name, rows in found.items():
-            last, before = rows[sizes[-1]], rows[sizes[-2]]
+            if name in failed:
+                continue
             cells = []
-            for quantity, scale in zip(QUANTITIES, (1e3, 1, 1, 1e-6), strict=True):
-                p = exponent(before[quantity], last[quantity], sizes[-1] / sizes[-2])
-                cells += [f"{scale * last[quantity]:.3g}", f"{p:.2f}" + (" !" if p > 1.2 else "")]
+            for quantity, scale in zip(QUANTITIES, (1e3, 1, 1e-6), strict=True):
+                p = exponent(rows[before][quantity], rows[last][quantity], last / before)
+                cells += [f"{scale * rows[last][quantity]:.3g}", f"{p:.2f}" + (" !" if p > 1.2 else "")]
             table.add_row(name, *cells)
         console.print(table)
+        p = exponent(measured[before], measured[last], last / before)
+        console.print(f"a measurement: {measured[last]:.3g} s, p {p:.2f}")
+        for reason in failed.values():
+            console.print(reason, markup=False)
 
 
 if __name__ == "__main__":

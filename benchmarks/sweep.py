@@ -1,4 +1,4 @@
-"""Run a study's cells in parallel: processes of this machine, or a cluster that joblib knows.
+"""Run a study's cells in parallel: processes of this machine or Ray's by joblib, or a cluster of Dask's.
 
 A cell is a function of its text and seed, written by the process that ran it into a file of its own, so it does not
 matter which worker runs it or in which order: the results are those of `bilevax run`, bit for bit. For that a worker's
@@ -6,7 +6,7 @@ thread pools are as wide as those of `bilevax run`, because their width decides 
 gets is its share of the cores, on which all its threads run. (Where the system cannot bind threads to cores, they
 compete.)
 
-When a worker dies, joblib's pool is lost: a new one runs what is not finished. After `BREAKS` lost pools the rest runs
+When a worker dies, the pool is lost: a new one runs what is not finished. After `BREAKS` lost pools the rest runs
 one cell at a time; a cell that kills its worker once more becomes a row with that reason.
 """
 
@@ -69,6 +69,8 @@ _taken: dict[Path, FileLock | None] = {}
 
 def _task(place: Place, index: int, cell: Cell) -> int:
     """Run one cell in a worker; return its number."""
+    if _finished(place.folder, index, cell):  # a cluster that has lost what a worker answered asks once more
+        return index
     if place.cache is not None and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", place.cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
@@ -142,12 +144,12 @@ def sweep(
         FolderError: a result that is there is damaged, or one cannot be written.
     """
     if workers is None:
-        workers = len(cores()) if backend == LOCAL else -1
+        workers = len(cores()) if scheduler is None else -1
     if backend == LOCAL and workers == 1:
         return execute(folder, cells, on_cell)
     todo = unfinished(folder, cells)
     total, lost = len(cells) - len(todo), 0
-    with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler):
+    with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler, workers) as died:
         place = Place(folder.resolve(), precision, jax.config.jax_compilation_cache_dir)
         if backend == LOCAL:
             place = place._replace(slots=Path(slots), shares=shares(cores(), workers), parent=os.getpid())
@@ -161,7 +163,7 @@ def sweep(
                     on_cell(total, cells[index])
             except KeyboardInterrupt:
                 return False
-            except BrokenProcessPool:
+            except died:
                 lost += 1
                 todo = [index for index in todo if not _finished(folder, index, cells[index])]
                 if alone and batch[0] in todo:
@@ -173,6 +175,12 @@ def sweep(
 
 def _results(place: Place, cells: list[Cell], batch: list[int], workers: int, backend: str) -> Iterator[int]:
     """The numbers of the cells of `batch` as they end."""
+    if backend == "dask":  # by its own client: joblib 1.6 waits for ever for a task that dask has given up
+        from dask.distributed import as_completed, get_client
+
+        futures = [get_client().submit(_task, place, index, cells[index], pure=False) for index in batch]
+        yield from (future.result() for future in as_completed(futures))
+        return
     tasks = (joblib.delayed(_task)(place, index, cells[index]) for index in batch)
     limits = {"inner_max_num_threads": len(cores())} if backend == LOCAL else {}  # joblib's own limit changes sums
     with joblib.parallel_config(backend=backend, **limits), warnings.catch_warnings():
@@ -194,30 +202,33 @@ def _write_death(folder: Path, index: int, cell: Cell) -> None:
 
 
 @contextmanager
-def _pool(backend: str, scheduler: str | None) -> Iterator[None]:
-    """Connect joblib with the cluster; end the local processes afterwards."""
+def _pool(backend: str, scheduler: str | None, workers: int) -> Iterator[type[Exception]]:
+    """Connect joblib with the cluster; give what it raises where a worker died; end the local processes afterwards."""
     if backend not in BACKENDS:
         raise UsageError(f"--backend: got {backend!r}; expected {', '.join(BACKENDS)}.")
     if backend == LOCAL and scheduler is not None:
         raise UsageError("--scheduler: it is the address of a cluster; name its --backend: dask or ray.")
     client: Any = None
+    died: Any = BrokenProcessPool
     try:
         if backend == "dask":
-            from dask.distributed import Client
+            from dask.distributed import Client, KilledWorker
 
-            client = Client(scheduler)
+            own = {} if scheduler else {"n_workers": workers, "threads_per_worker": 1}
+            died, client = KilledWorker, Client(scheduler, **own)  # dask has tried some times before it says so
         elif backend == "ray":
             import ray
             from ray.util.joblib import register_ray
 
             ray.init(address=scheduler, log_to_driver=False)  # or workers' lines get between those of --json
             register_ray()
+            died = ray.exceptions.RayActorError
     except ImportError as error:
         raise UsageError(f"--backend {backend}: {error}. Install it: pip install bilevax[{backend}].") from error
     except OSError as error:
         raise UsageError(f"--scheduler {scheduler}: no answer ({error}). Is the cluster there?") from error
     try:
-        yield
+        yield died
     finally:
         if backend == LOCAL:
             from joblib.externals.loky import get_reusable_executor

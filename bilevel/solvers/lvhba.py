@@ -130,10 +130,11 @@ class LVHBA(Solver):
         dy = jax.tree.map(along_y, fy, gy, y, w)
         gap = norm(jax.tree.map(jnp.subtract, y, w))
         moved, step = state.step((x, y), (dx, dy))
-        flat, unravel = ravel_pytree(moved)
-        x, y = unravel(
-            flat + polyhedral.projected_step(constraints.joint_rows(problem, x, y), flat, jnp.zeros_like(flat))
-        )
+        x, y = problem.x_set.project(moved[0]), problem.y_set.project(moved[1])
+        if problem.coupling is not None:  # else C is a product, and no dense matrix is needed
+            flat, unravel = ravel_pytree(moved)
+            rows = constraints.joint_rows(problem, x, y)
+            x, y = unravel(flat + polyhedral.projected_step(rows, flat, jnp.zeros_like(flat)))
 
         info = Info(norm(dx), norm(dy), gap, norm(lam - z))
         z, step_z = state.step_z(z, (z - lam) / g2)

@@ -1,6 +1,7 @@
 """Sweeps: the bits of `bilevax run`; a killed worker's cell runs again; finished cells never do; cores are shared."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from benchmarks import files, sweep
+from benchmarks import files, registry, sweep
 from benchmarks.cli import app
 from benchmarks.registry import UsageError
 
@@ -84,7 +85,7 @@ def study(tmp_path, synthetic, monkeypatch):
     done = [(str(files.cell_path(tmp_path, k, cell)), whole | {"cell": vars(cell)}) for k, cell in enumerate(cells)]
     (tmp_path / "cells").mkdir()
 
-    def run(deadly, signal_number=int(signal.SIGKILL)):
+    def run(deadly, backend=sweep.LOCAL, signal_number=int(signal.SIGKILL)):
         folder = str(tmp_path)
 
         def task(place, index, cell):  # local, so that it travels by value
@@ -103,15 +104,24 @@ def study(tmp_path, synthetic, monkeypatch):
 
         monkeypatch.setattr(sweep, "_task", task)
         seen = []
-        assert sweep.sweep(tmp_path, cells, lambda count, cell: seen.append(count), workers=2)
+        assert sweep.sweep(tmp_path, cells, lambda count, cell: seen.append(count), workers=2, backend=backend)
         tries = [len((tmp_path / f"tries-{k}").read_text()) for k in range(len(cells))]
         return [files.read_cell(tmp_path, k, cell) for k, cell in enumerate(cells)], tries, seen
 
     return run
 
 
-def test_a_killed_worker_s_cell_is_run_again(study):
-    results, tries, seen = study({2: 1})
+def cluster(backend, package):
+    missing = importlib.util.find_spec(package) is None
+    return pytest.param(
+        backend, marks=pytest.mark.skipif(missing, reason=f"no {package}: pip install bilevax[{backend}]")
+    )
+
+
+@pytest.mark.parametrize("backend", [sweep.LOCAL, cluster("dask", "distributed"), cluster("ray", "ray")])
+@pytest.mark.filterwarnings("ignore")  # of what the clusters leave open
+def test_a_killed_worker_s_cell_is_run_again(study, backend):
+    results, tries, seen = study({2: 1}, backend)
     assert [result["status"] for result in results] == ["MAX_STEPS"] * 6
     assert tries[2] == 2
     assert seen[-1] == 6
@@ -123,6 +133,15 @@ def test_a_cell_that_always_kills_becomes_a_row_and_the_others_finish(study, mon
     assert [result["status"] for result in results] == ["MAX_STEPS", "ERROR", *["MAX_STEPS"] * 4]
     assert "the worker process died each time" in results[1]["reason"]
     assert tries[1] == sweep.BREAKS + 1
+
+
+def test_a_worker_does_not_run_what_is_finished(tmp_path, synthetic, monkeypatch):
+    """A cluster that has lost what a worker answered asks once more."""
+    cell = registry.Cell("quadratic", "SOBA", 0)
+    result = synthetic.result(synthetic.rows([1.0, 0.5])) | {"cell": dataclasses.asdict(cell)}
+    files.write_json(files.cell_path(tmp_path, 0, cell), result)
+    monkeypatch.setattr(sweep, "run_cell", lambda *arguments: pytest.fail("ran"))
+    assert sweep._task(sweep.Place(tmp_path, 64, None), 0, cell) == 0
 
 
 def test_shares_of_the_cores_are_disjoint_and_whole():

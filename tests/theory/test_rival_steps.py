@@ -248,6 +248,28 @@ def test_lvhba():
     compare(COUPLED, solver, by_hand, tol=1e-7, w=w, lam=lam, z=z)  # the tolerance is cvxpy's
 
 
+def test_lvhba_without_a_coupling_projects_on_each_set():
+    """And forms no dense matrix: nothing of 1,000 x 1,000 is in its program."""
+
+    def by_hand(k, x, y, w, lam, z):
+        w = in_y(w - a * (g.y(x, w) + (w - y) / 0.8))
+        dx, dy = f.x(x, y) / 4 + g.x(x, y) - g.x(x, w), f.y(x, y) / 4 + g.y(x, y) - (y - w) / 0.8
+        return {"x": in_x(x - b * dx), "y": in_y(y - b * dy), "w": w, "lam": lam, "z": z}
+
+    solver, nothing = bilevel.LVHBA(a, b, 0.04, penalty=4.0, gamma_1=0.8), np.zeros(0)
+    compare(SIMPLE, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]), lam=nothing, z=nothing)
+
+    def many(x, y, batch):
+        return jnp.sum((y - x) ** 2)
+
+    problem = bilevel.BilevelProblem(
+        many, bilevel.Minimize(many), init=lambda key: (jnp.zeros(1000), jnp.zeros(1000)), y_set=Y
+    )
+    state = jax.eval_shape(solver.init, problem, KEY)
+    largest = [v.aval.size for e in jax.make_jaxpr(solver.step)(problem, state, KEY).eqns for v in e.outvars]
+    assert max(largest) <= 2000
+
+
 FREE = dataclasses.replace(COUPLED, y_set=bilevel.Reals())
 NONE = jnp.zeros((0, 4)), jnp.zeros((0, 3)), jnp.zeros(0)
 EQUAL = dataclasses.replace(FREE, coupling=bilevel.LinearCoupling(*NONE, *map(jnp.asarray, (A[1:], B[1:], c[1:]))))
