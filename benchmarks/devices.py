@@ -1,14 +1,17 @@
 """Throughput against the number of devices: `python -m benchmarks.devices [--samples 2000 200000] [--out devices.png]`.
+With `--moves` what moves between devices, read out of the compiled programs.
 
 One SOBA run on a finite sum of least squares (n samples of d features; a step is one pass over all of them), sharded
 over 1, 2, 4, … devices: steps a second, the speed-up over one device, and the largest difference of x to one device's.
 Without an accelerator the devices are `--devices` virtual ones of this machine's processor: they share its cores and
 memory, so that the table shows the cost of partitioning there, not a gain. Runs are interleaved; medians. CPU time of
-all threads, the least, says what a step costs also where other work shares the cores and seconds say little.
+all threads, the least, says what a step costs also where other work shares the cores and seconds say little: of virtual
+devices the plot shows steps per second of CPU time.
 """
 
 import argparse
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -30,9 +33,8 @@ def lower(x: Any, y: Any, batch: Any) -> Any:
     return upper(x, y, batch) + jnp.sum(jnp.exp(x) * y**2) / 2
 
 
-def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, dict[str, float]]:
-    """{devices: steps a second, CPU seconds a step, difference of x to one device's}."""
-    import jax
+def squares(samples: int, features: int, batch_size: int | None = None) -> Any:
+    """The least squares problem, all of its data a step or batches."""
     import jax.numpy as jnp
 
     import bilevel
@@ -40,11 +42,81 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
     rng = np.random.default_rng(0)
     Z = rng.normal(size=(2, samples, features))
     t = Z @ rng.normal(size=features) + rng.normal(size=(2, samples))
-    halves = [bilevel.Full((jnp.asarray(Z[k]), jnp.asarray(t[k]))) for k in (0, 1)]
-    problem = bilevel.BilevelProblem(
+    parts = [(jnp.asarray(Z[k]), jnp.asarray(t[k])) for k in (0, 1)]
+    halves = [bilevel.Full(part) if batch_size is None else bilevel.Minibatch(part, batch_size) for part in parts]
+    return bilevel.BilevelProblem(
         upper, bilevel.Minimize(lower), upper_data=halves[0], lower_data=halves[1],
         init=lambda key: (jnp.zeros(features), jnp.zeros(features)),
     )  # fmt: skip
+
+
+def examples() -> dict[str, tuple[Any, Any]]:
+    """Problems and solvers that split each kind of thing, small, since only their programs are read."""
+    import jax.numpy as jnp
+
+    import bilevel
+    import irl
+    import problems
+
+    box, start = bilevel.Box(-1.0, 1.0), lambda key: (jnp.zeros(10), jnp.zeros(10))
+    bent = lambda x, y, batch: jnp.sum((x - 0.3) ** 2 + y)  # noqa: E731
+    waves = bilevel.Minimize(lambda x, y, batch: jnp.sum(jnp.cos(4 * y) + (y - x) ** 2))
+    rows = bilevel.LinearCoupling(jnp.ones((1, 10)), jnp.zeros((1, 10)), jnp.full(1, 0.5))
+    near = bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x) ** 2))
+    penalty = bilevel.SampledPenalty(num_samples=64, num_slots=2, num_starts=1, num_ladders=1)
+    grid = problems.make("gridworld", size=4, trajectories=64, length=20, batch_size=16).problem
+    return {
+        "SOBA, 800 samples of 50 features, all of them a step": (squares(800, 50), bilevel.SOBA(0.3, 0.3, 0.1)),
+        "AID, the same": (squares(800, 50), bilevel.AID(0.1, 0.1)),
+        "SOBA, batches of 16": (squares(800, 50, 16), bilevel.SOBA(0.3, 0.3, 0.1)),
+        "SampledPenalty, 64 samples, x and y of 10": (
+            bilevel.BilevelProblem(bent, waves, x_set=box, y_set=box, init=start), penalty,
+        ),
+        "DSBLO, 8 perturbations, x and y of 10, one row": (
+            bilevel.BilevelProblem(bent, near, coupling=rows, init=start), bilevel.DSBLO(num_perturbations=8),
+        ),
+        "MLIRL, batches of 16 trajectories of 20 steps": (grid, irl.MLIRL(upper_step_size=0.1)),
+    }  # fmt: skip
+
+
+def moves(problem: Any, solver: Any) -> dict[str, list[int]]:
+    """{"a step" | "a pass of its inner loops" | "before the steps": bytes of each collective's result, on a device}.
+
+    XLA takes what does not change out of the loop, and joins collectives into one.
+    """
+    import jax
+
+    from bilevel import lanes, sharding
+
+    key = jax.random.key(0)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    state = lanes.init(problem, solver, key, False)
+    with sharding.on(mesh) as devices:
+        parts = problem.on_mesh(devices), *sharding.place((solver, state, key), devices)
+        text = lanes.advance_lanes.lower(*parts, 0, 1, False).compile().as_text()
+    found: dict[str, list[int]] = {"a step": [], "a pass of its inner loops": [], "before the steps": []}
+    for line in text.splitlines():
+        match = re.search(r" = (.*?) (?:all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", line)
+        if match is None:
+            continue
+        sizes = [
+            max(int(bits or 8) // 8, 1) * int(np.prod([int(n) for n in shape.split(",") if n]))
+            for bits, shape in re.findall(r"(?:pred|[a-z]+(\d+))\[([\d,]*)\]", match.group(1))
+        ]
+        path = re.search(r'op_name="([^"]*)"', line)
+        depth = path.group(1).split(":")[0].count("while/body") if path else 1
+        found[("before the steps", "a step", "a pass of its inner loops")[min(depth, 2)]].append(sum(sizes))
+    return found
+
+
+def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, dict[str, float]]:
+    """{devices: steps a second, CPU seconds a step, difference of x to one device's}."""
+    import jax
+    import jax.numpy as jnp
+
+    import bilevel
+
+    problem = squares(samples, features)
     solver = bilevel.SOBA(0.3, 0.3, 0.1)
     counts = [n for n in (2**k for k in range(10)) if n <= jax.device_count()]
     calls: dict[int, Any] = {}
@@ -82,27 +154,31 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
     }
 
 
-def plot(found: dict[int, dict[int, dict[str, float]]], path: Path, title: str) -> None:
-    """Steps a second against devices, a curve for each number of samples, with the lines of perfect scaling."""
+def plot(found: dict[int, dict[int, dict[str, float]]], path: Path, title: str, virtual: bool) -> None:
+    """Steps a second against devices, a curve for each number of samples, with the lines of what would be perfect.
+
+    Virtual devices share what computes: perfect is then that more of them cost nothing.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    figure = Figure(figsize=(5, 4), layout="constrained")
     ax: Any = figure.subplots()
     for k, (samples, rows) in enumerate(found.items()):
-        counts, rates = list(rows), [row["rate"] for row in rows.values()]
-        ax.plot(counts, rates, "o-", color=f"C{k}", label=f"{samples} samples")
-        perfect = [rates[0] * count for count in counts]
-        ax.plot(counts, perfect, ":", color="gray", label=None if k else "perfect scaling")
+        counts, rates = list(rows), [1 / row["cpu"] if virtual else row["rate"] for row in rows.values()]
+        ax.plot(counts, rates, "o-", color=f"C{k}", label=f"{samples:,} samples")
+        perfect = [rates[0] * (1 if virtual else count) for count in counts]
+        label = "no cost of splitting" if virtual else "perfect scaling"
+        ax.plot(counts, perfect, ":", color="gray", label=None if k else label)
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     ax.set_xticks(list(next(iter(found.values()))))
     ax.xaxis.set_major_formatter(ScalarFormatter())
     ax.xaxis.set_minor_formatter(NullFormatter())
-    ax.set_xlabel("devices")
-    ax.set_ylabel("throughput (steps/s)")
+    ax.set_xlabel("virtual devices on the same core" if virtual else "devices")
+    ax.set_ylabel("throughput (steps per second of CPU time)" if virtual else "throughput (steps per second)")
     ax.set_title(title, fontsize=9)
-    ax.legend(fontsize=8)
+    figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     ax.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
@@ -115,6 +191,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--devices", type=int, default=8, help="virtual ones, where there is no accelerator")
+    parser.add_argument("--moves", action="store_true", help="only print what moves between devices")
     parser.add_argument("--out", type=Path, help="a PNG of the plot")
     options = parser.parse_args()
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={options.devices}")
@@ -122,9 +199,19 @@ def main() -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from benchmarks.sweep import cores
+
     jax.config.update("jax_enable_x64", True)
+    if options.moves:
+        table = Table(title=f"collectives on {jax.device_count()} devices: how many, bytes of their results a device")
+        for column in ("case", "a step", "a pass of its inner loops", "before the steps"):
+            table.add_column(column, overflow="fold")
+        for name, (problem, solver) in examples().items():
+            table.add_row(name, *(f"{len(s)}: {sum(s):,} B" if s else "-" for s in moves(problem, solver).values()))
+        Console(width=120).print(table)
+        return
     begin = time.perf_counter()
-    kind = f"{options.features} features, float64, {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    kind = f"{options.features} features, float64, {jax.devices()[0].device_kind}, {len(cores())} core(s)"
     found = {}
     for samples in options.samples:
         found[samples] = measure(samples, options.features, options.steps, options.repeats)
@@ -138,7 +225,7 @@ def main() -> None:
             )
         Console(width=100).print(table)
     if options.out is not None:
-        plot(found, options.out, kind)
+        plot(found, options.out, kind, jax.devices()[0].platform == "cpu")
     print(f"{time.perf_counter() - begin:.0f} s in all")
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from jax import Array
 
 BITS = 30
+LARGEST = 21_201  # dimensions of SciPy's table
 
 
 def sobol(key: Array, num: int, dim: int, dtype: Any) -> Array:
@@ -19,13 +20,17 @@ def shifted(shift: Array, num: int) -> Array:
     """`num` points of a Sobol sequence in (0, 1)^dim, [num, dim], moved by the numbers `shift` [dim] in [0, 1).
 
     SciPy's linear matrix scramble, fixed and made when the function is traced, and a digital shift, the bits of
-    `shift`: the points of a Sobol net stay a net, and each one is uniform where `shift` is.
+    `shift`: the points of a Sobol net stay a net, and each one is uniform where `shift` is. In more than `LARGEST`
+    dimensions, where a few points are no more even than random ones, the net is one of random numbers.
     """
     dim, dtype = shift.size, shift.dtype
-    from scipy.stats import qmc
+    if dim > LARGEST:
+        net = jax.random.bits(jax.random.key(0), (num, dim), jnp.uint32) >> (32 - BITS)
+    else:
+        from scipy.stats import qmc
 
-    whole = qmc.Sobol(dim, scramble=True, bits=BITS, rng=0).random_base2(int(np.ceil(np.log2(max(num, 1)))))[:num]
-    net = jnp.asarray((whole * 2**BITS).astype(np.uint32))
+        whole = qmc.Sobol(dim, scramble=True, bits=BITS, rng=0).random_base2(int(np.ceil(np.log2(max(num, 1)))))[:num]
+        net = jnp.asarray((whole * 2**BITS).astype(np.uint32))
     digits = jnp.asarray(shift * 2**BITS, jnp.uint32)
     return (jnp.asarray(net ^ digits[None], dtype) + jnp.asarray(0.5, dtype)) / 2**BITS
 

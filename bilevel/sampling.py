@@ -251,10 +251,11 @@ def smoothness(
 
     The largest difference quotients over `num` pairs of points a thousandth of the way between two samples of X x Y. A
     random direction sees a mean curvature; each of `rounds` more tries steps along the last difference of gradients,
-    which is a power iteration.
+    which is a power iteration. In high dimension the pairs are fewer, so that they take 2^24 numbers at most.
     """
     keys = jax.random.split(key, 4)
-    unravel = ravel_pytree((x, y))[1]
+    flat, unravel = ravel_pytree((x, y))
+    num = min(num, max(2, 2**24 // flat.size))
 
     def points(key_x: Array, key_y: Array) -> Array:
         xs, ys = starts(problem.x_set, key_x, num, x), starts(problem.y_set, key_y, num, y)

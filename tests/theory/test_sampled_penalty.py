@@ -97,6 +97,13 @@ def test_scrambled_points_stay_a_net(seed, dim):
     assert (np.sort(np.floor(points * 64), axis=0) == np.arange(64)[:, None]).all()
 
 
+def test_more_dimensions_than_scipy_has_a_net_for():
+    points = np.asarray(sobol(jax.random.key(3), 8, 30_000, jnp.float64))
+    assert ((points > 0) & (points < 1)).all()
+    np.testing.assert_allclose(points.mean(axis=1), 0.5, atol=0.01)  # six standard deviations
+    np.testing.assert_allclose(np.cov(points) * 12, np.eye(8), atol=0.04)
+
+
 @functools.cache
 def penalised(form, smoothing):
     """(x, y, problem, samples, rho, t) -> (P, its gradients in x and y), jitted."""

@@ -48,10 +48,20 @@ jax.config.update("jax_enable_x64", True)
 placed = sharding.place_data(problem.upper_data, mesh)
 assert {leaf.sharding.spec for leaf in jax.tree.leaves(placed)} == {PartitionSpec(("hosts", "data"))}
 
-# demonstrations
-problem = problems.make("gridworld", size=3, trajectories=16, length=8).problem
-one, eight = solved(problem, irl.MLIRL(upper_step_size=0.1))
+def program(problem, solver, state, key, devices):  # the compiled steps, and what they are given
+    parts = problem.on_mesh(devices), *sharding.place((solver, state, key), devices)
+    return lanes.advance_lanes.lower(*parts, 0, 3, False).compile(), parts
+
+# demonstrations: batches of trajectories
+problem = problems.make("gridworld", size=3, trajectories=16, length=8, batch_size=8).problem
+solver = irl.MLIRL(upper_step_size=0.1)
+one, eight = solved(problem, solver)
+assert np.max(np.abs(one.x)) > 1e-3
 close((one.x, one.y), (eight.x, eight.y), 1e-12)
+state = lanes.init(problem, solver, jax.random.key(0), False)
+with sharding.on(mesh) as devices:
+    text = program(problem, solver, state, jax.random.key(0), devices)[0].as_text()
+assert "[8,8]" in text and "[1,8]" in text and "all-reduce" in text  # a trajectory a device, of the batch of 8
 
 # samples of a penalty, and perturbations by oracles.batched: the same numbers, and the program is split
 def f(x, y, batch):
@@ -68,10 +78,10 @@ for make in (penalty, smoothed):
         placed = sharding.place(ys, devices)
         lowered = make().lower(placed)
         assert "optimization_barrier" in lowered.as_text()  # without it XLA splits, wrongly, what made the samples
-        program = lowered.compile()
-        close(alone, program(placed), 1e-12)
-    assert "all-reduce" in program.as_text() or "all-gather" in program.as_text()
-    assert "f64[8,3]" in program.as_text()  # 64 samples on 8 devices
+        compiled = lowered.compile()
+        close(alone, compiled(placed), 1e-12)
+    assert "all-reduce" in compiled.as_text() or "all-gather" in compiled.as_text()
+    assert "f64[8,3]" in compiled.as_text()  # 64 samples on 8 devices
 
 # the same in whole solvers: samples of the penalty, perturbations q with the lower level of each
 def wavy(x, y, batch):
@@ -96,10 +106,9 @@ for problem, solver in ((penalised, sampled), (kinked, bilevel.DSBLO(num_perturb
     state = lanes.init(problem, solver, key, False)
     alone = lanes.advance_lanes(problem, solver, state, key, 0, 3, False)
     with sharding.on(mesh) as devices:
-        parts = problem.on_mesh(devices), *sharding.place((solver, state, key), devices)
-        program = lanes.advance_lanes.lower(*parts, 0, 3, False).compile()
-        together = program(*parts, 0, 3)
-    assert "all-gather" in program.as_text() or "all-reduce" in program.as_text()
+        compiled, parts = program(problem, solver, state, key, devices)
+        together = compiled(*parts, 0, 3)
+    assert "all-gather" in compiled.as_text() or "all-reduce" in compiled.as_text()
     assert np.max(np.abs(state.x - alone[0].x)) > 1e-3
     close((alone[0].x, alone[0].y, alone[1]), (together[0].x, together[0].y, together[1]), 1e-12)
 
@@ -114,8 +123,8 @@ many = sharding.automatic(mesh)
 parts = sharding.place((problem, solver), many)
 state = lanes.init(*parts, sharding.place(keys, many), many)
 assert state.x.sharding.spec == PartitionSpec(("hosts", "data"))
-program = lanes.advance_lanes.lower(*parts, state, sharding.place(keys, many), 0, 3, many).compile().as_text()
-assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "permute") if word in program]
+text = lanes.advance_lanes.lower(*parts, state, sharding.place(keys, many), 0, 3, many).compile().as_text()
+assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "permute") if word in text]
 try:
     bilevel.solve_many(problem, solver, keys=keys[:12], mesh=mesh)
 except bilevel.struct.InvalidInput as error:
