@@ -153,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="cost against size, with fitted exponents")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--quick", action="store_true", help="sizes ten times smaller")
+    parser.add_argument("--sizes", type=int, nargs="+", metavar="N", help="two or more, instead of the cases' own")
     parser.add_argument("--solver", action="append", help="only these")
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
@@ -160,8 +161,10 @@ def main() -> None:
     unknown = sorted(set(options.cases) - set(CASES))
     if unknown:
         parser.error(f"unknown case {unknown[0]!r}; expected {', '.join(CASES)}")
+    if options.sizes and not (len(options.sizes) > 1 and options.sizes == sorted(set(options.sizes))):
+        parser.error(f"--sizes: got {options.sizes}; expected two or more, ascending")
     for case in options.cases or CASES:
-        sizes = [size // 10 if options.quick else size for size in SIZES[case]]
+        sizes = options.sizes or [size // 10 if options.quick else size for size in SIZES[case]]
         found: dict[str, dict[int, dict[str, float]]] = {}
         failed: dict[str, str] = {}
         measured: dict[int, float] = {}

@@ -272,12 +272,24 @@ def test_points_of_any_structure_come_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("path", sorted(registry.SUITES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_suite_can_be_run_and_says_its_rule(path):
+    name, cells = registry.read_suite(path.stem)
+    assert name == path.stem
+    for problem, solver in {(cell.problem, cell.solver) for cell in cells}:
+        registry.check_problem(problem)
+        registry.build_solver(solver)
+    tuned = any(cell.search for cell in cells)
+    assert tuned != ("Settings: fixed" in path.read_text().partition("[[")[0])
+
+
+def test_the_suites_that_there_are():
+    named = ["quickstart", "quadratic", "nonconvex", "constrained", "data", "adversarial", "irl-tabular", "irl-control"]
+    assert set(named) <= {path.stem for path in registry.SUITES.glob("*.toml")}
+
+
 def test_suites_are_checked_and_overridden(tmp_path):
-    name, cells = registry.read_suite("quickstart")
-    assert name == "quickstart"
-    for cell in cells:
-        registry.check_problem(cell.problem)
-        registry.build_solver(cell.solver)
+    cells = registry.read_suite("quickstart")[1]
     assert {cell.seed for cell in cells if cell.problem.startswith("hyper_cleaning[batch_size=100]")} == set(range(10))
     short = registry.read_suite("quickstart", seeds=1, max_steps=7)[1]
     assert {(cell.seed, cell.max_steps) for cell in short} == {(0, 7)}

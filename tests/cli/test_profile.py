@@ -1,5 +1,7 @@
 """Compile time and memory of a step, from the compiled program."""
 
+import json
+
 import jax
 import pytest
 
@@ -12,7 +14,8 @@ from bilevel import lanes
 
 def test_a_row_for_each_problem_and_solver(tmp_path):
     cells = [Cell("quadratic[dim_x=20,dim_y=30]", "SOBA", seed) for seed in (0, 1)] + [Cell("constrained", "SOBA", 0)]
-    rows = profile.table(cells)
+    text = profile.write(tmp_path, cells)  # what `bilevax run --profile` prints and keeps
+    rows = json.loads((tmp_path / "profile.json").read_text())
     assert [(row["solver"], "reason" in row) for row in rows] == [("SOBA", False), ("SOBA", True)]
     row = rows[0]
     matrices = 8 * (2 * 30**2 + 2 * 20 * 30 + 20**2)
@@ -20,6 +23,8 @@ def test_a_row_for_each_problem_and_solver(tmp_path):
     assert (row["x"], row["y"]) == (20, 30)
     assert row["compile"] > 0
     assert "unconstrained lower level" in rows[1]["reason"]
+    assert "quadratic[dim_x=20,dim_y=30]" in text
+    assert f"{row['peak'] / 1e6:.3g}" in text
 
 
 def test_what_a_run_has_compiled_before_is_compiled_again():
