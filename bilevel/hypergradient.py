@@ -30,8 +30,8 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
 from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
-from bilevel.linear import LinearSolution, LinearSolver, default_solver
-from bilevel.lower import Newton, pack_scalars, row_norms
+from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
+from bilevel.lower import Newton
 from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
 from bilevel.projected import ProjectedNewton
@@ -119,8 +119,10 @@ def hypergradient(
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     if lower is None:
         status, factor = jnp.array(Status.CONVERGED), ()
+        R = ravel_pytree(oracles.residual(problem, x, y, lower_batch))[0]
+        lower_residual = jnp.linalg.norm(R)
     else:
-        y, _, _, status, factor = lower_level.solve(problem, x, y, lower_batch, lower)
+        y, lower_residual, _, status, factor, R = lower_level.solve(problem, x, y, lower_batch, lower)
     if isinstance(method, Unrolled):
         return _unrolled(problem, x, y, method, status)
 
@@ -131,35 +133,30 @@ def hypergradient(
 
     def look(y: Array, v: Array) -> _Look:
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
-        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)
-        fx, fy, R, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        return _Look(value, fx - cross, cross, R, fy - Hv, fy)
+        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)[1:]
+        fx, fy, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
+        return _Look(value, fx - cross, cross, fy - Hv, fy)
 
     start = jnp.zeros_like(flat_y) if v is None else ravel_pytree(v)[0]
-    (at, *after), flat_v, unsolved = _passes(look, inverse, flat_x.size, flat_y, start, estimate and constants is None)
-    lower_residual, linear_residual = at.norms[0], at.norms[1]
-    shifted, corrected = after or (at, at)
-    size_fx, size_cross, by_v, change = row_norms(
-        at.gradient + at.cross, at.cross, corrected.cross - shifted.cross, corrected.gradient - at.gradient
-    )
-    rounding = jnp.finfo(dtype).eps * (flat_y.size + at.gradient.size)
+    estimated = estimate and constants is None
+    flat_v, gradient, seen = _passes(look, inverse, flat_x.size, flat_y, start, R, lower_residual, estimated)
+    value, linear_residual = seen.value, seen.r_v
+    rounding = jnp.finfo(dtype).eps * (flat_y.size + flat_x.size)
     if constants is not None:
-        error = _proved(constants, x, flat_y, flat_v, size_fx, lower_residual, linear_residual, rounding)
+        error = _proved(constants, x, flat_y, flat_v, seen.fx, lower_residual, linear_residual, rounding)
         good = jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
     elif estimate:
-        size = shifted.norms[1]  # of the adjoint's residual after the Newton correction of y
-        scale = size_fx + size_cross + by_v / jnp.where(size > 0, size, 1) * at.norms[2]
-        error = 2 * change + rounding * scale
-        error = jnp.where(unsolved, jnp.inf, error)  # an estimate by a solver that has not solved is none
+        scale = seen.fx + seen.cross + seen.moved / jnp.where(seen.shifted > 0, seen.shifted, 1) * seen.fy
+        error = 2 * seen.change + rounding * scale
+        error = jnp.where(seen.unsolved > 0, jnp.inf, error)  # an estimate by a solver that has not solved is none
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error, good = jnp.full((), jnp.nan, dtype), jnp.array(Status.UNCHECKED)
     solved = jnp.where(status == Status.CONVERGED, good, status)
-    value = at.value
-    finite = jnp.isfinite(size_fx + size_cross + value + lower_residual + linear_residual)
+    finite = jnp.isfinite(seen.fx + seen.cross + value + lower_residual + linear_residual)
     return Hypergradient(
         value=value,
-        gradient=unravel_x(jnp.where(finite, at.gradient, jnp.nan)),  # a failure is never a number
+        gradient=unravel_x(jnp.where(finite, gradient, jnp.nan)),  # a failure is never a number
         y=y,
         lower_residual=lower_residual,
         linear_residual=linear_residual,
@@ -171,29 +168,37 @@ def hypergradient(
 
 
 class _Look(NamedTuple):
-    """What (y, v) shows: f; f_x - R_x' v; R_x' v; R; f_y - R_y' v; f_y."""
+    """What (y, v) shows: f; f_x - R_x' v; R_x' v; f_y - R_y' v; f_y."""
 
     value: Array
     gradient: Array
     cross: Array
-    R: Array
     r_v: Array
     fy: Array
 
 
 class _Seen(NamedTuple):
-    """What the passes keep of a look; norms: (|R|, |r_v|, |f_y|)."""
+    """|r_v|, f, |f_x|, |f_y|, |R_x' v| at (y, v); then |r_v| at (y + d, v), and how far R_x' v and the gradient moved
+    by dv, and by d and dv. unsolved: a correction is not solved. In the passes' loop packed in one vector, the norms
+    squared: each array that leaves it and each root is a kernel to compile.
+    """
 
+    r_v: Array
     value: Array
-    gradient: Array
+    fx: Array
+    fy: Array
     cross: Array
-    norms: Array
+    shifted: Array
+    moved: Array
+    change: Array
+    unsolved: Array
 
 
 def _passes(
-    look: Callable, inverse: "_Inverse", size_x: int, y: Array, v: Array, estimate: bool
-) -> tuple[list[_Seen], Array, Array]:
-    """What is seen at (y, v) with v solved, at (y + d, v) and at (y + d, v + dv); v; whether a correction is unsolved.
+    look: Callable, inverse: "_Inverse", size_x: int, y: Array, v: Array, R: Array, lower_residual: Array,
+    estimate: bool,
+) -> tuple[Array, Array, _Seen]:  # fmt: skip
+    """(v, f_x - R_x' v, what is seen) at (y, v) with v solved, then at (y + d, v) and at (y + d, v + dv).
 
     d = -R_y^-1 R and dv = R_y^-T r_v at y + d: the last gradient is right to higher order, so its distance to the first
     is the first one's error. One loop with one look and one solve a pass, so that each is compiled once.
@@ -202,42 +207,44 @@ def _passes(
     dtype, stages = y.dtype, 3 if estimate else 1
 
     def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-        point, vs, vectors, scalars, control = carry
-        y, v = point
-        stage, count, best, unsolved = control
-        at = look(y, v)
-        norms = row_norms(at.R, at.r_v, at.fy)
-        refine = (stage == 0) & (count < inverse.max_solves) & (norms[1] <= best / 2) & (norms[1] > 0)
+        y, v, first_v, kept, scalars = carry  # kept: the gradient of stage 0, the last stage's R_x' v; zeros before
+        stage, count, *rest = scalars
+        c, at = _Seen(*rest), look(y, v)
+        difference = jnp.stack([at.gradient, at.cross]) - kept
+        by_y, by_x = gram(jnp.stack([at.r_v, at.fy])), gram(difference)
+        r_v, fy, change, moved = by_y[0, 0], by_y[1, 1], by_x[0, 0], by_x[1, 1]
+        refine = (stage == 0) & (count < inverse.max_solves) & (r_v <= c.r_v / 4) & (r_v > 0)
         solved = (stage == 0) & ~refine
-        rhs = jnp.where(solved, -at.R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
+        rhs = jnp.where(solved, R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
         step, residual = inverse.correct(solved, refine, rhs, jnp.where(refine, at.fy, rhs), jnp.where(refine, v, 0))
-        wrong = jnp.where(solved, residual > 0.1 * norms[0], (stage == 1) & (residual > 0.1 * norms[1]))
-        wrong = wrong | (solved & (norms[1] > 0.1 * norms[2]))
-        write = partial(lax.dynamic_update_index_in_dim, index=stage.astype(int), axis=0)
+        unsolved = (c.unsolved > 0) | (solved & (r_v > 0.01 * fy))
+        if residual is not None:
+            scale = jnp.where(solved, lower_residual, jnp.where(stage == 1, jnp.sqrt(r_v), jnp.inf))
+            unsolved = unsolved | (residual > 0.1 * scale)
+        first = r_v, at.value, jnp.maximum(change + 2 * by_x[0, 1] + moved, 0), fy, moved
+        first = [jnp.where(stage == 0, new, old) for new, old in zip(first, c[:5], strict=True)]
+        seen = _Seen(*first, jnp.where(stage == 1, r_v, c.shifted), moved, change, unsolved)
         return (
-            point + jnp.where(jnp.arange(2)[:, None] == jnp.where(solved, 0, 1), step, 0),
-            write(vs, v),
-            write(vectors, jnp.stack([at.gradient, at.cross])),
-            write(scalars, pack_scalars([at.value, *norms], dtype, count)),
-            pack_scalars([jnp.where(refine, 0, stage + 1), count + 1, norms[1], (unsolved > 0) | wrong], dtype, count),
+            y - jnp.where(solved, step, 0),
+            v + jnp.where(solved, 0, step),
+            jnp.where(stage == 0, v, first_v),
+            kept + jnp.where(jnp.arange(2)[:, None] >= jnp.where(refine, 2, stage).astype(int), difference, 0),
+            pack_scalars([jnp.where(refine, 0, stage + 1), count + 1, *seen], dtype, count),
         )
 
-    start = (
-        jnp.stack([y, v]), jnp.zeros((stages, v.size), dtype), jnp.zeros((stages, 2, size_x), dtype),
-        jnp.zeros((stages, 4), dtype), jnp.zeros(4, dtype).at[2].set(jnp.inf),
-    )  # fmt: skip
-    _, vs, vectors, scalars, control = lax.while_loop(lambda carry: carry[-1][0] < stages, body, start)
-    seen = [_Seen(s[0], vector[0], vector[1], s[1:]) for vector, s in zip(vectors, scalars, strict=True)]
-    return seen, vs[0], control[3] > 0
+    start = y, v, v, jnp.zeros((2, size_x), dtype), jnp.zeros(2 + len(_Seen._fields), dtype).at[2].set(jnp.inf)
+    _, _, v, kept, scalars = lax.while_loop(lambda carry: carry[-1][0] < stages, body, start)
+    roots = _Seen(*jnp.sqrt(jnp.abs(scalars[2:])))
+    return v, kept[0], roots._replace(value=scalars[3], unsolved=scalars[-1])
 
 
 class _Inverse(NamedTuple):
-    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or 0), to be
-    repeated `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0, and unless
-    `exactly` to `ESTIMATE_TOL` only: three digits of an error are enough.
+    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual, None for a factor),
+    to be repeated `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0, and
+    unless `exactly` to `ESTIMATE_TOL` only: three digits of an error are enough.
     """
 
-    correct: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array]]
+    correct: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array | None]]
     max_solves: int
 
 
@@ -249,10 +256,10 @@ def _inverse(
     symmetric = isinstance(problem.lower, Minimize)
     if method is None and jax.tree.leaves(factor):
 
-        def by_factor(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+        def by_factor(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, None]:
             apply = partial(lower_level.apply_inverse, factor, symmetric, r)
             found = apply() if symmetric else lax.cond(forward, apply, partial(apply, transpose=True))
-            return found, jnp.zeros((), r.dtype)
+            return found, None
 
         return _Inverse(by_factor, 20)
     method = default_solver(flat.size, symmetric) if method is None else method

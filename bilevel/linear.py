@@ -6,7 +6,7 @@ iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, sh
 it at once.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -285,19 +285,41 @@ class Dense(LinearSolver):
         return solve
 
 
+def gram(rows: Array) -> Array:
+    """The products of vectors of one length, by one matrix product: as reductions each would be three kernels to
+    compile.
+    """
+    return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
+
+
+def pack_scalars(values: Sequence[Array], dtype: Any, count: Array) -> Array:
+    """The scalars as one vector, by a chain of selects: XLA fuses it into one kernel, a concatenation it does not.
+
+    `count` >= 0 varies from pass to pass; it adds nothing, but keeps XLA from moving each mask out of the loop.
+    """
+    n = len(values)
+    index, packed = jnp.arange(n) + jnp.minimum(count, 0).astype(int), jnp.zeros(n, dtype)
+    for k, value in enumerate(values):  # by lax: NumPy's functions take four times as long to trace
+        chosen = lax.eq(index, lax.full_like(index, k))
+        packed = lax.select(chosen, lax.broadcast(jnp.asarray(value, dtype), (n,)), packed)
+    return packed
+
+
 def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
     """Solve M v = b by v <- v + C^-1 (b - M v), C close to M, while that halves the residual; at most 20 times."""
 
-    def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-        v, step, norm, k, _ = carry
-        r = b - matvec(v + step)
-        after = jnp.sqrt(r @ r)
-        better = (after < norm) | (k == 0)
-        go_on = (after <= norm / 2) & (after > 0) & (k < 20)
-        return jnp.where(better, v + step, v), inverse(r), jnp.where(better, after, norm), k + 1, go_on
+    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        v, step, (square, k, _) = carry  # |b - M v|^2; scalars in one vector, each array is a kernel to compile
+        trial = v + step
+        rows = jnp.stack([trial, b - matvec(trial)])
+        after = gram(rows)[1, 1]
+        better = (after < square) | (k == 0)
+        go_on = (after <= square / 4) & (after > 0) & (k < 20)
+        scalars = pack_scalars([jnp.where(better, after, square), k + 1, go_on], b.dtype, k)
+        return jnp.where(better, trial, v), inverse(rows[1]), scalars
 
-    start = jnp.zeros_like(b), jnp.zeros_like(b), jnp.full((), jnp.inf, b.dtype), jnp.array(0), jnp.array(True)
-    return lax.while_loop(lambda carry: carry[-1], body, start)[0]
+    start = jnp.zeros_like(b), jnp.zeros_like(b), jnp.array([jnp.inf, 0, 1], b.dtype)
+    return lax.while_loop(lambda carry: carry[-1][-1] > 0, body, start)[0]
 
 
 def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:

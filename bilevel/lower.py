@@ -4,7 +4,7 @@ Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-fr
 the active-set method of `polyhedral`, and on balls or for large y the projected Newton method of `projected`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, polyhedral, projected
-from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix
+from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix, gram, pack_scalars
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
 from bilevel.step import Stepper, move
@@ -24,7 +24,8 @@ PyTree = Any
 
 class LowerSolution(NamedTuple):
     """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
-    NONFINITE); factor of R_y at y or close to it, for `linear.Factored`; () where none was made.
+    NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
+    under constraints.
     """
 
     y: PyTree
@@ -32,6 +33,7 @@ class LowerSolution(NamedTuple):
     steps: Array
     status: Array
     factor: PyTree
+    R: Any = ()
 
 
 @struct
@@ -45,8 +47,8 @@ class Newton:
     the safe step of a contraction.
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
 
-    The next direction's length estimates the error of y, whatever the scales of g and of y. With s = |y| plus the
-    longest step so far, CONVERGED means that it is at most tol s; or that it was at most sqrt(eps) s, and neither
+    The next direction's length estimates the error of y, whatever the scales of g and of y. With s^2 = |y|^2 +
+    |longest step so far|^2, CONVERGED means that it is at most tol s; or that it was at most sqrt(eps) s, and neither
     it nor |R| halves any more: rounding allows no more. Where |R| and g stop falling before, the status is STALLED.
     Minimize: CONVERGED needs a Hessian that is positive semidefinite up to rounding (dense; matrix-free only along
     CG's directions), else SADDLE. s is one number: entries of y much smaller than the largest are less exact by that
@@ -96,103 +98,90 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
         product = oracles.hvp_operator(problem, x, unravel(flat), batch)
         return lambda v: ravel_pytree(product(unravel(v)))[0]
 
-    prepare, apply = _directions(operator, flat, minimize, dense)
+    prepare, apply, nothing = _directions(operator, flat, minimize, dense)
 
     def go_on(carry: tuple) -> Array:
         return (carry[-1][-1] == Status.MAX_STEPS) & (carry[-1][-2] < settings.max_steps)
 
-    def body(carry: tuple[Array, Array, PyTree, Array]) -> tuple[Array, Array, PyTree, Array]:
+    def body(carry: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
         # One trial point a pass, so that each oracle is compiled once. The first pass (t = 0) only evaluates the start.
-        point, old_d, old_factor, scalars = carry
-        c = _Search.unpack(scalars, old_d.dtype)
+        rows, old_factor, scalars = carry
+        c = _Search.unpack(scalars, rows.dtype)
         first = c.steps == 0
-        trial = point[0] + c.t * old_d
+        trial = rows[0] + c.t * rows[2]
         g, R = evaluate(trial)
         moved = jnp.stack([trial, R])
-        size_y, norm_R = row_norms(trial, R)
-        finite = jnp.isfinite(norm_R) & jnp.isfinite(g)
-        halved, steady = norm_R <= 0.5 * c.norm_R, norm_R > 0.5 * c.norm_R
+        R_square = gram(moved)[1, 1]
+        finite = jnp.isfinite(R_square) & jnp.isfinite(g)
+        halved, steady = R_square <= 0.25 * c.R_square, R_square > 0.25 * c.R_square
         if minimize:
             slack = 1e3 * eps * (1 + jnp.abs(c.g))
             enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
         else:
             enough = c.safe | halved
         ok = finite & (first | enough)
-        refactor = jnp.where(ok, first | (norm_R > 0.1 * c.norm_R), ~c.fresh) if dense else ok
+        refactor = jnp.where(ok, first | (R_square > 0.01 * c.R_square), ~c.fresh) if dense else ok
         level = ~ok | (g >= c.g - 1e3 * eps * jnp.abs(c.g))
-        point = jnp.where(ok, moved, point)
-        g, norm_R, size_y = (jnp.where(ok, new, old) for new, old in ((g, c.g), (norm_R, c.norm_R), (size_y, c.size_y)))
-        norm_R = jnp.where(first & ~finite, jnp.nan, norm_R)  # no residual is known
-        first_norm = jnp.where(first, norm_R, c.first_norm)
+        point = jnp.where(first | ok, moved, rows[:2])
+        g, R_square = jnp.where(ok, g, c.g), jnp.where(ok, R_square, c.R_square)
+        R_square = jnp.where(first & ~finite, jnp.nan, R_square)  # no residual is known
+        first_square = jnp.where(first, R_square, c.first_square)
 
         flat, R = point
         renew = ok | refactor
         factor = lax.cond(refactor, prepare, lambda _: old_factor, flat)
-        eta = jnp.clip(norm_R / first_norm, eps, 0.01)
-        otherwise = old_d if minimize else -R
+        otherwise = rows[2] if minimize else -R
         if dense:
-            d, definite, trusted = apply(factor, flat, R, eta)
+            d, definite, trusted = apply(factor, flat, R, None)
             d = jnp.where(renew, d, otherwise)
         else:
+            eta = jnp.clip(jnp.sqrt(R_square / first_square), eps, 0.01)
             kept = otherwise, c.definite, jnp.array(False)
             d, definite, trusted = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: kept)
         t = jnp.where(renew, 1, c.t / 2) if minimize else jnp.ones_like(c.t)
 
-        gram = _gram(jnp.stack([d, R]))
-        length, slope = jnp.sqrt(gram[0, 0]), gram[0, 1]
-        reach = jnp.maximum(c.reach, jnp.where(ok, c.t * c.length, 0))
-        scale, steady = size_y + reach, ~ok | steady
-        small = (c.length <= jnp.sqrt(eps) * scale) & ~first
-        at_rounding = small & jnp.where(ok, steady & (length >= c.length / 2), ~refactor)
-        done = ((ok & trusted & (length <= tol * scale)) | (at_rounding & (length <= jnp.sqrt(eps) * scale))) & (
-            jnp.isfinite(scale)
-        )
+        rows = jnp.concatenate([point, d[None]])
+        products = gram(rows)
+        length, reach = products[2, 2], jnp.maximum(c.reach, jnp.where(ok, c.t**2 * c.length, 0))
+        scale, steady = products[0, 0] + reach, ~ok | steady
+        small = (c.length <= eps * scale) & ~first
+        at_rounding = small & jnp.where(ok, steady & (length >= c.length / 4), ~refactor)
+        done = (ok & trusted & (length <= tol**2 * scale)) | (at_rounding & (length <= eps * scale))
         stuck = t < eps
         if minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
             stuck = stuck | (ok & ~first & c.fresh & c.definite & steady & level)
         status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
-        status = jnp.where(definite & (done | (norm_R == 0)), Status.CONVERGED, status)
-        status = jnp.where(~definite & ok & (norm_R <= 10 * eps * first_norm), Status.SADDLE, status)
+        status = jnp.where(definite & ((done & jnp.isfinite(scale)) | (R_square == 0)), Status.CONVERGED, status)
+        status = jnp.where(~definite & ok & (R_square <= (10 * eps) ** 2 * first_square), Status.SADDLE, status)
         status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
         search = _Search(
-            g, t, length, norm_R, first_norm, slope, size_y, reach, definite=definite,
+            g, t, length, R_square, first_square, slope=products[1, 2], reach=reach, definite=definite,
             fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize), steps=c.steps + 1, status=status,
         )  # fmt: skip
-        return point, d, factor, search.pack()
+        return rows, factor, search.pack()
 
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(prepare, flat))
     zeros = jnp.zeros(len(_Search._fields), _packed_dtype(flat.dtype))
-    start = jnp.stack([flat, jnp.zeros_like(flat)]), jnp.zeros_like(flat), nothing, zeros.at[-1].set(Status.MAX_STEPS)
-    point, _, factor, scalars = lax.while_loop(go_on, body, start)
+    start = jnp.stack([flat, jnp.zeros_like(flat), jnp.zeros_like(flat)]), nothing, zeros.at[-1].set(Status.MAX_STEPS)
+    (y, R, _), factor, scalars = lax.while_loop(go_on, body, start)
     end = _Search.unpack(scalars, flat.dtype)
-    return LowerSolution(unravel(point[0]), end.norm_R, end.steps.astype(int), end.status.astype(int), factor)
-
-
-def row_norms(*rows: Array) -> list[Array]:
-    """The 2-norms of vectors of one length, by one product: a reduction each would be two kernels each to compile."""
-    sizes = jnp.sqrt(jnp.abs(_gram(jnp.stack(rows))))
-    return [sizes[k, k] for k in range(len(rows))]
-
-
-def _gram(rows: Array) -> Array:
-    return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
+    return LowerSolution(unravel(y), jnp.sqrt(end.R_square), end.steps.astype(int), end.status.astype(int), factor, R)
 
 
 class _Search(NamedTuple):
-    """g at y; step length t along the direction d; |d|, |R|, |R at the start|, R'd, |y|; the longest step taken so far.
+    """g at y; step length t along the direction d; squares of |d|, |R|, |R at the start|; R'd; the square of the
+    longest step taken so far.
 
     definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the factor is R_y at y, not at an
-    earlier point. safe: d is a Picard step, taken without a test. The loop carries them packed in one vector, since
-    each array that leaves a loop's body is a kernel to compile.
+    earlier point. safe: d is a Picard step, taken without a test. The loop carries them packed in one vector, and
+    squares instead of norms, since each array that leaves a loop's body and each root is a kernel to compile.
     """
 
     g: Array
     t: Array
     length: Array
-    norm_R: Array
-    first_norm: Array
+    R_square: Array
+    first_square: Array
     slope: Array
-    size_y: Array
     reach: Array
     definite: Array
     fresh: Array
@@ -201,7 +190,7 @@ class _Search(NamedTuple):
     status: Array
 
     def pack(self) -> Array:
-        return pack_scalars(self, _packed_dtype(self.norm_R.dtype), self.steps)
+        return pack_scalars(self, _packed_dtype(self.g.dtype), self.steps)
 
     @classmethod
     def unpack(cls, packed: Array, dtype: Any) -> "_Search":
@@ -209,31 +198,19 @@ class _Search(NamedTuple):
         return cls(*packed.astype(dtype))._replace(**flags, steps=packed[-2], status=packed[-1])
 
 
-def pack_scalars(values: Sequence[Array], dtype: Any, count: Array) -> Array:
-    """The scalars as one vector, by a chain of selects: XLA fuses it into one kernel, a concatenation it does not.
-
-    `count` >= 0 varies from pass to pass; it adds nothing, but keeps XLA from moving each mask out of the loop.
-    """
-    index, packed = jnp.arange(len(values)) + jnp.minimum(count, 0).astype(int), jnp.zeros(len(values), dtype)
-    for k, value in enumerate(values):
-        packed = jnp.where(index == k, jnp.asarray(value, dtype), packed)
-    return packed
-
-
 def _packed_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32  # half precision cannot count to max_steps
 
 
 def apply_inverse(factor: PyTree, minimize: bool, b: Array, transpose: bool = False) -> Array:
-    """R_y^-1 b, or its transpose, by a factor of `solve`; b where the factor is not finite."""
+    """R_y^-1 b, or its transpose, by a factor of `solve`; NaN where that is not finite."""
     if minimize:
-        U = factor[0]
-        return jnp.where(jnp.isfinite(U[-1, -1]), jax.scipy.linalg.cho_solve((U.T, True), b), b)
+        return jax.scipy.linalg.cho_solve((factor[0].T, True), b)
     return jax.scipy.linalg.lu_solve(factor, b, trans=int(transpose))
 
 
-def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable]:
-    """prepare: y -> factor, and apply: (factor, y, R, eta) -> (d = -R_y^-1 R, definite, trusted).
+def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable, PyTree]:
+    """prepare: y -> factor; apply: (factor, y, R, eta) -> (d = -R_y^-1 R, definite, trusted); zeros like a factor.
 
     eta is the accuracy asked for where d is iterative; trusted says that it came within a tenth of |R|.
     """
@@ -245,35 +222,38 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
         """(U, s) with U'U = H + s diag(rows), rows = absolute row sums of H, with the first s of 0, rounding,
         1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
         """
-        eye = jnp.eye(n, dtype=dtype)
-        H = jax.vmap(operator(flat))(eye)  # symmetric: rows are columns
+        H = jax.vmap(operator(flat))(jnp.eye(n, dtype=dtype))  # symmetric: rows are columns
         rows = jnp.sum(jnp.abs(H), axis=1)
+
+        zero = jnp.zeros((), dtype)
 
         def go_on(carry: tuple[Array, Array, Array]) -> Array:
             upcoming, U, _ = carry
-            return (upcoming == 0) | (~jnp.isfinite(U[-1, -1]) & (upcoming <= 4))
+            return (upcoming == 0) | (~jnp.isfinite(U[-1]) & (upcoming <= 4))
 
         def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             s = carry[0]
             upcoming = jnp.where(s == 0, rounding, jnp.maximum(4 * s, 1 / 256)).astype(dtype)
-            shift = jnp.where(rows == 0, 1, s * rows)
-            L = lax.linalg.cholesky(H + eye * shift[:, None], symmetrize_input=False)
-            return upcoming, L.T, s  # LAPACK's columns are rows of L': carried so, no copy is made
+            shift = jnp.where(rows <= jnp.minimum(s, 0), 1, s * rows)
+            shifted = H.ravel() + lax.pad(shift, zero, [(0, 0, n)])
+            L = lax.linalg.cholesky_p.bind(shifted.reshape(n, n).T)
+            return upcoming, L.T.ravel(), s
 
-        zero = jnp.zeros((), dtype)
-        _, U, s = lax.while_loop(go_on, attempt, (zero, H, zero))
-        return U, s
+        _, U, s = lax.while_loop(go_on, attempt, (zero, H.ravel(), zero))
+        return U.reshape(n, n), s
 
     def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
         U, s = factor
-        return -apply_inverse(factor, True, R), jnp.isfinite(U[-1, -1]) & (s <= rounding), yes
+        finite = jnp.isfinite(U[-1, -1])  # else steepest descent
+        return -jnp.where(finite, apply_inverse(factor, True, R), R), finite & (s <= rounding), yes
 
     if dense and minimize:
-        return cholesky, by_cholesky
+        return cholesky, by_cholesky, (jnp.zeros((n, n), dtype), jnp.zeros((), dtype))
     if dense:
         return (
             lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
             lambda lu, flat, R, eta: (-apply_inverse(lu, False, R), yes, yes),
+            (jnp.zeros((n, n), dtype), jnp.zeros(n, jnp.int32)),
         )
 
     def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
@@ -285,7 +265,7 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
             (v, _), positive = GMRES(tol=eta).iterate(product, R, zero), yes
         return -v, positive, jnp.linalg.norm(R - product(v)) <= 0.1 * jnp.linalg.norm(R)
 
-    return lambda flat: (), iterative
+    return lambda flat: (), iterative, ()
 
 
 def descend(
