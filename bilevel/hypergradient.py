@@ -221,9 +221,10 @@ def _passes(
         if residual is not None:
             scale = jnp.where(solved, lower_residual, jnp.where(stage == 1, jnp.sqrt(r_v), jnp.inf))
             unsolved = unsolved | (residual > 0.1 * scale)
-        first = r_v, at.value, jnp.maximum(change + 2 * by_x[0, 1] + moved, 0), fy, moved
-        first = [jnp.where(stage == 0, new, old) for new, old in zip(first, c[:5], strict=True)]
-        seen = _Seen(*first, jnp.where(stage == 1, r_v, c.shifted), moved, change, unsolved)
+        fx = jnp.maximum(change + 2 * by_x[0, 1] + moved, 0)
+        now = _Seen(r_v, at.value, fx, fy, moved, r_v, moved, change, unsolved)
+        held = [stage > 0] * 5 + [stage != 1]
+        seen = [*(jnp.where(*args) for args in zip(held, c, now, strict=False)), *now[6:]]
         return (
             y - jnp.where(solved, step, 0),
             v + jnp.where(solved, 0, step),
@@ -239,7 +240,7 @@ def _passes(
 
 
 class _Inverse(NamedTuple):
-    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual, None for a factor),
+    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or None),
     to be repeated `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0, and
     unless `exactly` to `ESTIMATE_TOL` only: three digits of an error are enough.
     """

@@ -25,7 +25,7 @@ PyTree = Any
 class LowerSolution(NamedTuple):
     """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
     NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
-    under constraints.
+    from `polyhedral`.
     """
 
     y: PyTree
@@ -76,7 +76,8 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
     large = projected.settings_for(problem, y, settings)
     if large is not None:
         found = projected.solve(problem, x, y, batch, large)
-        return LowerSolution(found.y, found.residual, found.steps, found.status, ())
+        residual = found.residual if problem.constrained_lower else jnp.linalg.norm(found.R)
+        return LowerSolution(found.y, residual, found.steps, found.status, (), found.R)
     if problem.constrained_lower:
         found = polyhedral.solve(problem, x, y, batch, polyhedral.settings_for(problem, "lower.solve", settings))
         return LowerSolution(found.y, found.residual, found.steps, found.status, ())

@@ -50,7 +50,7 @@ class ProjectedNewton:
 
 
 class ProjectedSolution(NamedTuple):
-    """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face.
+    """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face; R at y, raveled.
 
     status: CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
     error; MAX_STEPS, NONFINITE.
@@ -61,6 +61,7 @@ class ProjectedSolution(NamedTuple):
     steps: Array
     status: Array
     face: "Face"
+    R: Array
 
 
 class Face(NamedTuple):
@@ -270,7 +271,7 @@ def solve(
     noise = 1e3 * eps * (jnp.linalg.norm(end.y) + end.s * jnp.linalg.norm(end.R))
     weak = (end.status == Status.CONVERGED) & (face.margin <= jnp.maximum(noise, 10 * end.size))
     status = jnp.where(weak, Status.WEAKLY_ACTIVE, end.status)
-    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face)
+    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R)
 
 
 def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:

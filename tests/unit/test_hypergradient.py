@@ -295,3 +295,19 @@ def test_no_bound_is_not_called_an_estimate():
     ):
         assert h.status == Status.UNCHECKED
         assert np.isnan(h.error_bound)
+
+
+def test_more_unknowns_than_a_dense_hessian_is_formed_for():
+    """With y = x/h: grad F = (y - 1)/h. The lower level, its residual and the adjoint take products alone."""
+    curvature = jnp.linspace(1.0, 3.0, 300)
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: 0.5 * jnp.sum((y - 1) ** 2),
+        bilevel.Minimize(lambda x, y, batch: 0.5 * y @ (curvature * y) - x @ y),
+        init=lambda key: (jnp.zeros(300), jnp.zeros(300)),
+    )
+    x = jnp.linspace(-1.0, 2.0, 300)
+    h = bilevel.hypergradient(problem, x)
+    exact = (x / curvature - 1) / curvature
+    assert h.status == Status.ESTIMATED
+    assert jnp.linalg.norm(h.gradient - exact) <= h.error_bound < 1e-11
+    np.testing.assert_allclose(h.lower_residual, jnp.linalg.norm(curvature * h.y - x), rtol=1e-6, atol=1e-15)
