@@ -5,7 +5,7 @@
 One thread, float64. Each library solves from w = 0 and returns F and grad F. Steady call: median over interleaved
 repetitions in one process, each at another x. First call: trace, compile, run, with no persistent cache, in a process
 of its own for each library, since whoever is called first also warms up what the others share; the median of `--first`
-such processes, taken in turns, imports left out. Error: worst relative error of the gradient over those x against
+such processes, taken in turns, imports left out. Its CPU time too, which other programs hardly change. Error: worst relative error of the gradient over those x against
 NumPy's normal equations. A library that is not installed is named and skipped.
 """
 
@@ -159,13 +159,13 @@ def prepared(rows: int, features: int) -> dict:
     return data
 
 
-def first_call(name: str, rows: int, features: int, x: np.ndarray) -> float:
-    """Seconds of the first call of `name`; meant for a fresh process."""
+def first_call(name: str, rows: int, features: int, x: np.ndarray) -> tuple[float, float]:
+    """Seconds of the first call of `name`, by the clock and of CPU time; meant for a fresh process."""
     data = prepared(rows, features)
     call = MAKERS[name.split()[0]](data, features)[name]
-    begin = time.perf_counter()
+    begin, used = time.perf_counter(), time.process_time()
     jax.block_until_ready(jax.jit(call)(jnp.asarray(x)))
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, time.process_time() - used
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         calls |= make(data, options.features)
     rng = np.random.default_rng(1)
     points = [rng.normal(size=options.features) - 3 for _ in range(options.repeats)]
-    first: dict[str, list[float]] = {name: [] for name in calls}
+    first: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     for _ in range(options.first):
         for name in calls:
             # one process lives for one call
@@ -200,11 +200,12 @@ def main() -> None:
 
     found = interleaved(compiled, [(jnp.asarray(x),) for x in points], error)
     table = Table(title=f"Ridge hypergradient, {options.rows} rows, {options.features} penalties, float64, one thread")
-    for column in ("library", "first call (s)", "steady (ms)", "worst relative error"):
+    for column in ("library", "first call (s)", "its CPU time (s)", "steady (ms)", "worst relative error"):
         table.add_column(column, justify="left" if column == "library" else "right")
     for name in calls:
         row = found[name]
-        table.add_row(name, f"{np.median(first[name]):.2f}", f"{1e3 * row.median:.2f}", f"{row.worst:.1e}")
+        clock, cpu = np.median(first[name], axis=0)
+        table.add_row(name, f"{clock:.2f}", f"{cpu:.2f}", f"{1e3 * row.median:.2f}", f"{row.worst:.1e}")
     console.print(table)
 
 
