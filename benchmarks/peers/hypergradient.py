@@ -5,8 +5,9 @@
 One thread, float64. Each library solves from w = 0 and returns F and grad F. Steady call: median over interleaved
 repetitions in one process, each at another x. First call: trace, compile, run, with no persistent cache, in a process
 of its own for each library, since whoever is called first also warms up what the others share; the median of `--first`
-such processes, taken in turns, imports left out. Its CPU time too, which other programs hardly change. Error: worst relative error of the gradient over those x against
-NumPy's normal equations. A library that is not installed is named and skipped.
+such processes, taken in turns, imports left out; and the CPU time of it, which other programs hardly change. Error:
+worst relative error of the gradient over those x against NumPy's normal equations. A library that is not installed is
+named and skipped.
 """
 
 import argparse
