@@ -54,6 +54,10 @@ class Source:
 
 def _check_finite(name: str, arrays: PyTree) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
+        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.extended)):
+            do = "Encode it in numbers, and pass them as arrays."
+            invalid(f"{name}{jax.tree_util.keystr(path)}", f"dtype {dtype}", "arrays of numbers or booleans", do)
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
             where = np.argwhere(~np.isfinite(np.asarray(leaf)))[0].tolist()
             invalid(

@@ -255,6 +255,8 @@ def _check_point(name: str, point: PyTree) -> None:
             )
         if not np.isfinite(np.asarray(leaf)).all():
             invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
+    if not sum(leaf.size for _, leaf in leaves):
+        invalid(f"init: {name}", "no entries", "at least one number", "Return the variables from init.")
 
 
 def _check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def solve(
         CheckpointError: a checkpoint that cannot be used.
         SolveError: with `throw`, unless the run ends well.
     """
-    _check_arguments(max_steps, every, tol, time_limit)
+    _check_arguments(problem, solver, max_steps, every, tol, time_limit, callback=callback, measure=measure)
     _check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
         solutions = _drive(
@@ -122,7 +122,7 @@ def solve_many(
     Raises:
         InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
-    _check_arguments(max_steps, every, tol, time_limit)
+    _check_arguments(problem, solver, max_steps, every, tol, time_limit, measure=measure)
     _check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     many: Many = True if mesh is None else sharding.automatic(mesh)
     if mesh is not None and keys.shape[0] % mesh.size:
@@ -133,15 +133,40 @@ def solve_many(
     )  # fmt: skip
 
 
-def _check_arguments(max_steps: int, every: int | None, tol: float | None, time_limit: float | None) -> None:
-    if not isinstance(max_steps, int) or not 0 <= max_steps < 2**31 - 1:
+def _check_arguments(
+    problem: object, solver: object, max_steps: object, every: object, tol: object, time_limit: object,
+    **functions: object,
+) -> None:  # fmt: skip
+    if not isinstance(problem, BilevelProblem):
+        invalid("problem", type(problem).__name__, "a BilevelProblem", "Of a problems.Instance it is .problem.")
+    if not isinstance(solver, Solver):
+        got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
+        invalid("solver", got, "a solver", "Make one: bilevel.AID().")
+    for name, count in vars(solver).items():
+        if name.startswith("num_") and not (count is None or _is_count(count, 0)):
+            invalid(f"{type(solver).__name__}.{name}", count, "a whole number >= 0", "Leave it out for the default.")
+    if not _is_count(max_steps, 0) or max_steps >= 2**31 - 1:
         invalid("max_steps", max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
-    if every is not None and (not isinstance(every, int) or every < 1):
+    if every is not None and not _is_count(every, 1):
         invalid("every", every, "a whole number >= 1, or None", "It is the number of steps between measurements.")
-    if tol is not None and not tol >= 0:
+    if tol is not None and not _not_negative(tol):
         invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
-    if time_limit is not None and not time_limit >= 0:
+    if time_limit is not None and not _not_negative(time_limit):
         invalid("time_limit", time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            invalid(name, type(function).__name__, "a function, or None", "Pass the function itself.")
+
+
+def _not_negative(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and float(value) >= 0
+    except TypeError:
+        return False
+
+
+def _is_count(value: object, least: int) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
 def _check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:

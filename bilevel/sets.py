@@ -42,6 +42,8 @@ def _check_prefix(name: str, bound: PyTree, like: PyTree) -> None:
 
 def _check_numbers(name: str, value: PyTree) -> None:
     for leaf in jax.tree.leaves(value):
+        if not jnp.issubdtype(np.asarray(leaf).dtype, jnp.number):
+            invalid(name, type(leaf).__name__, "numbers", "Give one number, or an array of them.")
         if np.isnan(np.asarray(leaf)).any():
             invalid(name, "NaN", "numbers", "Remove the NaN; use infinity for a missing bound.")
 

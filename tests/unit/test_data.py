@@ -117,6 +117,8 @@ BAD = {
     "no samples": (Minibatch(jnp.ones((0, 2)), 1), "data.arrays", "at least one sample"),
     "NaN": (Minibatch({"a": jnp.array([[1.0], [jnp.nan]])}, 1), "data.arrays['a']", "finite numbers"),
     "infinity": (Full((jnp.ones(2), jnp.array([jnp.inf]))), "data[1]", "finite numbers"),
+    "words": (Full({"names": np.array(["a", "b"])}), "data['names']", "arrays of numbers or booleans"),
+    "objects": (Minibatch(np.array([None, 1]), 1), "data.arrays", "arrays of numbers or booleans"),
     "complex NaN": (Full(jnp.array([1j, jnp.nan])), "data", "finite numbers"),
 }
 

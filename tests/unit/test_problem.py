@@ -111,6 +111,7 @@ BAD = {
     "whole numbers": ({"init": lambda key: (jnp.ones(2), jnp.zeros(3, int))}, "y0", "int64", "floating-point"),
     "typed key": ({"init": lambda key: (key, jnp.zeros(3))}, "x0", "key", "floating-point"),
     "empty x": ({"init": lambda key: ({}, jnp.zeros(3))}, "x0", "an empty pytree", "at least one"),
+    "no numbers": ({"init": lambda key: (jnp.ones(2), jnp.zeros((0, 3)))}, "y0", "no entries", "at least one number"),
     "NaN start": ({"init": lambda key: (jnp.ones(2), jnp.full(3, jnp.nan))}, "y0", "non-finite", "finite numbers"),
     "lo > hi": ({"x_set": Box(1.0, 0.0)}, "x_set", "lo = 1.0", "lo <= hi"),
     "empty set": ({"y_set": bilevel.Ball(-1.0)}, "y_set.radius", "-1.0", ">= 0"),

@@ -282,9 +282,14 @@ def test_arguments_are_checked(instance, key):
     for bad, name in (
         ({"max_steps": -1}, "max_steps"), ({"max_steps": 2.5}, "max_steps"), ({"every": 0}, "every"),
         ({"tol": -1.0}, "tol"), ({"tol": math.nan}, "tol"), ({"time_limit": -1.0}, "time_limit"),
+        ({"max_steps": True}, "max_steps"), ({"tol": "small"}, "tol"), ({"time_limit": "1h"}, "time_limit"),
+        ({"callback": 1}, "callback"), ({"measure": 1}, "measure"), ({"problem": instance}, "problem"),
+        ({"solver": SOBA}, "solver"), ({"solver": None}, "solver"),
+        ({"solver": bilevel.AID(num_lower_steps=1.5)}, "AID.num_lower_steps"),  # pyright: ignore[reportArgumentType]
+        ({"solver": bilevel.AID(num_lower_steps=-1)}, "AID.num_lower_steps"),
     ):  # fmt: skip
         with pytest.raises(bilevel.InvalidInput, match=f"{name}: got"):
-            bilevel.solve(instance.problem, solver, key=key, **bad)
+            bilevel.solve(**{"problem": instance.problem, "solver": solver, "key": key} | bad)
     with pytest.raises(bilevel.InvalidInput, match="key: got shape"):
         bilevel.solve(instance.problem, solver, key=jax.random.split(key))
     with pytest.raises(bilevel.InvalidInput, match="keys: got shape"):

@@ -313,6 +313,7 @@ BAD = {
     "lo > hi": (Box(1.0, -1.0), "x_set", "lo <= hi"),
     "lo > hi in one entry": (Box(jnp.zeros(3), jnp.array([1.0, -1.0, 1.0])), "index 1", "lo <= hi"),
     "lo = inf": (Box(jnp.inf, jnp.inf), "lo = inf", "lo <= hi"),
+    "a word for a bound": (Box("low", 1.0), "x_set.lo", "numbers"),
     "NaN bound": (Box(jnp.nan, 1.0), "x_set.lo", "NaN"),
     "NaN upper bound": (Box(0.0, jnp.array([1.0, jnp.nan, 1.0])), "x_set.hi", "NaN"),
     "bound's shape": (Box(jnp.zeros(2), 1.0), "x_set.lo", "broadcasts to shapes (3,)"),
