@@ -1,7 +1,8 @@
 """The referee: what a run's last row says is recomputed from the saved (x, y) by SciPy, cvxpy and dense matrices.
 
-F, the size of the hypergradient's projected mapping (stationarity), the lower residual and the true lower gap, and the
-distance to the sets; `bilevel.reference` shares no algorithm with what is judged.
+F, the size of the hypergradient (`gradient`) and of its projected mapping (stationarity: the run's `hypergradient`, the
+same where X is the whole space), the lower residual and the true lower gap, and the distance to the sets;
+`bilevel.reference` shares no algorithm with what is judged.
 """
 
 import math
@@ -19,7 +20,7 @@ LARGEST = 1000  # lower-level unknowns: dense matrices stay quick below, a secon
 TOLERANCE = 1e-6
 KINK = 1e-5  # margin below which F has a kink to the reference, and one-sided gradients do not compare
 MISSED = 1e-4  # relative to 1 + |g|: how much lower SciPy may find the lower level than the measurement did
-FIELDS = ("value", "hypergradient", "lower_residual", "lower_gap", "violation")
+FIELDS = ("value", "gradient", "hypergradient", "lower_residual", "lower_gap", "violation")
 
 
 def judge(instance: Any, x: PyTree, y: PyTree, rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -68,6 +69,7 @@ def _implicit(problem: Any, x: PyTree, y: PyTree, rows: list[dict[str, float]]) 
         value, gradient = reference.hypergradient(problem, x, solved)
     found = {
         "value": value,
+        "gradient": float(diagnostics.norm(gradient)),
         "hypergradient": float(diagnostics.norm(diagnostics.gradient_mapping(problem, x, gradient))),
         "lower_residual": reference.lower_residual(problem, x, y),
     }

@@ -1,5 +1,7 @@
 """The referee: right numbers pass, wrong ones are caught field by field, and what it cannot judge it says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,6 +47,11 @@ def test_wrong_numbers_are_caught(make):
     found = referee.judge(instance, x, y, [row])
     assert found["verdict"] == "agrees", found
     assert found["lower_gap"] == pytest.approx(lower_gap, abs=1e-9)
+    assert found["gradient"] == pytest.approx(row["hypergradient"], rel=1e-9)
+    held = dataclasses.replace(instance, problem=dataclasses.replace(instance.problem, x_set=bilevel.Box(x, x)))
+    found = referee.judge(held, x, y, [row | {"hypergradient": 0.0}])  # where x cannot move, it is stationary
+    assert (found["verdict"], found["hypergradient"]) == ("agrees", 0.0)
+    assert found["gradient"] == pytest.approx(row["hypergradient"], rel=1e-9)
     for field in FIELDS:
         wrong = row | {field: row[field] * (1 + 1e-5) + 1e-5}
         found = referee.judge(instance, x, y, [row, wrong])
