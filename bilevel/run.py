@@ -290,16 +290,18 @@ def _drive(
                 piece = min(piece, target - step) if jax.process_count() == 1 else target - step
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    *new, finite, seen = jax.block_until_ready(lanes.advance(problem, state, key, step, piece))
+                    *new, finite, seen = lanes.advance(problem, state, key, step, piece)
+                    finite = np.atleast_1d(finite)  # waits for the chunk, whose results come all at once
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
-                bad = [k for k in np.flatnonzero(~np.atleast_1d(finite)).tolist() if k not in finished]
+                bad = [k for k in np.flatnonzero(~finite).tolist() if k not in finished]
                 if bad:
                     for k in bad:
                         at, last, last_info, more = last_finite(lanes, problem, state, key, step, piece, many, k)
                         finished[k] = Status.NONFINITE, at, last, last_info, lane(failed, many, k) + more
                     done = len(finished) == count
                 if not done:
-                    (state, info), step, failed = new, step + piece, failed + np.asarray(seen)
+                    (state, info), step = new, step + piece
+                    failed = failed + np.asarray(seen) if failed.size else failed
                 bar.update(step, rows[0])
                 if time_limit is not None and sharding.agreed(clock.solve) >= time_limit and step < max_steps:
                     ending, done = Status.TIME_LIMIT, True

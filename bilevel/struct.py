@@ -5,6 +5,8 @@ choices, functions. Instances compare by identity, because equality of arrays is
 """
 
 import dataclasses
+import operator
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar, dataclass_transform
 
 import jax
@@ -26,9 +28,11 @@ def struct(cls: type[T]) -> type[T]:
     meta = tuple(name for name, is_static in names if is_static)
     keys = tuple(map(jax.tree_util.GetAttrKey, data))
 
+    of_data, of_meta = _getter(data), _getter(meta)
+
     def flatten(instance: T) -> tuple[tuple, tuple]:
         fields = vars(instance)
-        return tuple([fields[name] for name in data]), tuple([fields[name] for name in meta])
+        return of_data(fields), of_meta(fields)
 
     def flatten_with_keys(instance: T) -> tuple[tuple, tuple]:
         children, constants = flatten(instance)
@@ -45,6 +49,13 @@ def struct(cls: type[T]) -> type[T]:
     # to 0.12.0.1), so that jit may take a compiled SOBA for SABA whenever their hashes collide.
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
     return cls
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple]:
+    """Fields -> the values of `names`; a call of compiled code flattens some ten instances, so its time counts."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return (lambda fields: (fields[names[0]],)) if names else lambda fields: ()
 
 
 class InvalidInput(ValueError):
