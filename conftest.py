@@ -1,4 +1,8 @@
-"""Test settings: float64, no silent broadcasting or promotion, a compilation cache; warnings are errors."""
+"""Test settings: float64, no silent broadcasting or promotion, quick compilation; warnings are errors.
+
+LLVM does not optimise here: compiling is most of what the tests cost, and takes half as long. The same tests with code
+as users get it: `XLA_FLAGS=--xla_backend_optimization_level=3 pytest`; the README's `bilevax run` is judged with it.
+"""
 
 from collections.abc import Iterator
 
@@ -6,11 +10,12 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from benchmarks.terminal import use_quick_compilation
+from benchmarks.terminal import use_quick_compilation, xla_flags
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+xla_flags("--xla_backend_optimization_level=0")
 use_quick_compilation("xla-tests")
 
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import typer
 
-EMITTERS = "xla_cpu_use_fusion_emitters"
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Problems = Annotated[
     list[str] | None,
@@ -99,6 +98,12 @@ def use_quick_compilation(folder: str = "xla") -> None:
     if os.environ.get("BILEVAX_CACHE", "") != "off" and jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("bilevax")) / folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if jax.__version_info__[:2] == (0, 10) and EMITTERS not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --{EMITTERS}=false".strip()
+    if jax.__version_info__[:2] == (0, 10):
+        xla_flags("--xla_cpu_use_fusion_emitters=false")
+
+
+def xla_flags(flags: str) -> None:
+    """Set flags of XLA for this process and its children, before what the user has set, of which the last counts."""
+    given = os.environ.get("XLA_FLAGS", "")
+    if flags not in given:
+        os.environ["XLA_FLAGS"] = f"{flags} {given}".strip()
