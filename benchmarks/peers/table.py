@@ -68,8 +68,7 @@ def ridge(repeats: int, pythons: Sequence[str], skipped: dict[str, str]) -> list
     found = interleaved(calls, arguments, lambda k, out: _relative(out[1], truths[k]))
     arrays = {"Z": data["train"]["Z"], "t": data["train"]["t"]}
     arrays |= {"V": data["validation"]["Z"], "s": data["validation"]["t"], "points": np.stack(points)}
-    rows = _rows(found)
-    return rows + _elsewhere(("torchopt", "boat-torch"), arrays, truths, pythons, rows, skipped)
+    return _beside_ours(_rows(found) + _elsewhere(("torchopt", "boat-torch"), arrays, truths, pythons, skipped))
 
 
 def causal_entropy(repeats: int, pythons: Sequence[str], skipped: dict[str, str]) -> list[dict[str, Any]]:
@@ -79,13 +78,13 @@ def causal_entropy(repeats: int, pythons: Sequence[str], skipped: dict[str, str]
     truths = [entropy.exact(arrays, x) for x in points]
     calls = entropy.calls(mdp, arrays)
     found = interleaved(calls, [(jnp.asarray(x),) for x in points], lambda k, out: _relative(out, truths[k]))
-    rows = _rows(found)
-    return rows + _elsewhere(("imitation",), arrays | {"points": np.stack(points)}, truths, pythons, rows, skipped)
+    arrays |= {"points": np.stack(points)}
+    return _beside_ours(_rows(found) + _elsewhere(("imitation",), arrays, truths, pythons, skipped))
 
 
 def _elsewhere(
     names: Sequence[str], arrays: dict[str, Any], truths: list[np.ndarray], pythons: Sequence[str],
-    rows: list[dict[str, Any]], skipped: dict[str, str],
+    skipped: dict[str, str],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rows of the libraries that have a program of their own; who has none of the interpreters is skipped."""
     found = []
@@ -96,7 +95,7 @@ def _elsewhere(
             skipped[name] = other
             continue
         errors = [_relative(g, truth) for g, truth in zip(other["gradients"], truths, strict=True)]
-        found.append(_row(title, other["version"], Measured(other["first"], other["seconds"], errors), rows))
+        found.append(_row(title, other["version"], Measured(other["first"], other["seconds"], errors)))
     return found
 
 
@@ -145,24 +144,24 @@ def program(repeats: int, skipped: dict[str, str]) -> list[dict[str, Any]]:
     points = [1e-3 * np.random.default_rng(k).normal(size=constrained.DIM_X) for k in range(repeats)]
     solved = [np.asarray(solve(problem, jnp.asarray(x), y0, data).y) for x in points]
     truths = [constrained.exact(data, rows, x, y) for x, y in zip(points, solved, strict=True)]
-    return _rows(interleaved(calls, [(jnp.asarray(x),) for x in points], lambda k, out: _relative(out[1], truths[k])))
+    found = interleaved(calls, [(jnp.asarray(x),) for x in points], lambda k, out: _relative(out[1], truths[k]))
+    return _beside_ours(_rows(found))
+
+
+def _row(name: str, version: str, measured: Measured) -> dict[str, Any]:
+    return {
+        "library": name, "version": version, "first": measured.first, "steady": measured.median, "error": measured.worst
+    }  # fmt: skip
 
 
 def _rows(found: dict[str, Measured]) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for name, measured in found.items():
-        package = name.split()[0].strip(",")
-        rows.append(_row(name, version(package), measured, rows))
+    return [_row(name, version(name.split()[0].strip(",")), measured) for name, measured in found.items()]
+
+
+def _beside_ours(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows, each with its steady time as a multiple of our shortest."""
     ours = min(row["steady"] for row in rows if row["library"].startswith("bilevax"))
     return [row | {"times_ours": row["steady"] / ours} for row in rows]
-
-
-def _row(name: str, version: str, measured: Measured, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    ours = min((row["steady"] for row in rows if row["library"].startswith("bilevax")), default=measured.median)
-    return {
-        "library": name, "version": version, "first": measured.first, "steady": measured.median,
-        "times_ours": measured.median / ours, "error": measured.worst,
-    }  # fmt: skip
 
 
 def run(repeats: int, pythons: Sequence[str] = ()) -> dict[str, Any]:
