@@ -260,7 +260,7 @@ def settings_rule(cells: list[Cell]) -> str:
     """Where the settings of `cells` come from, a sentence; the search is that of `benchmarks.tuning`."""
     search = next((cell.search for cell in cells if cell.search is not None), None)
     if search is None:
-        return "Settings: fixed, as written in the suite."
+        return "Settings: fixed, as given."
     plural = "s" if len(search.seeds) > 1 else ""
     return (
         f"Settings: the best of {search.trials} trials a solver by {search.score}, with the same budget, on "
