@@ -34,7 +34,7 @@ def test_it_saves_demonstrations_with_returns(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("CartPole-v1", "--steps", "1500"), "a multiple of 1000"), (("Nowhere-v7",), "Nowhere-v7")],
+    [(("Hopper-v5", "--steps", "1500"), "a multiple of 1000"), (("Nowhere-v7",), "Nowhere-v7")],
 )
 def test_bad_usage(arguments, message):
     pytest.importorskip("gymnasium")
