@@ -130,8 +130,9 @@ class LVHBA(Solver):
         dy = jax.tree.map(along_y, fy, gy, y, w)
         gap = norm(jax.tree.map(jnp.subtract, y, w))
         moved, step = state.step((x, y), (dx, dy))
-        x, y = problem.x_set.project(moved[0]), problem.y_set.project(moved[1])
-        if problem.coupling is not None:  # else C is a product, and no dense matrix is needed
+        if problem.coupling is None:  # the set is a product, and no dense matrix is needed
+            x, y = problem.x_set.project(moved[0]), problem.y_set.project(moved[1])
+        else:
             flat, unravel = ravel_pytree(moved)
             rows = constraints.joint_rows(problem, x, y)
             x, y = unravel(flat + polyhedral.projected_step(rows, flat, jnp.zeros_like(flat)))

@@ -36,12 +36,8 @@ def test_frozen_and_replaceable():
 
 
 @struct
-class Other:
+class Other(Point):
     """The same fields as `Point`."""
-
-    a: Any
-    b: Any = 2.0
-    power: int = static(3)
 
 
 def test_two_classes_with_the_same_fields_are_two_structures():
