@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from benchmarks.files import EMPTY, ERROR, cell_path, read_cell, write_json
 from benchmarks.registry import Cell, UsageError
 from benchmarks.runner import Held, execute, run_cell, unfinished
+from benchmarks.terminal import keep_programs
 
 BREAKS = 3
 ORPHANED = 3  # exit code of a worker whose parent has ended
@@ -38,7 +39,7 @@ BACKENDS = (LOCAL, "dask", "ray")
 
 class Place(NamedTuple):
     """What a worker must know: folder, precision, compilation cache; on this machine where shares of the cores are
-    taken, the shares, and the process whose end is the worker's.
+    taken, the shares, and the process whose end is the worker's; XLA's flags, by which it compiles to the same bits.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Place(NamedTuple):
     slots: Path | None = None
     shares: tuple[tuple[int, ...], ...] = ()
     parent: int | None = None
+    flags: str = ""
 
 
 def cores() -> list[int]:
@@ -71,9 +73,10 @@ def _task(place: Place, index: int, cell: Cell) -> int:
     """Run one cell in a worker; return its number."""
     if _finished(place.folder, index, cell):  # a cluster that has lost what a worker answered asks once more
         return index
-    if place.cache is not None and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", place.cache)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if place.cache is not None:
+        keep_programs(place.cache)
+    if place.flags:  # a cluster's workers have not inherited them; XLA starts with the first cell
+        os.environ["XLA_FLAGS"] = place.flags
     if place.slots is not None and place.slots not in _taken:  # this process's first cell
         _taken[place.slots] = None
         _end_with(place.parent)
@@ -150,7 +153,8 @@ def sweep(
     todo = unfinished(folder, cells)
     total, lost = len(cells) - len(todo), 0
     with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler, workers) as died:
-        place = Place(folder.resolve(), precision, jax.config.jax_compilation_cache_dir)
+        flags = os.environ.get("XLA_FLAGS", "")
+        place = Place(folder.resolve(), precision, jax.config.jax_compilation_cache_dir, flags=flags)
         if backend == LOCAL:
             place = place._replace(slots=Path(slots), shares=shares(cores(), workers), parent=os.getpid())
         while todo:

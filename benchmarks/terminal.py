@@ -95,11 +95,19 @@ def use_quick_compilation(folder: str = "xla") -> None:
     import jax
     import platformdirs
 
-    if os.environ.get("BILEVAX_CACHE", "") != "off" and jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(Path(platformdirs.user_cache_dir("bilevax")) / folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if os.environ.get("BILEVAX_CACHE", "") != "off":
+        keep_programs(str(Path(platformdirs.user_cache_dir("bilevax")) / folder))
     if jax.__version_info__[:2] == (0, 10):
         xla_flags("--xla_cpu_use_fusion_emitters=false")
+
+
+def keep_programs(cache: str) -> None:
+    """Keep compiled programs in the folder `cache`, unless another one is set."""
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def xla_flags(flags: str) -> None:

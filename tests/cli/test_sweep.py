@@ -77,7 +77,8 @@ def study(tmp_path, synthetic, monkeypatch):
 
     `deadly` maps a cell's number to how many times it kills. The tasks need no JAX, so that workers start quickly.
     """
-    place = namedtuple("Place", sweep.Place._fields, defaults=(None, (), None))  # classes of here travel by value
+    defaults = sweep.Place._field_defaults.values()
+    place = namedtuple("Place", sweep.Place._fields, defaults=defaults)  # classes of here travel by value
     monkeypatch.setattr(sweep, "Place", place)
     text = {"problem": "quadratic", "solver": "SOBA"}
     cells = [dataclasses.make_dataclass("Cell", [*text, "seed"])(**text, seed=seed) for seed in range(6)]
@@ -142,6 +143,16 @@ def test_a_worker_does_not_run_what_is_finished(tmp_path, synthetic, monkeypatch
     files.write_json(files.cell_path(tmp_path, 0, cell), result)
     monkeypatch.setattr(sweep, "run_cell", lambda *arguments: pytest.fail("ran"))
     assert sweep._task(sweep.Place(tmp_path, 64, None), 0, cell) == 0
+
+
+def test_a_worker_compiles_by_the_flags_of_its_study(tmp_path, monkeypatch):
+    """A cluster's workers were started without them; other flags of XLA are other bits."""
+    seen = []
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(sweep, "run_cell", lambda *arguments: seen.append(os.environ["XLA_FLAGS"]))
+    place = sweep.Place(tmp_path, 64, None, flags="--xla_one=1")
+    assert sweep._task(place, 0, registry.Cell("quadratic", "SOBA", 0)) == 0
+    assert seen == ["--xla_one=1"]
 
 
 def test_shares_of_the_cores_are_disjoint_and_whole():
