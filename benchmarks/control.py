@@ -33,16 +33,16 @@ from irl.environments import GYMNAX, Environment
 from irl.imitation import Imitation
 from irl.rollouts import Steps
 
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "MLIRL(s,a)": (irl.DeepMLIRL, {}),
-    "MLIRL(s)": (irl.DeepMLIRL, {}),
-    "BC": (irl.BC, {}),
-    "GAIL": (irl.GAIL, {"num_upper_steps": 10, "learning_rate": 3e-4}),
-    "AIRL": (irl.AIRL, {"num_upper_steps": 10, "learning_rate": 3e-4}),
-    "IQLearn": (irl.IQLearn, {}),
-    "f-IRL(FKL)": (irl.FIRL, {"divergence": "fkl"}),
-    "f-IRL(RKL)": (irl.FIRL, {"divergence": "rkl"}),
-    "f-IRL(JS)": (irl.FIRL, {"divergence": "js"}),
+METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings, whether its reward is r(s)
+    "MLIRL(s,a)": (irl.DeepMLIRL, {}, False),
+    "MLIRL(s)": (irl.DeepMLIRL, {}, True),
+    "BC": (irl.BC, {}, False),
+    "GAIL": (irl.GAIL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
+    "AIRL": (irl.AIRL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
+    "IQLearn": (irl.IQLearn, {}, False),
+    "f-IRL(FKL,s)": (irl.FIRL, {"divergence": "fkl"}, True),
+    "f-IRL(RKL,s)": (irl.FIRL, {"divergence": "rkl"}, True),
+    "f-IRL(JS,s)": (irl.FIRL, {"divergence": "js"}, True),
 }
 
 
@@ -106,8 +106,8 @@ def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
     """The result of a cell."""
     environment, agent = irl.make(cell.environment), agent_of(cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
-    kind, settings = METHODS[cell.method]
-    reward = irl.DeepReward(state_only=cell.method == "MLIRL(s)")
+    kind, settings, state_only = METHODS[cell.method]
+    reward = irl.DeepReward(state_only=state_only)
     problem = irl.to_control(environment, first, reward, agent=agent)
     solver = kind(**settings)
 

@@ -38,8 +38,9 @@ class Demonstrations:
     """n trajectories of at most T steps; a pytree. Build it with `of`, `load` or `sample`.
 
     Attributes:
-        states: [n, T] whole numbers, or observations [n, T, d]. actions: [n, T] whole numbers, or [n, T, k] in [-1, 1]
-            beside observations. Entries from a trajectory's length on are padding, set to 0.
+        states: [n, T] whole numbers, or observations [n, T, d]. actions: [n, T] whole numbers, or [n, T, k] beside
+            observations, which `to_control` clips to [-1, 1] as its environments do. Entries from a trajectory's
+            length on are padding, set to 0.
         lengths: [n] whole numbers in [1, T].
         weights: [n] numbers >= 0, how much each trajectory counts; only their ratios matter.
         last: [n, d], the observation after the last action; terminated: [n], whether the process ended there, or only

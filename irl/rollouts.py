@@ -151,6 +151,9 @@ def weights(environment: Environment, steps: Steps, discount: Array | float) -> 
 def demonstrated(environment: Environment, demonstrations: Demonstrations) -> Steps:
     """Demonstrations of observations [n, T, d] as steps [n, T], or [n, T + 1] with their absorbed steps.
 
+    Continuous actions are clipped to [-1, 1], as the environment clips them: an expert recorded before the clip would
+    else differ from every agent for ever, and a reward of actions grow without end.
+
     Raises:
         InvalidInput: where observations or actions do not fit the environment, or what followed the end is unknown.
     """
@@ -166,6 +169,8 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     action = demonstrations.actions
     if environment.num_actions is not None:
         action = jax.nn.one_hot(action, environment.num_actions, dtype=float)
+    else:  # what the environment makes of them: it clips, and the agent can do no more
+        action = jnp.clip(action, -1, 1)
     if action.ndim != 3 or action.shape[-1] != environment.action_size:
         got, k = f"actions of shape {demonstrations.actions.shape}", environment.action_size
         invalid("demonstrations (to_control)", got, f"shape [n, T, {k}]", "Load those of this environment.")

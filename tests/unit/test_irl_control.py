@@ -1,5 +1,6 @@
 """Deep control: episodes and their weights, the solvers' directions, repeatability."""
 
+import dataclasses
 import math
 
 import jax
@@ -82,6 +83,17 @@ class TestEpisodes:
         np.testing.assert_allclose(rollouts.weights(Corridor(), plain, discount).sum(axis=1), [first, whole])
         np.testing.assert_array_equal(plain.terminated.sum(axis=1), [1, 0])
         np.testing.assert_array_equal(plain.next_observation[0, :4, 0], [1, 2, 3, 4])
+
+    def test_actions_beyond_the_bounds_are_what_the_environment_makes_of_them(self):
+        """An expert recorded before the environment's clip: else no agent could ever act as it does."""
+
+        class Line(Corridor):
+            num_actions, action_size = None, 1
+
+        given = demonstrations()
+        wild = dataclasses.replace(given, actions=jnp.asarray(given.actions, float)[..., None] * 5 - 2.5)
+        steps = rollouts.demonstrated(Line(), wild)
+        np.testing.assert_array_equal(steps.action, np.clip(wild.actions, -1, 1))
 
     def test_memory_is_a_ring(self, key):
         _, steps = rollouts.collect(Corridor(), right, rollouts.start(Corridor(), key, 1), key, 6)
