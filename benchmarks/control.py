@@ -45,6 +45,14 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings
     "f-IRL(JS,s)": (irl.FIRL, {"divergence": "js"}, True),
 }
 
+# MuJoCo's long runs: a reward that moves as slowly per environment step as its authors' (1e-4 each 5000), in small
+# steps; one episode each, since it takes as long as a third of the updates
+LONG: dict[str, Any] = {"num_rollouts": 1, "capacity": 500_000}
+SLOW: dict[Any, dict[str, Any]] = {
+    irl.DeepMLIRL: {"learning_rate": 5e-5},
+    irl.FIRL: {"learning_rate": 5e-5, "num_rollouts": 2},
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
@@ -65,8 +73,15 @@ class Cell:
 
 def agent_of(name: str) -> irl.SAC:
     """The lower level that all methods share."""
-    small = {"hidden": (64, 64), "batch_size": 128}
-    return irl.SAC(**(small if name in GYMNAX else {"hidden": (256, 256), "batch_size": 128}))
+    if name in GYMNAX:
+        return irl.SAC(hidden=(64, 64), batch_size=128)
+    return irl.SAC(hidden=(128, 128), batch_size=128, learning_rate=5e-4)
+
+
+def solver_of(method: str, name: str) -> Imitation:
+    """A method with its settings in an environment."""
+    kind, settings, _ = METHODS[method]
+    return kind(**settings) if name in GYMNAX else kind(**(settings | LONG | SLOW.get(kind, {})))
 
 
 def load(folder: Path, name: str) -> irl.Demonstrations | None:
@@ -106,10 +121,9 @@ def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
     """The result of a cell."""
     environment, agent = irl.make(cell.environment), agent_of(cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
-    kind, settings, state_only = METHODS[cell.method]
-    reward = irl.DeepReward(state_only=state_only)
+    reward = irl.DeepReward(state_only=METHODS[cell.method][2])
     problem = irl.to_control(environment, first, reward, agent=agent)
-    solver = kind(**settings)
+    solver = solver_of(cell.method, cell.environment)
 
     key = jax.random.key(cell.seed)
     begin = time.perf_counter()

@@ -162,6 +162,8 @@ class Minibatch(Source):
                 "at least one array",
                 "Use Full() where there is no data.",
             )
+        if not isinstance(self.replace, bool):
+            invalid(f"{name}.replace (Minibatch)", repr(self.replace), "True or False", "True draws with replacement.")
         lengths = {jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
         if len(set(lengths.values())) != 1 or () in lengths.values():
             invalid(

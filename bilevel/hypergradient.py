@@ -33,7 +33,7 @@ from bilevel import oracles, polyhedral, polyhedral_gradient, projected, project
 from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
 from bilevel.lower import Newton
 from bilevel.polyhedral import ActiveSet
-from bilevel.problem import BilevelProblem, Minimize, check_like, start_y
+from bilevel.problem import BilevelProblem, Minimize, check_like, check_problem, start_y
 from bilevel.projected import ProjectedNewton
 from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
@@ -75,7 +75,6 @@ def _norm(tree: PyTree) -> Array:
     return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 
-@partial(jax.jit, static_argnames="estimate")
 def hypergradient(
     problem: BilevelProblem,
     x: PyTree,
@@ -105,8 +104,17 @@ def hypergradient(
     Raises:
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
             with constraints.
-        InvalidInput: where x, y or v is not shaped like init's x0, y0.
+        InvalidInput: where x, y or v is not shaped like init's x0, y0, or problem is none.
     """
+    check_problem(problem)
+    return _hypergradient(problem, x, y, method, lower, v, constants, estimate)
+
+
+@partial(jax.jit, static_argnames="estimate")
+def _hypergradient(
+    problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | Unrolled | None, lower: LowerSettings | None,
+    v: PyTree, constants: Constants | None, estimate: bool,
+) -> Hypergradient:  # fmt: skip
     y = start_y(problem, x, y)
     if problem.constrained_lower:
         large = None if method is not None else projected.settings_for(problem, y, lower)

@@ -18,7 +18,7 @@ from bilevel import oracles, polyhedral, polyhedral_gradient, projected, project
 from bilevel.hypergradient import LowerSettings
 from bilevel.linear import LinearSolver, default_solver, refine
 from bilevel.lower import Newton
-from bilevel.problem import BilevelProblem, Minimize, start_y
+from bilevel.problem import BilevelProblem, Minimize, check_problem, start_y
 from bilevel.record import Status
 
 PyTree = Any
@@ -34,8 +34,9 @@ def implicit_objective(
     says why, and how exact an answer is.
 
     Raises:
-        NotImplementedError: as `hypergradient`.
+        NotImplementedError, InvalidInput: as `hypergradient`.
     """
+    check_problem(problem)
     if problem.constrained_lower:
         return lambda x, y=None: _implicit_constrained(problem, x, start_y(problem, x, y), method, lower or Newton())
     assert lower is None or isinstance(lower, Newton)

@@ -347,6 +347,12 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
                 invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
 
 
+def check_problem(problem: object) -> None:
+    """Raise `InvalidInput` for anything that is not a problem."""
+    if not isinstance(problem, BilevelProblem):
+        invalid("problem", type(problem).__name__, "a BilevelProblem", "Of a problems.Instance it is .problem.")
+
+
 def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
     """y, or init's y0 where y is None; x and y are held against init's shapes."""
     x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))

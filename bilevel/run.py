@@ -24,7 +24,7 @@ from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
 from bilevel.lanes import Many, advance, compiled, lane, last_finite, passes_per_step
-from bilevel.problem import BilevelProblem, SmoothCoupling
+from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.record import Record, Solution, SolveError, Status
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
@@ -137,8 +137,7 @@ def _check_arguments(
     problem: object, solver: object, max_steps: object, every: object, tol: object, time_limit: object,
     **functions: object,
 ) -> None:  # fmt: skip
-    if not isinstance(problem, BilevelProblem):
-        invalid("problem", type(problem).__name__, "a BilevelProblem", "Of a problems.Instance it is .problem.")
+    check_problem(problem)
     if not isinstance(solver, Solver):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
         invalid("solver", got, "a solver", "Make one: bilevel.AID().")

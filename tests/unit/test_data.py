@@ -113,6 +113,7 @@ BAD = {
     "no samples in a batch": (Minibatch(jnp.ones(3), 0), "data.batch_size", "[1, 3]"),
     "too many in a batch": (Minibatch(jnp.ones(3), 4), "data.batch_size", "[1, 3]"),
     "part of a sample": (Minibatch(jnp.ones(3), 1.5), "data.batch_size", "whole number"),
+    "a word for a switch": (Minibatch(jnp.ones(3), 1, "yes"), "data.replace", "True or False"),  # pyright: ignore[reportArgumentType]
     "true as a number": (Minibatch(jnp.ones(3), True), "data.batch_size", "whole number"),
     "no samples": (Minibatch(jnp.ones((0, 2)), 1), "data.arrays", "at least one sample"),
     "NaN": (Minibatch({"a": jnp.array([[1.0], [jnp.nan]])}, 1), "data.arrays['a']", "finite numbers"),

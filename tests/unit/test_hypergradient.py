@@ -1,6 +1,7 @@
 """Hypergradients: against finite differences and dense algebra, and the error they claim."""
 
 import dataclasses
+import importlib
 from functools import partial
 
 import jax
@@ -201,15 +202,25 @@ def test_implicit_objective_inside_an_optax_loop():
     np.testing.assert_allclose(run(jnp.zeros(3)), instance.truth.x, atol=1e-6)
 
 
+def test_what_is_no_problem_is_named():
+    """An Instance above all, which prints like one."""
+    instance = problems.make("quadratic", dim_x=3, dim_y=3)
+    for other, name in ((instance, "Instance"), ("quadratic", "str")):
+        for call in (lambda other: bilevel.hypergradient(other, jnp.zeros(3)), bilevel.implicit_objective):
+            with pytest.raises(bilevel.InvalidInput, match=f"(?s)problem.*{name}.*BilevelProblem"):
+                call(other)
+
+
 def test_another_instance_of_the_family_compiles_nothing():
     (first, x), (second, other) = make(8), make(9)
     F, G = bilevel.implicit_objective(first), bilevel.implicit_objective(second)
     bilevel.hypergradient(first, x), F(x)
-    sizes = bilevel.hypergradient._cache_size()
+    jitted = importlib.import_module("bilevel.hypergradient")._hypergradient
+    sizes = jitted._cache_size()
     compiled = jax.jit(lambda problem, x: bilevel.hypergradient(problem, x).gradient)
     compiled(first, x), compiled(second, other)
     bilevel.hypergradient(second, other), G(other)
-    assert bilevel.hypergradient._cache_size() == sizes
+    assert jitted._cache_size() == sizes
     assert compiled._cache_size() == 1
 
 
