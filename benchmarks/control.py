@@ -1,9 +1,9 @@
 """Deep inverse RL against its rivals: `python -m benchmarks.control --demonstrations experts`.
 
 Every environment x number of demonstrated episodes x method x seed is a cell: networks and budgets are the same for all
-methods. A cell writes one JSON file into --out when it is done; the same command runs only what is missing, and
---table prints what there is, unfinished cells named. The folder of demonstrations holds one .npz file for each
-environment, named after it as `bilevax expert` does.
+methods. A cell writes one JSON file into --out when it is done; the same command runs only what is missing, from where
+it was interrupted, and --table prints what there is, unfinished cells named. The folder of demonstrations holds one
+.npz file for each environment, named after it as `bilevax expert` does.
 
 return: mean of 100 episodes (MuJoCo: 10) of the last policy's mode, never the best on the way. ratio: to the expert's
 mean return in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's
@@ -40,9 +40,10 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings
     "GAIL": (irl.GAIL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
     "AIRL": (irl.AIRL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
     "IQLearn": (irl.IQLearn, {}, False),
-    "f-IRL(FKL,s)": (irl.FIRL, {"divergence": "fkl"}, True),
-    "f-IRL(RKL,s)": (irl.FIRL, {"divergence": "rkl"}, True),
-    "f-IRL(JS,s)": (irl.FIRL, {"divergence": "js"}, True),
+} | {
+    f"f-IRL({name},{sees})": (irl.FIRL, {"divergence": name.lower()}, sees == "s")
+    for name in ("FKL", "RKL", "JS")
+    for sees in ("s", "s,a")
 }
 
 # MuJoCo's long runs: a reward that moves about as slowly per environment step as its authors' (1e-4 each 5000), in
@@ -118,8 +119,12 @@ def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: 
     return float(found.statistic)
 
 
-def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
-    """The result of a cell."""
+def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dict[str, Any]:
+    """The result of a cell; one that was interrupted goes on from its checkpoint.
+
+    Raises:
+        KeyboardInterrupt: where the run was interrupted, after saving.
+    """
     environment, agent = irl.make(cell.environment), agent_of(cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
     reward = irl.DeepReward(state_only=METHODS[cell.method][2])
@@ -128,7 +133,10 @@ def run(cell: Cell, demonstrations: irl.Demonstrations) -> dict[str, Any]:
 
     key = jax.random.key(cell.seed)
     begin = time.perf_counter()
-    solution = bilevel.solve(problem, solver, key=key, max_steps=cell.steps, every=1)  # with live curves on a terminal
+    every = max(1, cell.steps // 100)  # the memory is in the checkpoint, tens of megabytes
+    solution = bilevel.solve(problem, solver, key=key, max_steps=cell.steps, every=every, checkpoint=checkpoint)
+    if solution.status == bilevel.Status.INTERRUPTED:
+        raise KeyboardInterrupt
     key_random, key_final = jax.random.split(jax.random.key(1000 + cell.seed))
     shuffled = random_episodes(environment, key_random)
     final = expert.play(environment, agent, solution.y, key_final, num=100 if cell.environment in GYMNAX else 10)
@@ -201,9 +209,15 @@ def main() -> None:
         if not path.exists():
             demonstrations = load(args.demonstrations, cell.environment)
             assert demonstrations is not None
-            result = run(cell, demonstrations)
+            checkpoint = path.with_suffix(".ckpt")
+            try:
+                result = run(cell, demonstrations, checkpoint)
+            except KeyboardInterrupt:
+                Console(stderr=True).print("Interrupted; the same command goes on from here.")
+                raise SystemExit(130) from None
             path.with_suffix(".tmp").write_text(json.dumps(result), "utf8")
             path.with_suffix(".tmp").replace(path)
+            checkpoint.unlink()
     Console(width=140).print(table(cells, args.out))
 
 
