@@ -39,9 +39,9 @@ class FIRL(Imitation):
 
     where h_f = -u (forward KL), 1 - log u (reverse KL), -log(1 + u) (Jensen-Shannon); W = sum of w_t to the time limit.
 
-    Give it a `DeepReward(state_only=True)`, as its authors do: it matches visits. The covariance is its only signal,
-    and dies where the agent's episodes are all alike. With r(s, a) on Pendulum they became so: spins whose torques the
-    reward overrates, each of their steps at D's clamp, and nothing brings the reward down again.
+    The covariance is its only signal, and dies where the agent's episodes are all alike. On Pendulum they became so at
+    some seeds: spins that the reward overrates, each of their steps at D's clamp, and nothing brings the reward down
+    again. With rewards of the state alone, `DeepReward(state_only=True)`, as its authors use, it happened less often.
 
     Assumptions: the agent is soft-optimal for x, as by the lower level; D separates no better than the true ratio.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
