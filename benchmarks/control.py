@@ -2,8 +2,8 @@
 
 Every environment x number of demonstrated episodes x method x seed is a cell: networks and budgets are the same for all
 methods. A cell writes one JSON file into --out when it is done; the same command runs only what is missing, from where
-it was interrupted, and --table prints what there is, unfinished cells named. The folder of demonstrations holds one
-.npz file for each environment, named after it as `bilevax expert` does.
+it was interrupted, and --table prints what there is, unfinished cells named; returns.png has the returns on the way.
+The folder of demonstrations holds one .npz file for each environment, named after it as `bilevax expert` does.
 
 return: mean of 100 episodes (MuJoCo: 10) of the last policy's mode, never the best on the way. ratio: to the expert's
 mean return in the file, where that is positive. scaled: 0 is uniformly random actions, 1 the expert. rank: Spearman's
@@ -180,8 +180,46 @@ def table(cells: list[Cell], out: Path) -> Table:
     return shown
 
 
+def draw(path: Path, cells: list[Cell], out: Path) -> None:
+    """Write a PNG: a panel for each environment and number of episodes, a line for each finished cell's returns."""
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colors: Any = colormaps["tab20"]
+    panels: dict[tuple, list[dict[str, Any]]] = {}
+    for cell in cells:
+        if (out / cell.file).exists():
+            result = json.loads((out / cell.file).read_text("utf8"))
+            panels.setdefault((cell.environment, cell.trajectories), []).append(result)
+    figure = Figure(figsize=(5.5 * max(len(panels), 1), 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
+    for ax, ((name, trajectories), results) in zip(axes, panels.items(), strict=False):
+        methods = list(dict.fromkeys(result["method"] for result in results))
+        for result in results:
+            rows = [row for row in result["record"] if np.isfinite(row.get("returns", np.nan))]
+            width = max(1, len(rows) // 20)
+            mean = np.convolve([row["returns"] for row in rows], np.ones(width) / width, "valid")
+            label = result["method"] if result is next(r for r in results if r["method"] == result["method"]) else None
+            steps = np.array([row["env_steps"] for row in rows][width - 1 :]) / 1000
+            ax.plot(steps, mean, color=colors(methods.index(result["method"])), label=label, lw=1)
+        ax.axhline(results[0]["expert"], color="black", ls="--", lw=1, label="expert")
+        ax.axhline(results[0]["random"], color="black", ls=":", lw=1, label="random actions")
+        ax.set(
+            title=f"{name}, episodes: {trajectories}",
+            xlabel="environment steps, thousands",
+            ylabel="return, mean of 5 % of run",
+        )
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+    temporary = path.with_name(f".{path.name}.png")
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(path)
+
+
 def main() -> None:
-    """Run what is missing and print the table."""
+    """Run what is missing, print the table and draw the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demonstrations", type=Path, required=True, help="The folder of .npz files.")
     parser.add_argument("--environments", nargs="+", default=["CartPole-v1", "Pendulum-v1"])
@@ -219,6 +257,7 @@ def main() -> None:
             path.with_suffix(".tmp").replace(path)
             checkpoint.unlink()
     Console(width=140).print(table(cells, args.out))
+    draw(args.out / "returns.png", cells, args.out)
 
 
 if __name__ == "__main__":
