@@ -18,7 +18,7 @@ from bilevel.sampling import smoothness, starts
 from bilevel.step import StepRule, move
 
 PyTree = Any
-SAMPLES, ROUNDS = 8, 10
+SAMPLES = 8
 
 
 def zeros(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
@@ -51,7 +51,7 @@ def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tupl
 
     J^2 = |h'|_1 |h'|_inf, exact for one row; at several points of X x Y where h is not affine.
     """
-    L_f, L_g = smoothness(problem, key, x, y, rounds=ROUNDS)
+    L_f, L_g = smoothness(problem, key, x, y)
     if problem.coupling is None:
         return L_f, L_g, jnp.zeros_like(L_g)
     num = 1 if isinstance(problem.coupling, LinearCoupling) else SAMPLES

@@ -245,7 +245,7 @@ def near(view: Blocks, u: Array, points: Array, others: Array) -> Array:
 
 
 def smoothness(
-    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, num: int = 32, rounds: int = 0
+    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, num: int = 32, rounds: int = 10
 ) -> tuple[Array, Array]:
     """Estimates, from below, of the Lipschitz constants of grad f and grad g in (x, y), shapes [], on all of the data.
 

@@ -55,8 +55,10 @@ class MEHA(Solver):
     g may have a non-smooth part r(x, .): g_y is then the gradient of g - r, and prox_t(x, z) the minimiser over Y of
     r(x, .) + |. - z|^2/(2 t). Without one prox_t is the projection on Y.
 
-    Assumptions: f and g - r smooth, g(x, .) weakly convex with a constant below 1/(2 gamma), convex with any gamma;
-    no coupling. With c_k ~ k^p, p < 1/2, the KKT residual of the penalised problem falls like k^(p - 1/2).
+    Assumptions: f and g - r smooth, f bounded below: else f/c + g - v may fall without end while c is small, and x
+    runs away for thousands of steps (indefinite quadratics do so). g(x, .) weakly convex with a constant below
+    1/(2 gamma), convex with any gamma; no coupling. With c_k ~ k^p, p < 1/2, the KKT residual of the penalised problem
+    falls like k^(p - 1/2).
     Cost per step: 2 upper gradients, 4 lower gradients.
 
     Args:
