@@ -7,7 +7,7 @@ import pytest
 from scipy import optimize
 
 import bilevel
-from bilevel import lagrangian, oracles
+from bilevel import lagrangian, oracles, sampling
 
 rng = np.random.default_rng(3)
 A, B, b = rng.normal(size=(3, 5)), rng.normal(size=(3, 2)), rng.normal(size=3)
@@ -58,6 +58,21 @@ def test_the_bound_of_the_derivative_is_one():
     J = jax.jit(lagrangian.lipschitz)(LINEAR, jax.random.key(0), X, Y)[2]
     exact = np.linalg.norm(np.hstack([B, A]), 2)
     assert exact <= J <= 2 * exact
+
+
+def test_smoothness_sees_the_largest_curvature_not_the_mean():
+    """Of 100 eigenvalues one is 1 and the others 0.01: random directions see 0.1. Against dense algebra, from below."""
+    Q, _ = np.linalg.qr(rng.normal(size=(100, 100)))
+    H = jnp.asarray((Q * np.r_[1.0, np.full(99, 0.01)]) @ Q.T)
+    curved = bilevel.BilevelProblem(
+        lambda x, y, batch: 3 * y @ H @ y / 2, bilevel.Minimize(lambda x, y, batch: y @ H @ y / 2),
+        init=lambda key: (jnp.zeros(1), jnp.zeros(100)),
+    )  # fmt: skip
+    x, y = curved.init(jax.random.key(0))
+    found = np.array(sampling.smoothness(curved, jax.random.key(0), x, y))
+    truth = np.array([3.0, 1.0]) * np.linalg.eigvalsh(H)[-1]
+    assert (found <= truth * (1 + 1e-9)).all()
+    np.testing.assert_allclose(found, truth, rtol=0.02)
 
 
 def test_eigenvalues_of_the_max_min_iteration():
