@@ -32,6 +32,7 @@ from irl import expert, rollouts
 from irl.environments import GYMNAX, Environment
 from irl.imitation import Imitation
 from irl.rollouts import Steps
+from problems.control import learner_of
 
 METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings, whether its reward is r(s)
     "MLIRL(s,a)": (irl.DeepMLIRL, {}, False),
@@ -67,13 +68,6 @@ class Cell:
         """Its name in the results."""
         name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in self.method)
         return f"{self.environment}-{self.trajectories}-{name}-{self.seed}-{self.steps}.json"
-
-
-def agent_of(name: str) -> irl.SAC:
-    """The lower level that all methods share."""
-    if name in GYMNAX:
-        return irl.SAC(hidden=(64, 64), batch_size=128)
-    return irl.SAC(hidden=(128, 128), batch_size=128, learning_rate=5e-4)
 
 
 def solver_of(method: str, name: str) -> Imitation:
@@ -125,7 +119,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     Raises:
         KeyboardInterrupt: where the run was interrupted, after saving.
     """
-    environment, agent = irl.make(cell.environment), agent_of(cell.environment)
+    environment, agent = irl.make(cell.environment), learner_of(cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
     reward = irl.DeepReward(state_only=METHODS[cell.method][2])
     problem = irl.to_control(environment, first, reward, agent=agent)

@@ -27,11 +27,12 @@ from rich.table import Table
 
 import bilevel
 import irl
-from benchmarks.control import agent_of, load, random_episodes
+from benchmarks.control import load, random_episodes
 from benchmarks.terminal import use_quick_compilation
 from bilevel.struct import struct
 from irl import expert
 from irl.imitation import Imitation
+from problems.control import learner_of
 
 NAME = "Pendulum-v1"
 ADVERSARIAL = {"num_upper_steps": 10, "learning_rate": 3e-4}
@@ -66,7 +67,7 @@ def in_world(problem: bilevel.BilevelProblem, world: Any) -> bilevel.BilevelProb
 
 def run(name: str, seed: int, demonstrations: Any, mass: float, steps: int) -> dict[str, float]:
     """Mean returns in the new world: {"policy", "reward"} of a method, or {"true"} for the true reward."""
-    agent, here, there = agent_of(NAME), irl.make(NAME), irl.make(NAME, m=mass)
+    agent, here, there = learner_of(NAME), irl.make(NAME), irl.make(NAME, m=mass)
     solver, state_only = METHODS.get(name, (None, False))
     problem = irl.to_control(here, demonstrations, irl.DeepReward(state_only=state_only), agent=agent)
 

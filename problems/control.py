@@ -9,6 +9,7 @@ Metrics, by 50 episodes of the last policy's best actions: `return`, and `scaled
 and 1 for the expert.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,13 @@ from problems.instance import Instance
 
 PyTree = Any
 EPISODES = 50
+
+
+def learner_of(name: str) -> SAC:
+    """The agent that learns by imitation in an environment, with the settings that docs/irl.md measures."""
+    if name in GYMNAX:
+        return SAC(hidden=(64, 64), batch_size=128)
+    return SAC(hidden=(128, 128), batch_size=128, learning_rate=5e-4)
 
 
 @functools.cache
@@ -53,7 +61,7 @@ def make(
     state_only: bool = False,
     absorbing: bool = False,
     expert_steps: int | None = None,
-    hidden: int = 64,
+    hidden: int | None = None,
 ) -> Instance:
     """Demonstrations of a trained expert.
 
@@ -64,12 +72,12 @@ def make(
         state_only: a reward r(s) instead of r(s, a).
         absorbing: learn the reward behind an end, too.
         expert_steps: environment steps of the expert's training, a multiple of 1000; default what is enough as a rule.
-        hidden: units of each of the two hidden layers of policy and values.
+        hidden: units of each of the two hidden layers of policy and values; default those of `learner_of`.
 
     Raises:
         InvalidInput: an unknown environment, or a number out of its range.
     """
-    for name, number in (("trajectories", trajectories), ("hidden", hidden)):
+    for name, number in (("trajectories", trajectories), ("hidden", 1 if hidden is None else hidden)):
         if not (isinstance(number, int) and number >= 1):
             invalid(f"{name} (control)", number, "a whole number >= 1", "Give a count.")
     world, precision = _environment(environment), str(jnp.zeros((), float).dtype)
@@ -77,7 +85,8 @@ def make(
     teacher, teaches = _teacher(environment, steps, precision), expert.agent_of(world, environment)
     key_shown, key_played, key_random = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 3)
     shown = expert.demonstrate(world, teaches, teacher, key_shown, num=trajectories)
-    agent = SAC(hidden=(hidden, hidden), batch_size=128 if environment in GYMNAX else 256)
+    agent = learner_of(environment)
+    agent = agent if hidden is None else dataclasses.replace(agent, hidden=(hidden, hidden))
 
     learnt = irl.Absorbing(world) if absorbing else world
 
