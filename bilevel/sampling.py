@@ -40,6 +40,7 @@ from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
 from bilevel.struct import struct
 
 PyTree = Any
+PAIRS, ROUNDS = 32, 10  # of `smoothness`
 
 
 @struct
@@ -244,18 +245,16 @@ def near(view: Blocks, u: Array, points: Array, others: Array) -> Array:
     return jax.vmap(view.project)(jnp.where((turn % 4 == 3)[:, None, None], crossed, shaken))
 
 
-def smoothness(
-    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, num: int = 32, rounds: int = 10
-) -> tuple[Array, Array]:
+def smoothness(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tuple[Array, Array]:
     """Estimates, from below, of the Lipschitz constants of grad f and grad g in (x, y), shapes [], on all of the data.
 
-    The largest difference quotients over `num` pairs of points a thousandth of the way between two samples of X x Y. A
-    random direction sees a mean curvature; each of `rounds` more tries steps along the last difference of gradients,
-    which is a power iteration. In high dimension the pairs are fewer, so that they take 2^24 numbers at most.
+    The largest difference quotients over `PAIRS` pairs of points a thousandth of the way between two samples of X x
+    Y. A random direction sees a mean curvature; each of `ROUNDS` more tries steps along the last difference of
+    gradients, which is a power iteration. In high dimension the pairs are fewer: they take 2^24 numbers at most.
     """
     keys = jax.random.split(key, 4)
     flat, unravel = ravel_pytree((x, y))
-    num = min(num, max(2, 2**24 // flat.size))
+    num = min(PAIRS, max(2, 2**24 // flat.size))
 
     def points(key_x: Array, key_y: Array) -> Array:
         xs, ys = starts(problem.x_set, key_x, num, x), starts(problem.y_set, key_y, num, y)
@@ -286,7 +285,7 @@ def smoothness(
             best = jnp.maximum(best, jnp.max(jnp.where(usable, quotient, 0)))
             return best, jnp.where(usable[:, None], ahead, near)
 
-        return lax.fori_loop(0, 1 + rounds, look, (jnp.zeros((), here.dtype), near))[0]
+        return lax.fori_loop(0, 1 + ROUNDS, look, (jnp.zeros((), here.dtype), near))[0]
 
     L_f, L_g = largest(f), largest(g)
     return L_f, jnp.where(L_g > 0, L_g, 1)

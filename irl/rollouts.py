@@ -169,7 +169,7 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     action = demonstrations.actions
     if environment.num_actions is not None:
         action = jax.nn.one_hot(action, environment.num_actions, dtype=float)
-    else:  # what the environment makes of them: it clips, and the agent can do no more
+    else:
         action = jnp.clip(action, -1, 1)
     if action.ndim != 3 or action.shape[-1] != environment.action_size:
         got, k = f"actions of shape {demonstrations.actions.shape}", environment.action_size
