@@ -27,6 +27,7 @@ from rich.table import Table
 
 import bilevel
 import irl
+from benchmarks.files import write_json
 from benchmarks.terminal import use_quick_compilation
 from irl import expert, rollouts
 from irl.environments import GYMNAX, Environment
@@ -34,12 +35,13 @@ from irl.imitation import Imitation
 from irl.rollouts import Steps
 from problems.control import learner_of
 
+ADVERSARIAL = {"num_upper_steps": 10, "learning_rate": 3e-4}
 METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings, whether its reward is r(s)
     "MLIRL(s,a)": (irl.DeepMLIRL, {}, False),
     "MLIRL(s)": (irl.DeepMLIRL, {}, True),
     "BC": (irl.BC, {}, False),
-    "GAIL": (irl.GAIL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
-    "AIRL": (irl.AIRL, {"num_upper_steps": 10, "learning_rate": 3e-4}, False),
+    "GAIL": (irl.GAIL, ADVERSARIAL, False),
+    "AIRL": (irl.AIRL, ADVERSARIAL, False),
     "IQLearn": (irl.IQLearn, {}, False),
 } | {
     f"f-IRL({name},{sees})": (irl.FIRL, {"divergence": name.lower()}, sees == "s")
@@ -147,16 +149,23 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     }  # fmt: skip
 
 
+def groups(cells: list[Cell], out: Path) -> dict[tuple[str, int, str], list[dict[str, Any] | None]]:
+    """The results of each environment, number of episodes and method, in the seeds' order; None where unfinished."""
+    found: dict[tuple[str, int, str], list[dict[str, Any] | None]] = {}
+    for cell in cells:
+        path = out / cell.file
+        result = json.loads(path.read_text("utf8")) if path.exists() else None
+        found.setdefault((cell.environment, cell.trajectories, cell.method), []).append(result)
+    return found
+
+
 def table(cells: list[Cell], out: Path) -> Table:
     """Means over the seeds that are done."""
     shown = Table(title="Return of the last policy; means over seeds (lowest, highest)")
     for name in ("environment", "episodes", "method", "return", "ratio", "scaled", "rank", "steps", "minutes", "seeds"):
         shown.add_column(name, justify="left" if name in ("environment", "method") else "right")
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault((cell.environment, cell.trajectories, cell.method), []).append(cell)
-    for (name, trajectories, method), group in groups.items():
-        done = [json.loads((out / cell.file).read_text("utf8")) for cell in group if (out / cell.file).exists()]
+    for (name, trajectories, method), group in groups(cells, out).items():
+        done = [result for result in group if result is not None]
         seeds = f"{len(done)} of {len(group)}"
         if not done:
             shown.add_row(name, str(trajectories), method, *["unfinished"] + [""] * 5, seeds)
@@ -175,31 +184,35 @@ def table(cells: list[Cell], out: Path) -> Table:
 
 
 def draw(path: Path, cells: list[Cell], out: Path) -> None:
-    """Write a PNG: a panel for each environment and number of episodes, a line for each finished cell's returns."""
+    """Write a PNG: a panel for each environment and number of episodes, a line for each finished cell's returns; none
+    where no cell is finished.
+    """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colors: Any = colormaps["tab20"]
-    panels: dict[tuple, list[dict[str, Any]]] = {}
-    for cell in cells:
-        if (out / cell.file).exists():
-            result = json.loads((out / cell.file).read_text("utf8"))
-            panels.setdefault((cell.environment, cell.trajectories), []).append(result)
-    figure = Figure(figsize=(5.5 * max(len(panels), 1), 4), layout="constrained")
+    panels: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
+    for (name, trajectories, method), group in groups(cells, out).items():
+        done = [result for result in group if result is not None]
+        if done:
+            panels.setdefault((name, trajectories), {})[method] = done
+    if not panels:
+        return
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(1, max(len(panels), 1), squeeze=False)[0]
-    for ax, ((name, trajectories), results) in zip(axes, panels.items(), strict=False):
-        methods = list(dict.fromkeys(result["method"] for result in results))
-        for result in results:
-            rows = [row for row in result["record"] if np.isfinite(row.get("returns", np.nan))]
-            width = max(1, len(rows) // 20)
-            mean = np.convolve([row["returns"] for row in rows], np.ones(width) / width, "valid")
-            label = result["method"] if result is next(r for r in results if r["method"] == result["method"]) else None
-            steps = np.array([row["env_steps"] for row in rows][width - 1 :]) / 1000
-            ax.plot(steps, mean, color=colors(methods.index(result["method"])), label=label, lw=1)
-        ax.axhline(results[0]["expert"], color="black", ls="--", lw=1, label="expert")
-        ax.axhline(results[0]["random"], color="black", ls=":", lw=1, label="random actions")
+    axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, ((name, trajectories), methods) in zip(axes, panels.items(), strict=True):
+        for k, (method, results) in enumerate(methods.items()):
+            for seed, result in enumerate(results):
+                rows = [row for row in result["record"] if "returns" in row]  # the start has none
+                width = max(1, len(rows) // 20)
+                mean = np.convolve([row["returns"] for row in rows], np.ones(width) / width, "valid")
+                steps = np.array([row["env_steps"] for row in rows][width - 1 :]) / 1000
+                ax.plot(steps, mean, color=colors(k), label=method if seed == 0 else None, lw=1)
+        one = next(iter(methods.values()))[0]
+        ax.axhline(one["expert"], color="black", ls="--", lw=1, label="expert")
+        ax.axhline(one["random"], color="black", ls=":", lw=1, label="random actions")
         ax.set(
             title=f"{name}, episodes: {trajectories}",
             xlabel="environment steps, thousands",
@@ -207,9 +220,7 @@ def draw(path: Path, cells: list[Cell], out: Path) -> None:
         )
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -247,8 +258,7 @@ def main() -> None:
             except KeyboardInterrupt:
                 Console(stderr=True).print("Interrupted; the same command goes on from here.")
                 raise SystemExit(130) from None
-            path.with_suffix(".tmp").write_text(json.dumps(result), "utf8")
-            path.with_suffix(".tmp").replace(path)
+            write_json(path, result)
             checkpoint.unlink()
     Console(width=140).print(table(cells, args.out))
     draw(args.out / "returns.png", cells, args.out)

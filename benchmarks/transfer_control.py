@@ -27,7 +27,8 @@ from rich.table import Table
 
 import bilevel
 import irl
-from benchmarks.control import load, random_episodes
+from benchmarks.control import ADVERSARIAL, load, random_episodes
+from benchmarks.files import write_json
 from benchmarks.terminal import use_quick_compilation
 from bilevel.struct import struct
 from irl import expert
@@ -35,7 +36,6 @@ from irl.imitation import Imitation
 from problems.control import learner_of
 
 NAME = "Pendulum-v1"
-ADVERSARIAL = {"num_upper_steps": 10, "learning_rate": 3e-4}
 METHODS: dict[str, tuple[Any, bool]] = {  # the solver, and whether its reward is of the state alone
     "MLIRL(s)": (irl.DeepMLIRL(), True),
     "MLIRL(s,a)": (irl.DeepMLIRL(), False),
@@ -129,7 +129,7 @@ def main() -> None:
         for name in args.methods:
             path = args.out / f"{name}-{args.mass}-{args.steps}-{seed}.json"
             if not path.exists():
-                path.write_text(json.dumps(run(name, seed, first, args.mass, args.steps)), "utf8")
+                write_json(path, run(name, seed, first, args.mass, args.steps))
             found[name, seed] = json.loads(path.read_text("utf8"))
     floor = float(jnp.mean(random_episodes(irl.make(NAME, m=args.mass), jax.random.key(0)).returns))
     Console(width=100).print(table(found, args.mass, floor, args.seeds))
