@@ -40,7 +40,7 @@ from bilevel.struct import static, struct
 
 PyTree = Any
 LowerSettings = Newton | ActiveSet | ProjectedNewton
-ESTIMATE_TOL = 1e-3  # relative accuracy of the corrections that an error is estimated by
+ESTIMATE_TOL = 1e-2  # relative accuracy of the corrections that an error is estimated by
 
 
 @struct
@@ -224,7 +224,7 @@ def _passes(
         refine = (stage == 0) & (count < inverse.max_solves) & (r_v <= c.r_v / 4) & (r_v > 0)
         solved = (stage == 0) & ~refine
         rhs = jnp.where(solved, R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
-        step, residual = inverse.correct(solved, refine, rhs, jnp.where(refine, at.fy, rhs), jnp.where(refine, v, 0))
+        step, residual = inverse.correct(solved, refine, rhs, jnp.sqrt(fy / jnp.where(r_v > 0, r_v, 1)))
         unsolved = (c.unsolved > 0) | (solved & (r_v > 0.01 * fy))
         if residual is not None:
             scale = jnp.where(solved, lower_residual, jnp.where(stage == 1, jnp.sqrt(r_v), jnp.inf))
@@ -248,12 +248,12 @@ def _passes(
 
 
 class _Inverse(NamedTuple):
-    """correct(forward, exactly, r, b, v0) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or None),
-    to be repeated `max_solves` times; iterative methods solve R_y' v = b from v0 instead, with r = b - R_y' v0, and
-    unless `exactly` to `ESTIMATE_TOL` only: three digits of an error are enough.
+    """correct(forward, exactly, r, scale) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or None), to be
+    repeated `max_solves` times; by iterative methods `exactly` to their accuracy times scale |r|, the size of what r
+    is the rest of, else to `ESTIMATE_TOL` |r|: two digits of an error are enough, of which twice is reported.
     """
 
-    correct: Callable[[Array, Array, Array, Array, Array], tuple[Array, Array | None]]
+    correct: Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
     max_solves: int
 
 
@@ -265,7 +265,7 @@ def _inverse(
     symmetric = isinstance(problem.lower, Minimize)
     if method is None and jax.tree.leaves(factor):
 
-        def by_factor(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, None]:
+        def by_factor(forward: Array, exactly: Array, r: Array, scale: Array) -> tuple[Array, None]:
             apply = partial(lower_level.apply_inverse, factor, symmetric, r)
             found = apply() if symmetric else lax.cond(forward, apply, partial(apply, transpose=True))
             return found, None
@@ -278,23 +278,23 @@ def _inverse(
         matvec = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
         if not hasattr(method, "tol"):  # a factor, made once
             solve = method.prepare(matvec, flat.size, flat.dtype)
-            return lambda exactly, b, v0: solve(b, v0)
+            return lambda exactly, r, scale: solve(r)
         settings: Any = method
         tol = 10 * jnp.finfo(flat.dtype).eps if settings.tol is None else settings.tol
 
-        def solve_to(exactly: Array, b: Array, v0: Array) -> LinearSolution:
-            to = dataclasses.replace(settings, tol=jnp.where(exactly, tol, jnp.maximum(tol, ESTIMATE_TOL)))
-            return to.prepare(matvec, flat.size, flat.dtype)(b, v0)
+        def solve_to(exactly: Array, r: Array, scale: Array) -> LinearSolution:
+            to = dataclasses.replace(settings, tol=jnp.where(exactly, tol * scale, jnp.maximum(tol, ESTIMATE_TOL)))
+            return to.prepare(matvec, flat.size, flat.dtype)(r)
 
         return solve_to
 
     backward = prepare(True)
     onward = backward if symmetric else prepare(False)
 
-    def by_method(forward: Array, exactly: Array, r: Array, b: Array, v0: Array) -> tuple[Array, Array]:
+    def by_method(forward: Array, exactly: Array, r: Array, scale: Array) -> tuple[Array, Array]:
         solve = backward if symmetric else lambda *args: lax.cond(forward, onward, backward, *args)
-        found = solve(exactly, b, v0)
-        return found.v - v0, found.residual
+        found = solve(exactly, r, scale)
+        return found.v, found.residual
 
     return _Inverse(by_method, 1)
 

@@ -70,7 +70,7 @@ def _implicit_value(
     def solve(transpose: bool, matvec: Callable, b: Array) -> Array:
         if method is None and jax.tree.leaves(found.factor):
             return refine(matvec, partial(lower_level.apply_inverse, found.factor, symmetric, transpose=transpose), b)
-        return linear.iterate(matvec, b, jnp.zeros_like(b))[0]
+        return linear.iterate(matvec, b)[0]
 
     def tangent(matvec: Callable, b: Array) -> Array:
         return lax.custom_linear_solve(

@@ -1,9 +1,9 @@
 """Linear systems M v = b from products with M: CG, MINRES, GMRES, Neumann, Dense.
 
 Each solver is a pytree with `prepare(matvec, n, dtype) -> solve`, and `solve(b, v0) -> LinearSolution(v, residual,
-iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]. The loop ends at
-|residual| <= max(tol, eps/10) |b|, at `max_iterations`, or where rounding or indefiniteness stops progress; a NaN ends
-it at once.
+iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]; without v0 the start is 0,
+which saves a product. The loop ends at |residual| <= max(tol, eps/10) |b|, at `max_iterations`, or where rounding or
+indefiniteness stops progress; a NaN ends it at once.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,22 +29,27 @@ class LinearSolution(NamedTuple):
 class LinearSolver:
     """The protocol."""
 
-    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:
-        """A function (b [n], v0 [n]) -> LinearSolution for this M; what can be done once (a factor) is done here."""
+    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[..., LinearSolution]:
+        """A function (b [n], v0 [n] or None) -> LinearSolution for this M; what is done once is done here."""
 
-        def solve(b: Array, v0: Array) -> LinearSolution:
+        def solve(b: Array, v0: Array | None = None) -> LinearSolution:
             v, iterations = self.iterate(matvec, b, v0)
             return LinearSolution(v, jnp.linalg.norm(b - matvec(v)), iterations)
 
         return solve
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         """(v, iterations) without the final residual: for solvers that run a fixed number of iterations."""
         raise NotImplementedError
 
     def max_products(self, n: int) -> int:
         """Products with M that `iterate` takes at most for n unknowns."""
         raise NotImplementedError
+
+
+def _start(matvec: Matvec, b: Array, v0: Array | None) -> tuple[Array, Array]:
+    """(v0, b - M v0), v0 = 0 for None."""
+    return (jnp.zeros_like(b), b) if v0 is None else (v0, b - matvec(v0))
 
 
 def _target(tol: Any, b: Array, r: Array) -> Array:
@@ -73,13 +78,13 @@ class CG(LinearSolver):
     def max_products(self, n: int) -> int:
         return 1 + self._limit(n)
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         return self.run(matvec, b, v0)[:2]
 
-    def run(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array, Array]:
+    def run(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array, Array]:
         """(v, iterations, whether every direction had positive curvature)."""
         limit = self._limit(b.size)
-        r = b - matvec(v0)
+        v0, r = _start(matvec, b, v0)
         size = jnp.linalg.norm(r)
         unit = jnp.where(
             (size > 0) & jnp.isfinite(size), size, 1
@@ -122,9 +127,9 @@ class MINRES(LinearSolver):
     def max_products(self, n: int) -> int:
         return 2 + self._limit(n)
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         limit = self._limit(b.size)
-        r = b - matvec(v0)
+        v0, r = _start(matvec, b, v0)
         beta = jnp.linalg.norm(r)
         target = _target(self.tol, b, r)
         zero, nought = jnp.zeros_like(b), jnp.zeros((), b.dtype)
@@ -183,10 +188,10 @@ class GMRES(LinearSolver):
         m, cycles = self._cycles(n)
         return 1 + (m + 1) * cycles
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         m, cycles = self._cycles(b.size)
         limit = m * cycles
-        r0 = b - matvec(v0)
+        v0, r0 = _start(matvec, b, v0)
         target = _target(self.tol, b, r0)
 
         def cycle(v: Array, r: Array) -> Array:
@@ -239,9 +244,9 @@ class Neumann(LinearSolver):
     def max_products(self, n: int) -> int:
         return 1 + self.max_iterations
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         limit = self.max_iterations
-        r0 = b - matvec(v0)
+        v0, r0 = _start(matvec, b, v0)
         target = _target(self.tol, b, r0)
 
         def go_on(carry: tuple) -> Array:
@@ -266,10 +271,10 @@ class Dense(LinearSolver):
     def max_products(self, n: int) -> int:
         return n
 
-    def iterate(self, matvec: Matvec, b: Array, v0: Array) -> tuple[Array, Array]:
+    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         return self.prepare(matvec, b.size, b.dtype)(b, v0).v, jnp.array(b.size)
 
-    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[[Array, Array], LinearSolution]:
+    def prepare(self, matvec: Matvec, n: int, dtype: Any) -> Callable[..., LinearSolution]:
         M = dense_matrix(matvec, n, dtype)
         if self.positive_definite:
             factor = jax.scipy.linalg.cho_factor(M)
@@ -278,7 +283,7 @@ class Dense(LinearSolver):
             lu = jax.scipy.linalg.lu_factor(M)
             apply = lambda b: jax.scipy.linalg.lu_solve(lu, b)  # noqa: E731
 
-        def solve(b: Array, v0: Array) -> LinearSolution:
+        def solve(b: Array, v0: Array | None = None) -> LinearSolution:
             v = apply(b)
             return LinearSolution(v, jnp.linalg.norm(b - M @ v), jnp.array(n))
 

@@ -258,12 +258,12 @@ def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) ->
         )
 
     def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
-        product, zero = operator(flat), jnp.zeros_like(R)
+        product = operator(flat)
         if minimize:
-            v, _, positive = CG(tol=eta).run(product, R, zero)
+            v, _, positive = CG(tol=eta).run(product, R)
             v = jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
         else:
-            (v, _), positive = GMRES(tol=eta).iterate(product, R, zero), yes
+            (v, _), positive = GMRES(tol=eta).iterate(product, R), yes
         return -v, positive, jnp.linalg.norm(R - product(v)) <= 0.1 * jnp.linalg.norm(R)
 
     return lambda flat: (), iterative, ()

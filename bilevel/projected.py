@@ -179,7 +179,7 @@ def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, 
         curved = ravel_pytree(product(unravel(inside)))[0] + face.mu * inside
         return face.tangent(curved) + (v - inside) / face.s  # definite on all of R^n: rounding errors off the face fade
 
-    return lambda b, tol=None: CG(tol=tol).iterate(operator, face.tangent(b), jnp.zeros_like(b))[0]
+    return lambda b, tol=None: CG(tol=tol).iterate(operator, face.tangent(b))[0]
 
 
 class _Search(NamedTuple):
@@ -235,10 +235,12 @@ def solve(
 
     def body(c: _Search) -> _Search:
         # A Newton step on the face first: a warm start needs no other.
-        base = project(c.y - c.s * c.R)
+        base = project(c.y - c.s * c.R) if problem.constrained_lower else c.y
         face = face_at(problem, unravel(base), unravel(c.R), c.s)
-        R = evaluate(base)[1]
-        d = tangent_solve(problem, x, unravel(base), batch, face)(-R, jnp.clip(c.size / c.before, eps, 0.01))
+        R = evaluate(base)[1] if problem.constrained_lower else c.R
+        goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))  # less than a tenth of it is not needed
+        forcing = jnp.clip(jnp.maximum(c.size / c.before, 0.1 * goal / c.size), eps, 0.01)
+        d = tangent_solve(problem, x, unravel(base), batch, face)(-R, forcing)
         newton = project(base + d)
         R = evaluate(newton)[1]
         size = natural(newton, R, c.s)
