@@ -2,9 +2,12 @@
 
 One update is critics, actor, tuned temperature and slow copies at 2 x 256 units and batches of 256, Hopper-v5's sizes,
 with the sampling of the batch from 10,000 transitions on both sides; Adam 3e-4. Float32, CPU, one process; torch with
-each number of threads up to the machine's cores, ours with what XLA takes. Medians of interleaved calls of `updates`
-updates each, quartiles, and the fastest, which a busy machine distorts least. Both agents must have the same number of
+one thread and with the machine's cores, ours with what XLA takes. Medians of interleaved calls of `updates` updates
+each, quartiles, and the fastest, which a busy machine distorts least. Both agents must have the same number of
 parameters, and the same Q values when they share the critics' weights.
+
+The last rows are torch's time for an update's products of 256 x 256 matrices and nothing else, what no update of this
+size does without: three forwards for the target, six for the critics' loss and seven for the actor's, sixteen in all.
 """
 
 import argparse
@@ -24,6 +27,7 @@ from irl.networks import Layer
 from irl.sac import Batch, Learner
 
 ROWS, D, K = 10_000, 11, 3
+PRODUCTS = 16
 
 
 def ours(data: np.ndarray, updates: int) -> tuple[Callable[[], Any], irl.SAC, Learner]:
@@ -94,15 +98,26 @@ def main() -> None:
     model = theirs(data)
     check(agent, learner, model, data)
 
-    def with_threads(count: int) -> Callable[[], Any]:
+    square = torch.tensor(data[:256, :1]) * torch.ones(256, 256)
+
+    def products() -> None:
+        for _ in range(PRODUCTS * args.updates):
+            torch.mm(square, square)
+
+    def with_threads(count: int, work: Callable[[], Any]) -> Callable[[], Any]:
         def call() -> None:
             torch.set_num_threads(count)
-            model.train(args.updates, 256)
+            work()
 
         return call
 
     threads = sorted({1, os.cpu_count() or 1})
-    calls = {"bilevax": run} | {f"stable-baselines3, {n} threads": with_threads(n) for n in threads}
+    calls = {"bilevax": run}
+    for name, work in (
+        ("stable-baselines3", lambda: model.train(args.updates, 256)),
+        ("its products alone", products),
+    ):
+        calls |= {f"{name}, {n} threads": with_threads(n, work) for n in threads}
     times: dict[str, list[float]] = {name: [] for name in calls}
     for call in calls.values():
         call()
