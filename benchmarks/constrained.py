@@ -34,6 +34,7 @@ import bilevel
 import problems
 from benchmarks.statistics import fraction_within, ratios
 from bilevel import polyhedral
+from bilevel.report import save_figure
 
 SIZES = ((10, 5), (50, 10), (200, 50))
 GAP = 1e-3
@@ -109,11 +110,9 @@ def choose(size: tuple[int, int], name: str, limit: float) -> float:
 
 def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> None:
     """Performance profiles: columns are sizes, rows seconds and oracle calls."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(results), 7), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots(2, len(results), squeeze=False, sharey=True)
     limits = np.logspace(0, 4, 400)
     for c, (size, runs) in enumerate(results.items()):
@@ -127,7 +126,7 @@ def plot(results: dict[str, dict[str, list[dict[str, float]]]], path: Path) -> N
     for r in range(2):
         axes[r][0].set_ylabel(f"part of the instances with F - F* <= {GAP}")
     axes[0][0].legend(fontsize=8)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def table(size: str, runs: dict[str, list[dict[str, float]]], settings: dict[str, float]) -> str:

@@ -29,6 +29,7 @@ import bilevel
 import irl
 from benchmarks.files import write_json
 from benchmarks.terminal import use_quick_compilation
+from bilevel.report import save_figure
 from irl import expert, rollouts
 from irl.environments import GYMNAX, Environment
 from irl.imitation import Imitation
@@ -188,7 +189,6 @@ def draw(path: Path, cells: list[Cell], out: Path) -> None:
     where no cell is finished.
     """
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     colors: Any = colormaps["tab20"]
@@ -200,7 +200,6 @@ def draw(path: Path, cells: list[Cell], out: Path) -> None:
     if not panels:
         return
     figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, ((name, trajectories), methods) in zip(axes, panels.items(), strict=True):
         for k, (method, results) in enumerate(methods.items()):
@@ -220,7 +219,7 @@ def draw(path: Path, cells: list[Cell], out: Path) -> None:
         )
         ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:

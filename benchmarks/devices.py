@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.report import save_figure
+
 
 def upper(x: Any, y: Any, batch: Any) -> Any:
     """Half the mean squared error on the validation rows, shape []; batch (Z [n, d], t [n])."""
@@ -180,7 +182,7 @@ def plot(found: dict[int, dict[int, dict[str, float]]], path: Path, title: str, 
     ax.set_title(title, fontsize=9)
     figure.legend(loc="outside lower center", fontsize=8, ncols=2)
     ax.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path)
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from bilevel.report import save_figure
+
 
 def draw_metrics(path: Path, problem: dict[str, Any], names: dict[str, str]) -> bool:
     """Write a PNG of a problem's metrics, one of `report.summarise`'s problems; false where it has none.
@@ -17,11 +19,9 @@ def draw_metrics(path: Path, problem: dict[str, Any], names: dict[str, str]) -> 
     columns = list(dict.fromkeys(name for _, metrics, _ in rows for name in metrics))
     if not columns:
         return False
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 + 2.5 * len(columns), 1.2 + 0.35 * len(rows)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots(1, len(columns), squeeze=False, sharey=True)
     for ax, column in zip(axes[0], columns, strict=True):
         for k, (_, metrics, marker) in enumerate(rows):
@@ -34,7 +34,5 @@ def draw_metrics(path: Path, problem: dict[str, Any], names: dict[str, str]) -> 
     axes[0][0].set_yticks(range(len(rows)), [text for text, *_ in rows], fontsize=8)
     axes[0][0].invert_yaxis()
     figure.suptitle(problem["problem"])
-    temporary = path.with_name(f".{path.name}.png")
-    figure.savefig(temporary, dpi=110)
-    temporary.replace(path)
+    save_figure(figure, path)
     return True

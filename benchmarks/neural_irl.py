@@ -28,6 +28,7 @@ from jax import Array
 import bilevel
 import irl
 from bilevel.diagnostics import fit_rate
+from bilevel.report import save_figure
 from irl.diagnostics import objective, tracking_error
 from irl.rewards import one_hot_pairs
 from problems import gridworld
@@ -262,7 +263,7 @@ def main() -> None:
         for ax in axes:
             ax.legend(fontsize="small")
             ax.grid(alpha=0.3)
-        figure.savefig(options.out / f"{part.__name__}.png", dpi=120)
+        save_figure(figure, options.out / f"{part.__name__}.png")
         figures[part.__name__] = found
     (options.out / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", "utf8")
     Console().print(f"Plots and figures.json: {options.out}")

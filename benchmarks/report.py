@@ -376,9 +376,7 @@ def _plot(folder: Path, run: Run, problem: dict[str, Any]) -> None:
         records.setdefault(names[cell.solver], []).append(Record(rows))
     if records:
         path = folder / f"{slug(problem['problem'])}.png"
-        temporary = path.with_name(f".{path.name}.png")
-        plot_records(records, temporary, problem["problem"], 0.0 if known else None)
-        temporary.replace(path)
+        plot_records(records, path, problem["problem"], 0.0 if known else None)
 
 
 def _drawn(value: float | None) -> float:

@@ -19,6 +19,7 @@ import irl
 from benchmarks.registry import UsageError, nearest
 from bilevel.guarantees import Counterexample, Finding, Guarantee, Recipe, judge, search
 from bilevel.guarantees import Path as Trace
+from bilevel.report import save_figure
 from problems.guarantees import guarantees
 
 
@@ -179,7 +180,7 @@ def plot(file: Path, guarantee: Guarantee, path: Trace) -> None:
         axes.plot(path.horizon, np.maximum(values, 1e-300), style, label=name)
     axes.set(yscale="log", xlabel="k", title=f"{guarantee.name}: {path.worst:.3g} times the bound")
     axes.legend()
-    figure.savefig(file, dpi=120)
+    save_figure(figure, file)
 
 
 def replay(guarantee: Guarantee, folder: Path) -> tuple[Trace, bool]:

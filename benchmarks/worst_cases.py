@@ -15,6 +15,7 @@ import numpy as np
 from benchmarks.files import cell_path, load_point
 from benchmarks.registry import UsageError, build_instance, parse
 from benchmarks.report import load, short_names
+from bilevel.report import save_figure
 from problems import families
 from problems.images import load as load_images
 from problems.images import scores, split
@@ -27,7 +28,6 @@ def draw(folder: Path, path: Path, count: int) -> Path:
     Raises:
         UsageError: no finished cell of `rotation` with seed 0.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     run = load(folder)
@@ -56,7 +56,6 @@ def draw(folder: Path, path: Path, count: int) -> Path:
         moved = warp_all(Z, worst, angle, shift)
         rows.append((names[cell.solver], moved, np.asarray(jnp.argmax(scores(x, moved), axis=1))))
     figure = Figure(figsize=(1.0 * count + 2.4, 1.15 * len(rows) + 0.3), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(rows), count, squeeze=False)
     for line, (name, pictures, said) in zip(axes, rows, strict=True):
         for k, ax in enumerate(line):
@@ -65,8 +64,7 @@ def draw(folder: Path, path: Path, count: int) -> Path:
             ax.set_title(str(said[k]), fontsize=8, pad=1, color="k" if said[k] == labels[k] else "r")
         short = name.replace("[", "\n").replace("]", "").replace(",", "\n")
         line[0].set_ylabel(short, fontsize=6, rotation=0, ha="right", va="center")
-    figure.savefig(path, dpi=70)
-    return path
+    return save_figure(figure, path, dpi=70)
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from bilevel import tracking
 from bilevel.hypergradient import hypergradient
 from bilevel.least_distance import nearest
 from bilevel.problem import BilevelProblem
+from bilevel.report import save_figure
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -106,11 +107,9 @@ def curve(problem: BilevelProblem, x: PyTree, radii: Array, samples: tuple[int, 
 
 def plot_curve(radii: Array, samples: tuple[int, ...], distances: Array, path: str | Path, title: str = "") -> Path:
     """A PNG of `curve`: distance over radius, one line per number of samples."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     ax = figure.subplots()
     for number, line in zip(samples, np.asarray(distances).T, strict=True):
         ax.plot(np.asarray(radii), line, marker="o", label=f"{number} gradients")
@@ -120,10 +119,7 @@ def plot_curve(radii: Array, samples: tuple[int, ...], distances: Array, path: s
     ax.set_title(title)
     ax.grid(alpha=0.3)
     ax.legend()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, path)
 
 
 def smoothed_goldstein(

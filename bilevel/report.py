@@ -1,10 +1,13 @@
 """Text and pictures of a run: header, rows, footer; progress; plots."""
 
+import io
 import math
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bilevel.checkpoint import write_atomically
 
 if TYPE_CHECKING:  # record prints through this module: at run time the arrow points one way
     from bilevel.record import Record, Solution
@@ -129,11 +132,9 @@ def plot_records(
 
     One colour a label; the first record bold, the others faint. With `optimum` the first row shows F - F*.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 9), layout="constrained")
-    FigureCanvasAgg(figure)
     axes: Any = figure.subplots(3, 2, squeeze=False)
     names = ("F(x) - F*" if optimum is not None else "F(x)", "hypergradient norm", "lower residual norm")
     for r, column in enumerate(("value", "hypergradient", "lower_residual")):
@@ -154,7 +155,12 @@ def plot_records(
     if records:
         axes[0][0].legend(fontsize=8)
     figure.suptitle(title)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path, dpi: int = 110) -> Path:
+    """Write a matplotlib figure as a PNG, whole or not at all, below a folder that is made where there is none."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=dpi)
+    write_atomically(Path(path), stream.getvalue())
+    return Path(path)
