@@ -234,12 +234,13 @@ def solve(
         return jnp.linalg.norm(y - project(y - s * R))
 
     def body(c: _Search) -> _Search:
-        # A Newton step on the face first: a warm start needs no other.
+        # A Newton step on the face first: a warm start needs no other. It is solved to leave a tenth of what is asked.
         base = project(c.y - c.s * c.R) if problem.constrained_lower else c.y
         face = face_at(problem, unravel(base), unravel(c.R), c.s)
         R = evaluate(base)[1] if problem.constrained_lower else c.R
-        goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))  # less than a tenth of it is not needed
-        forcing = jnp.clip(jnp.maximum(c.size / c.before, 0.1 * goal / c.size), eps, 0.01)
+        goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
+        enough = 0.1 * goal / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
+        forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
         d = tangent_solve(problem, x, unravel(base), batch, face)(-R, forcing)
         newton = project(base + d)
         R = evaluate(newton)[1]
