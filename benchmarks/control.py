@@ -44,6 +44,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings
     "GAIL": (irl.GAIL, ADVERSARIAL, False),
     "AIRL": (irl.AIRL, ADVERSARIAL, False),
     "IQLearn": (irl.IQLearn, {}, False),
+    "IQLearn(memory)": (irl.IQLearn, {"use_memory": True}, False),
 } | {
     f"f-IRL({name},{sees})": (irl.FIRL, {"divergence": name.lower()}, sees == "s")
     for name in ("FKL", "RKL", "JS")

@@ -254,29 +254,31 @@ class TestDirections:
         p = problem()
         solver = irl.IQLearn(1.0, use_memory=use_memory, **SHORT)
         state = solver.init(p, key)
+        state = state._replace(y=state.y._replace(targets=jax.tree.map(lambda leaf: 0.5 * leaf, state.y.critics)))
         learner = sac.Learner(state.y, *state.moments)
         _, losses = jax.jit(solver.update)(p, state, learner, key)
         keys, given = jax.random.split(key, 5), 8 if use_memory else 16
-        flat = p.lower_data.full().expert
-        chances = np.asarray(flat.inside) / np.sum(np.asarray(flat.inside))
+        task = p.lower_data.full()
+        chances = np.asarray(task.expert.inside) / np.sum(np.asarray(task.expert.inside))
         drawn = jax.random.choice(keys[1], len(chances), (given,), p=jnp.asarray(chances))
-        s, a, after, ended = (
-            np.asarray(getattr(flat, name))[drawn]
-            for name in ("observation", "action", "next_observation", "terminated")
-        )
+        names = "observation", "action", "next_observation", "terminated"
+        s, a, after, ended = expert = [np.asarray(getattr(task.expert, name))[drawn] for name in names]
         if use_memory:
-            memory = state.memory.draw(keys[0], 8)
-            s, a = np.concatenate([s, memory.observation]), np.concatenate([a, memory.action])
-            after = np.concatenate([after, memory.next_observation])
-            ended = np.concatenate([ended, memory.terminated])
+            key_draw, key_policy = jax.random.split(keys[0])
+            own = state.memory.draw(key_draw, 8)
+            own = own._replace(action=task.agent.sample(state.y, own.observation, key_policy))
+            parts = zip(expert, (getattr(own, name) for name in names), strict=True)
+            s, a, after, ended = (np.concatenate(part) for part in parts)
 
         total = 0
-        for net in state.y.critics:
-            Q, Q_after = (np.asarray(networks.mlp(net, jnp.asarray(x))) for x in (s, after))
+        behind = state.y.targets if use_memory else state.y.critics
+        for net, other in zip(state.y.critics, behind, strict=True):
+            Q, Q_after = (np.asarray(networks.mlp(of, jnp.asarray(at))) for of, at in ((net, s), (other, after)))
             V, V_after = (0.2 * np.log(np.exp(q / 0.2).sum(axis=1)) for q in (Q, Q_after))
             future = 0.9 * np.where(ended, 0, V_after)
             r = (Q * a).sum(axis=1) - future
-            total += np.mean(V - future) - r[:given].mean() + np.mean(r**2) / 2
+            start = 0.1 * V[:given] if use_memory else V - future
+            total += start.mean() - r[:given].mean() + np.mean(r**2) / 2
         np.testing.assert_allclose(losses.critic, total, rtol=1e-8)
 
 
