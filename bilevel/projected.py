@@ -173,6 +173,8 @@ def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, 
 
         return closed
     product = oracles.hvp_operator(problem, x, y, batch)
+    if not problem.constrained_lower:  # the face is all of R^n
+        return lambda b, tol=None: CG(tol=tol).iterate(lambda v: ravel_pytree(product(unravel(v)))[0], b)[0]
 
     def operator(v: Array) -> Array:
         inside = face.tangent(v)
@@ -234,12 +236,12 @@ def solve(
         return jnp.linalg.norm(y - project(y - s * R))
 
     def body(c: _Search) -> _Search:
-        # A Newton step on the face first: a warm start needs no other. It is solved to leave a tenth of what is asked.
+        # A Newton step on the face first: a warm start needs no other. It is solved to leave a third of what is asked.
         base = project(c.y - c.s * c.R) if problem.constrained_lower else c.y
         face = face_at(problem, unravel(base), unravel(c.R), c.s)
         R = evaluate(base)[1] if problem.constrained_lower else c.R
         goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
-        enough = 0.1 * goal / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
+        enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
         forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
         d = tangent_solve(problem, x, unravel(base), batch, face)(-R, forcing)
         newton = project(base + d)
