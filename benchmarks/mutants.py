@@ -5,6 +5,7 @@
 A guarantee that no fault can break checks nothing. Exit code 1 where a mutant survives.
 """
 
+import argparse
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator
@@ -389,5 +390,11 @@ def main(families: list[str], examples: int = 100) -> int:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [family.__name__ for family in FAMILIES]
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"Of {', '.join(names)}. Default: all.")
+    chosen = parser.parse_args().families
+    if unknown := set(chosen) - set(names):
+        parser.error(f"no family {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     with jax.enable_x64(True):
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(chosen))
