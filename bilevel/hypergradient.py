@@ -15,7 +15,8 @@ show of the sizes involved; data that cancel before they reach f or g (residuals
 
 Without constants the error is estimated: the Newton corrections y + d, d = -R_y^-1 R, and then v + R_y^-T r_v give a
 gradient that is right to higher order; the estimate is twice its distance to the one returned, plus an allowance for
-rounding. It is an estimate: status says so.
+rounding. It is an estimate: status says so. Iterative methods find the corrections to a relative residual of
+`ESTIMATE_TOL`: with a condition number beyond 1/ESTIMATE_TOL what soft directions add to an error may be missed.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ from bilevel.struct import static, struct
 
 PyTree = Any
 LowerSettings = Newton | ActiveSet | ProjectedNewton
-ESTIMATE_TOL = 1e-2  # relative accuracy of the corrections that an error is estimated by
+ESTIMATE_TOL = 1e-3  # relative residual of the corrections that an error is estimated by
 
 
 @struct
@@ -250,7 +251,7 @@ def _passes(
 class _Inverse(NamedTuple):
     """correct(forward, exactly, r, scale) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or None), to be
     repeated `max_solves` times; by iterative methods `exactly` to their accuracy times scale |r|, the size of what r
-    is the rest of, else to `ESTIMATE_TOL` |r|: two digits of an error are enough, of which twice is reported.
+    is the rest of, else to `ESTIMATE_TOL` |r|: an error needs few digits.
     """
 
     correct: Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]

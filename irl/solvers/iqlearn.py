@@ -21,9 +21,9 @@ class IQLearn(Imitation):
         Q_i <- one step down -E_expert r_i + E[V_i(s) - gamma V_i(s')] + E r_i^2/(4 c),    for both critics
         actor and temperature as in SAC                                                    num_lower_steps times
 
-    over the expert's steps alone: offline. With `use_memory` as in its authors' code for control: V_i(s') is the slow
+    over the expert's steps alone: offline. With `use_memory` as in its authors' code for Hopper: V_i(s') is the slow
     copies'; (1 - gamma) E_expert V_i(s) is the second term, every demonstrated state as a start; and half of the last
-    expectation is over states in memory with the policy's own actions there.
+    expectation is over states in memory with the policy's own actions there, beside the s' of the actions taken then.
 
     Assumptions: as of soft Q-learning.
     Cost per step: num_lower_steps lower gradients (updates).
@@ -32,7 +32,7 @@ class IQLearn(Imitation):
         regularisation: c > 0 of the chi-square term.
         use_memory: see above. Measured: without it little is learnt beyond what `BC` learns; with it policies come
             close to the expert and leave it again, as the critics tell the few demonstrated pairs from all others. Its
-            authors use temperatures of 0.01 and less, and learning rates of 3e-4.
+            authors use temperatures of 0.01 mostly, and learning rates of 3e-4 and, for the actor, 3e-5.
 
     Reference: Garg, Chakraborty, Cundy, Song, Ermon. IQ-Learn: inverse soft-Q learning for imitation. NeurIPS 2021,
         arXiv:2106.12142, Algorithm 1.
