@@ -259,6 +259,21 @@ def test_pytrees_of_any_shape():
     np.testing.assert_allclose(h.gradient["w"], 2 * 0.5 + 1, atol=1e-12)
 
 
+def test_an_estimate_by_cg_sees_the_soft_half_of_a_residual():
+    """R's soft half is 1/200 of its stiff one, and all of y's error: a correction to two digits of R would miss it."""
+    stiff = jnp.repeat(jnp.array([1e4, 1.0]), 20)
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: 0.5 * jnp.sum((y - 1) ** 2),
+        bilevel.Minimize(lambda x, y, batch: 0.5 * jnp.sum(stiff * (y - x) ** 2)),
+        init=lambda key: (jnp.zeros(40), jnp.zeros(40)),
+    )
+    x, R = jnp.linspace(0, 2, 40), jnp.where(stiff > 1, 0.1, 0.1 / 200)
+    h = bilevel.hypergradient(problem, x, x + R / stiff, method=CG(), lower=None)
+    error = np.linalg.norm(h.gradient - (x - 1))
+    assert error > 2e-3
+    assert error <= h.error_bound <= 3 * error
+
+
 def test_statuses_tell_the_truth():
     problem, x = make(12)
     assert bilevel.hypergradient(problem, x, lower=bilevel.Newton(max_steps=1)).status == Status.MAX_STEPS
