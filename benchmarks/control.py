@@ -12,7 +12,6 @@ correlation of the learned with the true reward over transitions of random episo
 
 import argparse
 import dataclasses
-import json
 import os
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from rich.table import Table
 
 import bilevel
 import irl
-from benchmarks.files import write_json
+from benchmarks.files import read_json, write_json
 from benchmarks.terminal import use_quick_compilation
 from bilevel.report import save_figure
 from irl import expert, rollouts
@@ -151,22 +150,23 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     }  # fmt: skip
 
 
-def groups(cells: list[Cell], out: Path) -> dict[tuple[str, int, str], list[dict[str, Any] | None]]:
+Groups = dict[tuple[str, int, str], list[dict[str, Any] | None]]
+
+
+def groups(cells: list[Cell], out: Path) -> Groups:
     """The results of each environment, number of episodes and method, in the seeds' order; None where unfinished."""
-    found: dict[tuple[str, int, str], list[dict[str, Any] | None]] = {}
+    found: Groups = {}
     for cell in cells:
-        path = out / cell.file
-        result = json.loads(path.read_text("utf8")) if path.exists() else None
-        found.setdefault((cell.environment, cell.trajectories, cell.method), []).append(result)
+        found.setdefault((cell.environment, cell.trajectories, cell.method), []).append(read_json(out / cell.file))
     return found
 
 
-def table(cells: list[Cell], out: Path) -> Table:
+def table(found: Groups) -> Table:
     """Means over the seeds that are done."""
     shown = Table(title="Return of the last policy; means over seeds (lowest, highest)")
     for name in ("environment", "episodes", "method", "return", "ratio", "scaled", "rank", "steps", "minutes", "seeds"):
         shown.add_column(name, justify="left" if name in ("environment", "method") else "right")
-    for (name, trajectories, method), group in groups(cells, out).items():
+    for (name, trajectories, method), group in found.items():
         done = [result for result in group if result is not None]
         seeds = f"{len(done)} of {len(group)}"
         if not done:
@@ -185,7 +185,7 @@ def table(cells: list[Cell], out: Path) -> Table:
     return shown
 
 
-def draw(path: Path, cells: list[Cell], out: Path) -> None:
+def draw(path: Path, found: Groups) -> None:
     """Write a PNG: a panel for each environment and number of episodes, a line for each finished cell's returns; none
     where no cell is finished.
     """
@@ -194,7 +194,7 @@ def draw(path: Path, cells: list[Cell], out: Path) -> None:
 
     colors: Any = colormaps["tab20"]
     panels: dict[tuple[str, int], dict[str, list[dict[str, Any]]]] = {}
-    for (name, trajectories, method), group in groups(cells, out).items():
+    for (name, trajectories, method), group in found.items():
         done = [result for result in group if result is not None]
         if done:
             panels.setdefault((name, trajectories), {})[method] = done
@@ -260,8 +260,9 @@ def main() -> None:
                 raise SystemExit(130) from None
             write_json(path, result)
             checkpoint.unlink()
-    Console(width=140).print(table(cells, args.out))
-    draw(args.out / "returns.png", cells, args.out)
+    found = groups(cells, args.out)
+    Console(width=140).print(table(found))
+    draw(args.out / "returns.png", found)
 
 
 if __name__ == "__main__":

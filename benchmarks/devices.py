@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from bilevel.report import save_figure
-
 
 def upper(x: Any, y: Any, batch: Any) -> Any:
     """Half the mean squared error on the validation rows, shape []; batch (Z [n, d], t [n])."""
@@ -163,6 +161,8 @@ def plot(found: dict[int, dict[int, dict[str, float]]], path: Path, title: str, 
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    from bilevel.report import save_figure
 
     figure = Figure(figsize=(5, 4), layout="constrained")
     ax: Any = figure.subplots()

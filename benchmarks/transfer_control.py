@@ -15,7 +15,6 @@ the last policy's mode; means over seeds, the lowest and the highest in brackets
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from rich.table import Table
 import bilevel
 import irl
 from benchmarks.control import ADVERSARIAL, load, random_episodes
-from benchmarks.files import write_json
+from benchmarks.files import read_json, write_json
 from benchmarks.terminal import use_quick_compilation
 from bilevel.struct import struct
 from irl import expert
@@ -130,7 +129,7 @@ def main() -> None:
             path = args.out / f"{name}-{args.mass}-{args.steps}-{seed}.json"
             if not path.exists():
                 write_json(path, run(name, seed, first, args.mass, args.steps))
-            found[name, seed] = json.loads(path.read_text("utf8"))
+            found[name, seed] = read_json(path)
     floor = float(jnp.mean(random_episodes(irl.make(NAME, m=args.mass), jax.random.key(0)).returns))
     Console(width=100).print(table(found, args.mass, floor, args.seeds))
 

@@ -237,9 +237,11 @@ def solve(
 
     def body(c: _Search) -> _Search:
         # A Newton step on the face first: a warm start needs no other. It is solved to leave a third of what is asked.
-        base = project(c.y - c.s * c.R) if problem.constrained_lower else c.y
+        base, R = c.y, c.R
+        if problem.constrained_lower:
+            base = project(c.y - c.s * c.R)
+            R = evaluate(base)[1]
         face = face_at(problem, unravel(base), unravel(c.R), c.s)
-        R = evaluate(base)[1] if problem.constrained_lower else c.R
         goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
         enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
         forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel.linear import DENSE_LIMIT
-from irl.mdp import MDP, Successors
+from irl.mdp import MDP, Successors, at
 
 LOOK_EVERY = 10
 UNROLLED = 64  # actions times successors up to which a sweep is written out term by term
@@ -116,8 +116,7 @@ def _sweep(mdp: MDP, r: Array) -> Callable[[Array], Array]:
     rewards, following, p = lax.optimization_barrier(by_action)  # copied once, not read with strides in each sweep
 
     def sweep(V: Array) -> Array:
-        at = lambda states: V.at[states].get(mode="promise_in_bounds")  # noqa: E731
-        expect = lambda a: sum(weight * at(to) for weight, to in zip(p[a], following[a], strict=True))  # noqa: E731
+        expect = lambda a: sum(weight * at(V, to) for weight, to in zip(p[a], following[a], strict=True))  # noqa: E731
         return _log_sum_exp([rewards[a] + mdp.discount * expect(a) for a in range(mdp.num_actions)])
 
     return sweep
