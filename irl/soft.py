@@ -83,9 +83,8 @@ def value_iteration(
     if mdp.horizon is not None:
         return SoftSolution(_backwards(mdp, r), jnp.zeros((), r.dtype), jnp.array(mdp.horizon))
     tol = 10 * jnp.finfo(r.dtype).eps if tol is None else tol
-    start = jnp.zeros_like(r) if Q is None else Q
     if max_sweeps == 0:
-        return SoftSolution(start, jnp.full((), jnp.inf, r.dtype), jnp.array(0))
+        return SoftSolution(jnp.zeros_like(r) if Q is None else Q, jnp.full((), jnp.inf, r.dtype), jnp.array(0))
     sweep, most = _sweep(mdp, r), max_sweeps - 1  # the last one gives Q
 
     def go_on(carry: tuple[Array, Array, Array]) -> Array:
@@ -98,7 +97,9 @@ def value_iteration(
         V, before = lax.fori_loop(0, count, lambda _, pair: (sweep(pair[0]), pair[0]), (V, V))
         return V, jnp.max(jnp.abs(V - before)), k + count
 
-    begin = value(start), jnp.full((), jnp.inf, r.dtype), jnp.array(0)
+    # of Q = 0 written down: XLA would take seconds of compiling to fold the sums of a million constants
+    V = jnp.full(len(r), jnp.log(jnp.asarray(mdp.num_actions, r.dtype))) if Q is None else value(Q)
+    begin = V, jnp.full((), jnp.inf, r.dtype), jnp.array(0)
     V, _, count = lax.while_loop(go_on, sweeps, begin)
     Q = r + mdp.discount * mdp.expect(V)
     return SoftSolution(Q, jnp.max(jnp.abs(value(Q) - V)) * mdp.discount / (1 - mdp.discount), count + 1)
