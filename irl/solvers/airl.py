@@ -10,7 +10,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
 from bilevel.struct import struct
 from irl.control import Task
-from irl.imitation import Imitation, Pair, State, classify, step_x
+from irl.imitation import Imitation, Pair, State, classify, gradient_penalty, step_x
 from irl.networks import init_mlp, mlp
 
 PyTree = Any
@@ -35,20 +35,23 @@ class AIRL(Imitation):
     D = exp(f/alpha)/(exp(f/alpha) + pi(a|s)) the chance that (s, a, s') is the expert's,
 
         y <- SAC updates with rewards f                                                   num_lower_steps times
-        (x, h) <- one step up E_expert log D + E_agent log(1 - D)                         num_upper_steps times.
+        (x, h) <- one step up E_expert log D + E_agent log(1 - D) - c E (|grad f|/alpha - 1)^2    the same.
 
     The recovered reward is r(.; x), disentangled from the dynamics where it is `DeepReward(state_only=True)`.
 
     Assumptions: for the recovery deterministic dynamics that decompose, and a true reward of the state alone.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`; upper_step_size serves h, too.
+    Args: as of `imitation.Imitation`; upper_step_size serves h, too; and
+        gradient_penalty: c >= 0, as of `GAIL`; the slope is that of f/alpha, not of log pi.
 
     Reference: Fu, Luo, Levine. Learning robust rewards with adversarial inverse reinforcement learning. ICLR 2018,
         arXiv:1710.11248, Algorithm 1.
     Differs from the paper: SAC, whose entropy term is the -log pi in the reward: with temperature alpha, f is in
     its units, and alpha = 1 is the paper's D. Both sides of the loss count the same.
     """
+
+    gradient_penalty: float = 0.0
 
     def init_extra(self, problem: BilevelProblem, key: Array) -> Shaping:
         task = problem.lower_data.full()
@@ -59,16 +62,18 @@ class AIRL(Imitation):
         return potential(problem.lower_data.full(), state.x, state.extra.h, steps)
 
     def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        return self._logit(problem, state, state.x, state.extra.h, steps)
-
-    def _logit(self, problem: BilevelProblem, state: State, x: PyTree, h: PyTree, steps: Any) -> Array:
         task = problem.lower_data.full()
         log_pi = task.agent.log_prob(state.y, steps.observation, steps.action)
-        return potential(task, x, h, steps) / jnp.exp(state.y.log_temperature) - log_pi
+        return self.reward(problem, state, steps) / jnp.exp(state.y.log_temperature) - log_pi
 
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        task = problem.lower_data.full()
+
         def loss(x: PyTree, h: PyTree) -> Array:
-            return classify(lambda steps: self._logit(problem, state, x, h, steps), pair)
+            at = state._replace(x=x, extra=state.extra._replace(h=h))
+            f = lambda steps: self.reward(problem, at, steps) / jnp.exp(state.y.log_temperature)  # noqa: E731
+            penalty = gradient_penalty(f, pair, task.scale, key)
+            return classify(lambda steps: self.logit(problem, at, steps), pair) + self.gradient_penalty * penalty
 
         to_x, to_h = jax.grad(loss, argnums=(0, 1))(state.x, state.extra.h)
         h, rule = state.extra.step(state.extra.h, to_h)

@@ -1,5 +1,6 @@
 """GAIL: generative adversarial imitation learning; the reward is a discriminator's."""
 
+import functools
 from typing import Any
 
 import jax
@@ -7,7 +8,9 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
-from irl.imitation import Imitation, Pair, State, classify, step_x
+from irl.imitation import Imitation, Pair, State, classify, gradient_penalty, step_x
+
+PyTree = Any
 
 
 @struct
@@ -16,7 +19,7 @@ class GAIL(Imitation):
     network as the logit that (s, a) is the expert's,
 
         y <- SAC updates with rewards -log D(s, a) = log(1 + exp r(s, a; x))              num_lower_steps times
-        x <- one step up E_agent log D + E_expert log(1 - D)                              num_upper_steps times.
+        x <- one step up E_agent log D + E_expert log(1 - D) - c E (|grad r| - 1)^2       num_upper_steps times.
 
     x is no reward that one could train on again: at the optimum D is 1/2 everywhere.
 
@@ -24,12 +27,16 @@ class GAIL(Imitation):
     they pay for living, unless the environment has the absorbing state.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`.
+    Args: as of `imitation.Imitation`, and
+        gradient_penalty: c >= 0, 10 as a rule, see `imitation.gradient_penalty`. 0, the default, is the paper's; then
+            the discriminator of a continuous task soon is right everywhere, and tells the agent nothing.
 
     Reference: Ho, Ermon. Generative adversarial imitation learning. NeurIPS 2016, arXiv:1606.03476, Algorithm 1.
     Differs from the paper: SAC, whose memory is labelled anew, instead of TRPO; both sides of the discriminator's loss
     count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
     """
+
+    gradient_penalty: float = 0.0
 
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
@@ -39,5 +46,10 @@ class GAIL(Imitation):
 
     def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         task = problem.lower_data.full()
-        direction = jax.grad(lambda x: classify(lambda steps: task.rewards(x, steps), pair))(state.x)
-        return step_x(problem, state, direction)
+
+        def loss(x: PyTree) -> Array:
+            logit = functools.partial(task.rewards, x)
+            penalty = gradient_penalty(logit, pair, task.scale, key)
+            return classify(logit, pair) + self.gradient_penalty * penalty
+
+        return step_x(problem, state, jax.grad(loss)(state.x))

@@ -1,6 +1,7 @@
 """Deep control: episodes and their weights, the solvers' directions, repeatability."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -13,6 +14,8 @@ import irl
 from bilevel.struct import static, struct
 from irl import control, environments, networks, rollouts, sac
 from irl.diagnostics import epic_distance
+from irl.imitation import gradient_penalty
+from irl.solvers import airl
 
 TINY = irl.SAC(hidden=(8,), batch_size=16, discount=0.9)
 SHORT = {"num_env_steps": 20, "num_lower_steps": 20, "num_rollouts": 3, "block": 10, "capacity": 100, "num_random": 10}
@@ -199,6 +202,38 @@ class TestDirections:
         np.testing.assert_allclose(
             state.x[1].bias - after.x[1].bias, (loss(1e-5) - loss(-1e-5)) / 2e-5, rtol=1e-6
         )  # fmt: skip
+
+    def test_gradient_penalty_of_a_linear_logit_is_its_slope_less_one_squared(self, key):
+        """Closed form at every point: |(w, v)| - 1 with w by standardised observations. A flat logit has penalty 1."""
+        p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
+        task, solver = p.lower_data.full(), irl.GAIL(1.0, **SHORT)
+        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        x = solver.init(p, key).x
+        slope = np.linalg.norm(np.asarray(x[0].weights))
+        penalty = gradient_penalty(lambda steps: task.rewards(x, steps), pair, task.scale, key)
+        np.testing.assert_allclose(penalty, (slope - 1) ** 2, rtol=1e-9)
+        flat = lambda steps: 0 * steps.action[:, 0]  # noqa: E731
+        assert jnp.abs(gradient_penalty(flat, pair, task.scale, key) - 1) < 1e-5
+        steep = jax.grad(lambda c: gradient_penalty(lambda steps: c * flat(steps), pair, task.scale, key))(1.0)
+        assert jnp.isfinite(steep)
+
+    @pytest.mark.parametrize("kind", [irl.GAIL, irl.AIRL])
+    def test_discriminators_descend_the_gradient_penalty(self, kind, key):
+        """The move that it adds is downhill for the slope's penalty: of r for GAIL, of f/alpha for AIRL."""
+        p = problem()
+        task, solver = p.lower_data.full(), kind(1e-3, **SHORT)
+        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        state = solver.init(p, key)
+
+        def penalty(state):
+            unit = 1.0 if kind is irl.GAIL else 0.2
+            f = task.rewards if kind is irl.GAIL else functools.partial(airl.potential, task)
+            at = (state.x,) if kind is irl.GAIL else (state.x, state.extra.h)
+            return gradient_penalty(lambda steps: f(*at, steps) / unit, pair, task.scale, key)
+
+        plain, _ = solver.move(p, state, pair, key)
+        held, _ = dataclasses.replace(solver, gradient_penalty=1.0).move(p, state, pair, key)
+        assert penalty(held) < min(penalty(plain), penalty(state))
 
     def test_divergences_move_the_reward_by_the_covariance(self, key):
         """f-IRL with every divergence against the covariance over episodes, written out; an early end counts 0."""
