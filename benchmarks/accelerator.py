@@ -1,0 +1,196 @@
+"""A step on the processor and on the accelerator: `python -m benchmarks.accelerator [methods unknowns many agent]`.
+
+    methods:  the three at the heart where there is much to share out: samples of Y, perturbations q, wide networks
+    unknowns: every solver on the separable problem of `benchmarks.scale`
+    many:     all data of a million samples; soft value iteration; lanes of seeds by `solve_many`'s vmap
+    agent:    the SAC update, 2 x 256 units
+
+Both devices run the compiled functions of `solve` from the same start, in one process. ms a step is wall time, the
+median of `--repeats` calls that are waited for, of many steps each; compiling is apart. difference: the largest entry
+of |(x, y) - (x, y) of the processor| after `--check` steps, over the largest of (x, y). Methods that compare numbers
+may go another way at a tie. What fails on a device is a line with the reason, and exit code 1.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import bilevel
+import irl
+import problems
+from benchmarks import neural_irl, scale
+from benchmarks.sweep import cores
+from bilevel import lanes
+from irl.sac import Batch
+
+PyTree = Any
+Steps = Callable[[int], PyTree]  # n -> (x, y) after n steps from the start
+SPAN = 0.3  # seconds of a timed call, about
+
+
+def of_solver(make: Callable[[], tuple[bilevel.BilevelProblem, bilevel.Solver]], seeds: int | None = None) -> Steps:
+    """Steps of a solver for one key, or for many at once."""
+    problem, solver = make()
+    key, many = jax.random.key(0), seeds is not None
+    key = jax.random.split(key, seeds) if many else key
+    state = lanes.init(problem, solver, key, many)
+    advance = lanes.advance_lanes.lower(problem, solver, state, key, 0, 1, many).compile()
+    output = partial(solver.output, problem)
+    return lambda n: (jax.vmap(output) if many else output)(advance(problem, solver, state, key, 0, n)[0])
+
+
+def of_agent(batch_size: int) -> Steps:
+    """Updates of SAC on batches drawn from 10,000 transitions of Hopper's sizes."""
+    agent = irl.SAC(tuned=True, learning_rate=3e-4, hidden=(256, 256), batch_size=batch_size)
+    rng, rows, d, k = np.random.default_rng(0), 10_000, 11, 3
+    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), float)  # noqa: E731
+    actions = jnp.tanh(draw(rows, k))
+    memory = Batch(draw(rows, d), actions, draw(rows, d), draw(rows), jnp.zeros(rows, bool))
+
+    class Sizes:
+        observation_size, action_size, num_actions = d, k, None
+
+    @jax.jit
+    def run(learner: Any, memory: Batch, n: jax.Array) -> PyTree:
+        def update(i: jax.Array, learner: Any) -> Any:
+            key_draw, key_update = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
+            at = jax.random.randint(key_draw, (batch_size,), 0, rows)
+            return agent.update(learner, jax.tree.map(lambda leaf: leaf[at], memory), key_update)[0]
+
+        return jax.lax.fori_loop(0, n, update, learner).weights
+
+    learner = agent.init(Sizes, jax.random.key(0))  # pyright: ignore[reportArgumentType]
+    return lambda n: run(learner, memory, jnp.asarray(n))
+
+
+def sampled(num_samples: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
+    """A lower level with many minima on a box, x and y of 10."""
+    box = bilevel.Box(-1.0, 1.0)
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum((x - 0.3) ** 2 + y),
+        bilevel.Minimize(lambda x, y, batch: jnp.sum(jnp.cos(4 * y) + (y - x) ** 2)),
+        x_set=box, y_set=box, init=lambda key: (jnp.zeros(10), jnp.zeros(10)),
+    )  # fmt: skip
+    return problem, bilevel.SampledPenalty(num_samples=num_samples)
+
+
+def perturbed(num: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
+    """Fifty unknowns under thirty coupled rows."""
+    return problems.make("constrained", kind="random", dim=50, rows=30).problem, bilevel.DSBLO(num_perturbations=num)
+
+
+def neural(width: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
+    """The 5 x 5 gridworld of `benchmarks.neural_irl`."""
+    return neural_irl.make_run(neural_irl.world(), 0, width).train, irl.NeuralIRL(0.2, 0.6, averaging=3.0, width=width)
+
+
+def methods() -> dict[str, Callable[[], Steps]]:
+    """Small and large."""
+    return (
+        {f"SampledPenalty, {n:,} samples": partial(of_solver, partial(sampled, n)) for n in (512, 8_192)}
+        | {f"DSBLO, {n:,} perturbations": partial(of_solver, partial(perturbed, n)) for n in (1, 256)}
+        | {f"NeuralIRL, width {n:,}": partial(of_solver, partial(neural, n)) for n in (256, 16_384)}
+    )
+
+
+def unknowns() -> dict[str, Callable[[], Steps]]:
+    """A million of them."""
+    pick = lambda name, size: scale.unknowns(size)[name]  # noqa: E731
+    return {f"{name}, 1e6": partial(of_solver, partial(pick, name, 1_000_000)) for name in scale.unknowns(10)}
+
+
+def many() -> dict[str, Callable[[], Steps]]:
+    """Of data, states and seeds."""
+    pick = lambda case, name, size: scale.CASES[case](size)[name]  # noqa: E731
+
+    def cleaning() -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
+        return problems.make("hyper_cleaning").problem, bilevel.SOBA(0.5, 0.5, 0.1)
+
+    return {
+        "AID, 1e6 samples of 10 features": partial(of_solver, partial(pick, "samples", "AID", 1_000_000)),
+        "MLIRL, gridworld of 1,024 states": partial(of_solver, partial(pick, "states", "MLIRL", 1024)),
+        "MLIRL, gridworld of 102,400 states": partial(of_solver, partial(pick, "states", "MLIRL", 102_400)),
+        "SOBA, hyper-cleaning": partial(of_solver, cleaning),
+        "SOBA, hyper-cleaning, 64 seeds": partial(of_solver, cleaning, 64),
+    }
+
+
+def agent() -> dict[str, Callable[[], Steps]]:
+    """Two sizes of a batch."""
+    return {f"SAC, batch of {n:,}": partial(of_agent, n) for n in (256, 4_096)}
+
+
+CASES = {"methods": methods, "unknowns": unknowns, "many": many, "agent": agent}
+
+
+def on(device: Any, make: Callable[[], Steps], check: int, repeats: int) -> tuple[float, float, np.ndarray]:
+    """(median seconds of a step, seconds until the first one is done, (x, y) after `check` steps, flat) on a device."""
+    with jax.default_device(device):
+        begin = time.perf_counter()
+        steps = make()
+        jax.block_until_ready(steps(1))
+        first = time.perf_counter() - begin
+
+        def seconds(n: int) -> float:
+            begin = time.perf_counter()
+            jax.block_until_ready(steps(n))
+            return time.perf_counter() - begin
+
+        start, one = seconds(0), seconds(1)
+        n = int(np.clip(SPAN / max(one - start, 1e-6), 1, 10_000))
+        n = int(np.clip(n * SPAN / max(seconds(n) - start, 1e-6), 1, 100_000))  # the first guess was coarse
+        step = float(np.median([max(seconds(n) - start, 0) / n for _ in range(repeats)]))
+        reached = [np.ravel(leaf) for leaf in jax.tree.leaves(steps(check))]
+        platforms = {d.platform for leaf in jax.tree.leaves(steps(1)) for d in leaf.devices()}
+    assert platforms == {device.platform}, f"ran on {platforms}, not on {device.platform}"
+    return step, first, np.concatenate([leaf for leaf in reached if leaf.dtype.kind == "f"])
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description="a step on the processor and on the accelerator")
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
+    parser.add_argument("--precision", type=int, choices=(32, 64), default=64)
+    parser.add_argument("--check", type=int, default=10, help="steps after which results are compared")
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    unknown = sorted(set(options.cases) - set(CASES))
+    if unknown:
+        parser.error(f"unknown case {unknown[0]!r}; expected {', '.join(CASES)}")
+    jax.config.update("jax_enable_x64", options.precision == 64)
+    processor, device = jax.devices("cpu")[0], jax.devices()[0]
+    if device.platform == "cpu":
+        parser.error("no accelerator: jax.devices() are processors; install JAX for yours, as its documentation says.")
+    table = Table(title=f"float{options.precision}; {len(cores())} cores and one {device.device_kind}")
+    for column in ("", "processor: ms a step", "first s", "accelerator: ms a step", "first s", "ratio", "difference"):
+        table.add_column(column, justify="right" if column else "left")
+    failed = []
+    for name, make in (item for case in options.cases or CASES for item in CASES[case]().items()):
+        try:
+            (slow, begin, there), (fast, begin_fast, here) = (
+                on(d, make, options.check, options.repeats) for d in (processor, device)
+            )
+        except (AssertionError, MemoryError, RuntimeError) as error:  # XLA's own are RuntimeErrors
+            failed.append(f"{name}: {str(error).splitlines()[0]}")
+            print(failed[-1], flush=True)
+            continue
+        row = f"{1e3 * slow:.3g}", f"{begin:.1f}", f"{1e3 * fast:.3g}", f"{begin_fast:.1f}", f"{slow / fast:.2f}"
+        difference = np.abs(here - there).max() / np.abs(there).max()
+        print(name, *row, f"{difference:.1e}", flush=True)
+        table.add_row(name, *row, f"{difference:.1e}")
+        jax.clear_caches()
+    Console(width=140).print(table)
+    if failed:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
