@@ -13,7 +13,7 @@ may go another way at a tie. What fails on a device is a line with the reason, a
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from irl.sac import Batch
 
 PyTree = Any
 Steps = Callable[[int], PyTree]  # n -> (x, y) after n steps from the start
+Makers = Mapping[str, Callable[[], Steps]]
 SPAN = 0.3  # seconds of a timed call, about
 
 
@@ -92,7 +93,7 @@ def neural(width: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
     return neural_irl.make_run(neural_irl.world(), 0, width).train, irl.NeuralIRL(0.2, 0.6, averaging=3.0, width=width)
 
 
-def methods() -> dict[str, Callable[[], Steps]]:
+def methods() -> Makers:
     """Small and large."""
     return (
         {f"SampledPenalty, {n:,} samples": partial(of_solver, partial(sampled, n)) for n in (512, 8_192)}
@@ -101,13 +102,13 @@ def methods() -> dict[str, Callable[[], Steps]]:
     )
 
 
-def unknowns() -> dict[str, Callable[[], Steps]]:
+def unknowns() -> Makers:
     """A million of them."""
     pick = lambda name, size: scale.unknowns(size)[name]  # noqa: E731
     return {f"{name}, 1e6": partial(of_solver, partial(pick, name, 1_000_000)) for name in scale.unknowns(10)}
 
 
-def many() -> dict[str, Callable[[], Steps]]:
+def many() -> Makers:
     """Of data, states and seeds."""
     pick = lambda case, name, size: scale.CASES[case](size)[name]  # noqa: E731
 
@@ -123,7 +124,7 @@ def many() -> dict[str, Callable[[], Steps]]:
     }
 
 
-def agent() -> dict[str, Callable[[], Steps]]:
+def agent() -> Makers:
     """Two sizes of a batch."""
     return {f"SAC, batch of {n:,}": partial(of_agent, n) for n in (256, 4_096)}
 
