@@ -29,6 +29,7 @@ import problems
 from benchmarks import neural_irl, scale
 from benchmarks.sweep import cores
 from bilevel import lanes
+from bilevel.precision import full_precision
 from irl.sac import Batch
 
 PyTree = Any
@@ -60,6 +61,7 @@ def of_agent(batch_size: int) -> Steps:
         observation_size, action_size, num_actions = d, k, None
 
     @jax.jit
+    @full_precision  # as `solve` does
     def run(learner: Any, memory: Batch, n: jax.Array) -> PyTree:
         def update(i: jax.Array, learner: Any) -> Any:
             key_draw, key_update = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
@@ -160,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="a step on the processor and on the accelerator")
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; default all")
     parser.add_argument("--precision", type=int, choices=(32, 64), default=64)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="rows whose names contain one of these")
     parser.add_argument("--check", type=int, default=10, help="steps after which results are compared")
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
@@ -174,7 +177,8 @@ def main() -> None:
     for column in ("", "processor: ms a step", "first s", "accelerator: ms a step", "first s", "ratio", "difference"):
         table.add_column(column, justify="right" if column else "left")
     failed = []
-    for name, make in (item for case in options.cases or CASES for item in CASES[case]().items()):
+    rows = [item for case in options.cases or CASES for item in CASES[case]().items()]
+    for name, make in [row for row in rows if any(text in row[0] for text in options.only)]:
         try:
             (slow, begin, there), (fast, begin_fast, here) = (
                 on(d, make, options.check, options.repeats) for d in (processor, device)

@@ -16,6 +16,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import nets, oracles, refine, sample_oracles, sampling
+from bilevel.precision import full_precision
 from bilevel.problem import BilevelProblem, Minimize, check_like
 from bilevel.record import Measurement, Status
 from bilevel.sampling import Blocks
@@ -44,6 +45,7 @@ class LowerGap(NamedTuple):
 
 
 @partial(jax.jit, static_argnames=("num_points", "num_starts", "num_steps", "chunk"))
+@full_precision
 def lower_gap(
     problem: BilevelProblem,
     x: PyTree,

@@ -34,6 +34,7 @@ from bilevel import oracles, polyhedral, polyhedral_gradient, projected, project
 from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
 from bilevel.lower import Newton
 from bilevel.polyhedral import ActiveSet
+from bilevel.precision import full_precision
 from bilevel.problem import BilevelProblem, Minimize, check_like, check_problem, start_y
 from bilevel.projected import ProjectedNewton
 from bilevel.record import Hypergradient, Status
@@ -112,6 +113,7 @@ def hypergradient(
 
 
 @partial(jax.jit, static_argnames="estimate")
+@full_precision
 def _hypergradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | Unrolled | None, lower: LowerSettings | None,
     v: PyTree, constants: Constants | None, estimate: bool,

@@ -18,6 +18,7 @@ from bilevel import oracles, polyhedral, polyhedral_gradient, projected, project
 from bilevel.hypergradient import LowerSettings
 from bilevel.linear import LinearSolver, default_solver, refine
 from bilevel.lower import Newton
+from bilevel.precision import full_precision
 from bilevel.problem import BilevelProblem, Minimize, check_problem, start_y
 from bilevel.record import Status
 
@@ -44,6 +45,7 @@ def implicit_objective(
 
 
 @jax.jit
+@full_precision
 def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, method: Any, lower: LowerSettings) -> Array:
     large = None if method is not None else projected.settings_for(problem, y, lower)
     if large is not None:
@@ -53,6 +55,7 @@ def _implicit_constrained(problem: BilevelProblem, x: PyTree, y: PyTree, method:
 
 
 @jax.jit
+@full_precision
 def _implicit_value(
     problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: Newton | None
 ) -> Array:

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from bilevel import sharding
+from bilevel.precision import full_precision
 from bilevel.problem import BilevelProblem
 from bilevel.solver import Solver
 
@@ -32,6 +33,7 @@ def advance(
     return _steps(problem, solver, state, key, start, num_steps, ())[:2]
 
 
+@full_precision
 def _steps(
     problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: Array | int, num_steps: Array | int,
     watched: tuple[str, ...],
@@ -82,6 +84,7 @@ def _each(one: Callable, many: Many, shared: tuple, *lanes: PyTree) -> Any:
 
 
 @partial(jax.jit, static_argnames="many")
+@full_precision
 def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyTree:
     """The state before the first step."""
 
@@ -108,6 +111,7 @@ def advance_lanes(
 
 
 @partial(jax.jit, static_argnames=("many", "measure"))
+@full_precision
 def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, measure: Callable) -> Array:
     """Of (x, y) alone, so that all solvers share one compilation; as one vector, since each transfer has its price."""
 

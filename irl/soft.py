@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel.linear import DENSE_LIMIT
+from bilevel.precision import full_precision
 from irl.mdp import MDP, Successors, at
 
 LOOK_EVERY = 10
@@ -70,6 +71,7 @@ def evaluate(mdp: MDP, r: Array, Q: Array, log_pi: Array) -> Array:
 
 
 @partial(jax.jit, static_argnames="max_sweeps")
+@full_precision
 def value_iteration(
     mdp: MDP, r: Array, Q: Array | None = None, tol: float | None = None, max_sweeps: int = 100_000
 ) -> SoftSolution:
@@ -148,6 +150,7 @@ def _forwards(mdp: MDP, policy: Array, sources: Array) -> Array:
 
 
 @jax.jit
+@full_precision
 def occupancy(mdp: MDP, policy: Array, start: Array | None = None) -> Array:
     """d(s, a) = E sum_t gamma^t 1{s_t = s, a_t = a}, shape [S, A], of a policy [S, A].
 

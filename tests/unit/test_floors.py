@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = (  # lowest first; files on one floor do not import each other
-    {"struct", "least_distance", "tracing", "nets"},
+    {"struct", "least_distance", "tracing", "precision", "nets"},
     {"sharding"},
     {"record", "sets", "data", "estimators", "active_set"},
     {"problem", "checkpoint"},

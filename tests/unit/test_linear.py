@@ -10,6 +10,7 @@ import pytest
 
 from bilevel import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.linear import DENSE_LIMIT, default_solver
+from bilevel.precision import full_precision
 
 EPS = np.finfo(float).eps
 
@@ -198,7 +199,7 @@ def test_neumann_partial_sums_and_divergence():
 def test_float32(name):
     M = matrix("definite", 20, 50.0)
     exact = np.random.default_rng(5).normal(size=20)
-    v, residual, iterations = solve(GROUPS[name], M.astype("f4"), (M @ exact).astype("f4"))
+    v, residual, iterations = full_precision(solve)(GROUPS[name], M.astype("f4"), (M @ exact).astype("f4"))
     assert (v.dtype, residual.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_allclose(v, exact, rtol=0, atol=2e-3)
     assert iterations <= 1000

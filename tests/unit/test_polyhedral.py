@@ -10,6 +10,7 @@ from scipy import sparse
 import bilevel
 from bilevel import constraints, oracles, polyhedral
 from bilevel.polyhedral import ActiveSet
+from bilevel.precision import full_precision
 
 N, ROWS, DIM_X = 50, 30, 6
 Status = bilevel.Status
@@ -189,7 +190,7 @@ def test_float32_under_vmap():
     """The error in float32 that docs/design.md states."""
     instances, (data, rows) = stacked(range(24), np.float32)
     one = lambda data, rows: gradient(make(data, rows, dtype=np.float32), *start(np.float32)(None))[1:]  # noqa: E731
-    slopes, found = jax.jit(jax.vmap(one))(data, rows)
+    slopes, found = jax.jit(full_precision(jax.vmap(one)))(data, rows)
     errors = []
     for i, (data, rows, y, active) in enumerate(instances):
         assert Status(int(found.status[i])) == Status.CONVERGED

@@ -142,7 +142,7 @@ else:
 
 def test_eight_devices_give_the_result_of_one():
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiling is what it costs
-    environment = os.environ | {"XLA_FLAGS": flags}
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, check=False, timeout=600
     )
