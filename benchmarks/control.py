@@ -35,7 +35,7 @@ from irl.imitation import Imitation
 from irl.rollouts import Steps
 from problems.control import learner_of
 
-ADVERSARIAL = {"num_upper_steps": 10, "learning_rate": 3e-4}
+ADVERSARIAL = {"num_upper_steps": 10, "learning_rate": 3e-4, "gradient_penalty": 10.0}
 METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings, whether its reward is r(s)
     "MLIRL(s,a)": (irl.DeepMLIRL, {}, False),
     "MLIRL(s)": (irl.DeepMLIRL, {}, True),
@@ -53,6 +53,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings
 # MuJoCo's long runs: a reward that moves about as slowly per environment step as its authors' (1e-4 each 5000), in
 # smaller steps; one episode each, since it takes as long as a third of the updates
 LONG: dict[str, Any] = {"num_rollouts": 1, "capacity": 500_000}
+TUNED = (irl.GAIL, irl.AIRL)  # beside the temperature 0.2 of the others, rewards of bounded slope count for little
 RATES = {"HalfCheetah-v5": 1e-4}  # of moving rewards; else 5e-5. Nothing falls there, and twice as fast does as well
 
 
@@ -81,6 +82,12 @@ def solver_of(method: str, name: str) -> Imitation:
     slow = {"learning_rate": RATES.get(name, 5e-5)} if kind in (irl.DeepMLIRL, irl.FIRL) else {}
     pair = {"num_rollouts": 2} if kind is irl.FIRL else {}  # a covariance needs two
     return kind(**(settings | LONG | slow | pair))
+
+
+def agent_of(method: str, name: str) -> irl.SAC:
+    """The agent that a method trains in an environment: the same for all, but for the temperature of `TUNED`."""
+    tuned = name not in GYMNAX and METHODS[method][0] in TUNED
+    return dataclasses.replace(learner_of(name), tuned=tuned)
 
 
 def load(folder: Path, name: str) -> irl.Demonstrations | None:
@@ -122,7 +129,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     Raises:
         KeyboardInterrupt: where the run was interrupted, after saving.
     """
-    environment, agent = irl.make(cell.environment), learner_of(cell.environment)
+    environment, agent = irl.make(cell.environment), agent_of(cell.method, cell.environment)
     first = jax.tree.map(lambda leaf: leaf[: cell.trajectories], demonstrations)
     reward = irl.DeepReward(state_only=METHODS[cell.method][2])
     problem = irl.to_control(environment, first, reward, agent=agent)
