@@ -53,7 +53,7 @@ METHODS: dict[str, tuple[Any, dict[str, Any], bool]] = {  # solver, its settings
 # MuJoCo's long runs: a reward that moves about as slowly per environment step as its authors' (1e-4 each 5000), in
 # smaller steps; one episode each, since it takes as long as a third of the updates
 LONG: dict[str, Any] = {"num_rollouts": 1, "capacity": 500_000}
-TUNED = (irl.GAIL, irl.AIRL)  # beside the temperature 0.2 of the others, rewards of bounded slope count for little
+TUNED = (irl.GAIL,)  # beside the temperature 0.2 of the others, its rewards of bounded slope count for little
 RATES = {"HalfCheetah-v5": 1e-4}  # of moving rewards; else 5e-5. Nothing falls there, and twice as fast does as well
 
 
