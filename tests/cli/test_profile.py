@@ -1,13 +1,15 @@
 """Compile time and memory of a step, from the compiled program."""
 
+import functools
 import json
 
 import jax
+import numpy as np
 import pytest
 
 import bilevel
 import problems
-from benchmarks import profile, scale
+from benchmarks import accelerator, profile, scale
 from benchmarks.registry import Cell
 from bilevel import lanes
 
@@ -42,3 +44,24 @@ def test_what_a_run_has_compiled_before_is_compiled_again():
 def test_exponents_are_slopes():
     assert scale.exponent(2.0, 200.0, 10.0) == pytest.approx(2.0)
     assert scale.exponent(5.0, 5.0, 10.0) == 0
+
+
+def test_a_device_is_measured_on_the_steps_of_a_solve(key):
+    problem, solver = problems.make("quadratic", dim_x=2, dim_y=3).problem, bilevel.SOBA(0.1, 0.1, 0.1)
+    make = functools.partial(accelerator.of_solver, lambda: (problem, solver))
+    step, first, reached = accelerator.on(jax.devices("cpu")[0], make, 7, 1)
+    assert 0 <= step < first
+    run = bilevel.solve(problem, solver, key=key, max_steps=7, tol=0.0, progress=False)
+    np.testing.assert_array_equal(reached, np.concatenate([run.x, run.y]))
+    with jax.default_device(jax.devices("cpu")[0]):
+        x, _ = accelerator.of_solver(lambda: (problem, solver), seeds=3)(7)
+    assert x.shape == (3, 2)
+
+
+@pytest.mark.skipif(jax.devices()[0].platform != "cpu", reason="there is an accelerator")
+def test_without_an_accelerator_there_is_nothing_to_compare(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["accelerator", "agent"])
+    with pytest.raises(SystemExit) as ended:
+        accelerator.main()
+    assert ended.value.code == 2
+    assert "no accelerator" in capsys.readouterr().err
