@@ -84,6 +84,24 @@ def solver_of(method: str, name: str) -> Imitation:
     return kind(**(settings | LONG | slow | pair))
 
 
+def described(cell: Cell) -> str:
+    """The settings of a cell, kept in its result: one of other settings is not this cell's."""
+    parts = solver_of(cell.method, cell.environment), agent_of(cell.method, cell.environment)
+    numbers = (  # a step rule is functions; its learning_rate is beside it
+        f"{field.name}={getattr(part, field.name)}"
+        for part in parts
+        for field in dataclasses.fields(part)
+        if field.name != "upper_step_size"
+    )
+    return " ".join(numbers)
+
+
+def finished(cell: Cell, out: Path) -> dict[str, Any] | None:
+    """The cell's result, if there is one of its settings."""
+    result = read_json(out / cell.file)
+    return result if result is not None and result.get("settings") == described(cell) else None
+
+
 def agent_of(method: str, name: str) -> irl.SAC:
     """The agent that a method trains in an environment: the same for all, but for the temperature of `TUNED`."""
     tuned = name not in GYMNAX and METHODS[method][0] in TUNED
@@ -147,7 +165,8 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     goal, floor = float(np.mean(demonstrations.returns)), float(jnp.mean(shuffled.returns))
     reached = float(jnp.mean(final.returns))
     return {
-        **dataclasses.asdict(cell), "return": reached, "return_std": float(jnp.std(final.returns)), "expert": goal,
+        **dataclasses.asdict(cell), "settings": described(cell),
+        "return": reached, "return_std": float(jnp.std(final.returns)), "expert": goal,
         "random": floor, "ratio": reached / goal if goal > 0 else None, "scaled": (reached - floor) / (goal - floor),
         "rank": rank(problem, solver, solution.state, [shuffled, final]),
         "env_steps": int(solution.state.env_steps), "solve_minutes": solution.stats["solve_time"] / 60,
@@ -164,7 +183,7 @@ def groups(cells: list[Cell], out: Path) -> Groups:
     """The results of each environment, number of episodes and method, in the seeds' order; None where unfinished."""
     found: Groups = {}
     for cell in cells:
-        found.setdefault((cell.environment, cell.trajectories, cell.method), []).append(read_json(out / cell.file))
+        found.setdefault((cell.environment, cell.trajectories, cell.method), []).append(finished(cell, out))
     return found
 
 
@@ -256,7 +275,7 @@ def main() -> None:
             parser.error(f"no file for {name} in {args.demonstrations}; make one: bilevax expert {name}")
     for cell in cells if not args.table else []:
         path = args.out / cell.file
-        if not path.exists():
+        if finished(cell, args.out) is None:
             demonstrations = load(args.demonstrations, cell.environment)
             assert demonstrations is not None
             checkpoint = path.with_suffix(".ckpt")

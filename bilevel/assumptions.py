@@ -41,13 +41,16 @@ def smooth(matrix: Array, L: Any) -> Array:
 def licq(rows: Array, active: Array, least: Any = 1e-8) -> Array:
     """Whether the active rows [k, n] (`active` [k] booleans) are linearly independent.
 
-    The smallest singular value of the normalised active rows is at least `least`; no active row is fine. Rows of zeros
-    never are.
+    The smallest singular value of the normalised active rows is at least `least`, and k roundings; no active row is
+    fine. Rows of zeros never are.
     """
+    if not len(rows):
+        return jnp.ones((), rows.dtype)
     length = jnp.linalg.norm(rows, axis=1, keepdims=True)
     unit = jnp.where(active[:, None], rows / jnp.where(length > 0, length, 1), 0)
     apart = jnp.diag(jnp.where(active, 0.0, 1.0).astype(rows.dtype))  # an inactive row is a direction of its own
-    return jnp.linalg.svd(jnp.concatenate([unit, apart], axis=1), compute_uv=False)[-1] - least
+    smallest = jnp.linalg.svd(jnp.concatenate([unit, apart], axis=1), compute_uv=False)[-1]
+    return smallest - jnp.maximum(least, len(rows) * jnp.finfo(rows.dtype).eps)
 
 
 def strict_complementarity(multipliers: Array, slacks: Array, least: Any = 1e-8) -> Array:

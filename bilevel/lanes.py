@@ -126,7 +126,7 @@ def compiled(solver: Solver, many: Many, measure: Callable) -> Compiled:
     """The functions of a run of `solver`, as functions of problem, state, key."""
 
     def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
-        output = partial(solver.output, problem)
+        output = partial(full_precision(solver.output), problem)
         x, y = (jax.vmap(output) if many else output)(state)
         return measure_lanes(problem, x, y, many, measure)
 
@@ -134,7 +134,7 @@ def compiled(solver: Solver, many: Many, measure: Callable) -> Compiled:
         init=lambda problem, key: init(problem, solver, key, many),
         advance=lambda problem, state, key, start, n: advance_lanes(problem, solver, state, key, start, n, many),
         measure=measured,
-        output=lambda problem, state: solver.output(problem, state),
+        output=lambda problem, state: full_precision(solver.output)(problem, state),
     )
 
 

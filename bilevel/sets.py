@@ -226,7 +226,7 @@ def _on_simplex_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array])
     moved = _on_simplex(*primals)
     free = (moved > 0).astype(moved.dtype)
     change, by_scale = tangents
-    return moved, free * (change + (by_scale - free @ change) / jnp.sum(free))
+    return moved, free * (change + (by_scale - jnp.sum(free * change)) / jnp.sum(free))
 
 
 @struct

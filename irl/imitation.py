@@ -256,21 +256,26 @@ def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
     return agent + expert
 
 
+def check_penalty(solver: Solver, c: float) -> None:
+    """Raise InvalidInput where c < 0."""
+    if not c >= 0:
+        invalid(f"gradient_penalty ({type(solver).__name__})", c, "a number >= 0", "10 is usual, 0 is none.")
+
+
 def gradient_penalty(logit: Callable[[Steps], Array], pair: Pair, scale: Array, key: Array, num: int = 256) -> Array:
     """Mean of (|grad logit| - 1)^2 at `num` random points between the agent's steps and the expert's, [].
 
-    The gradient is by observations in units of scale [d], and by the action. Without a bound on its slope a
-    discriminator that tells a single demonstration apart has no gradient left that leads there.
+    The gradient is by observations in units of scale [d], and by the action; whether a step ended is the agent's. A
+    logit that is cut off has no slope beyond the cut, nor this a derivative there.
 
     Reference: Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville. Improved training of Wasserstein GANs. NeurIPS 2017,
         arXiv:1704.00028, equation 3; for imitation: Kostrikov et al. ICLR 2019, arXiv:1809.02925.
     """
     key_agent, key_expert, key_between = jax.random.split(key, 3)
-    draw = lambda key, steps, weights: jax.tree.map(  # noqa: E731
-        lambda leaf: leaf[jax.random.categorical(key, jnp.log(weights), shape=(num,))], steps
-    )
-    agent = draw(key_agent, pair.agent, pair.agent_weights)
-    expert = draw(key_expert, pair.expert, pair.expert_weights)
+    at_agent = jax.random.choice(key_agent, len(pair.agent_weights), (num,), p=pair.agent_weights)
+    at_expert = jax.random.choice(key_expert, len(pair.expert_weights), (num,), p=pair.expert_weights)
+    agent = jax.tree.map(lambda leaf: leaf[at_agent], pair.agent)
+    expert = jax.tree.map(lambda leaf: leaf[at_expert], pair.expert)
     share = jax.random.uniform(key_between, (num, 1), agent.observation.dtype)
     inputs = lambda steps: (steps.observation, steps.next_observation, steps.action)  # noqa: E731
     between = jax.tree.map(lambda a, e: share * a + (1 - share) * e, inputs(agent), inputs(expert))

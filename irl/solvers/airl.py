@@ -8,9 +8,9 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
-from bilevel.struct import struct
+from bilevel.struct import static, struct
 from irl.control import Task
-from irl.imitation import Imitation, Pair, State, classify, gradient_penalty, step_x
+from irl.imitation import Imitation, Pair, State, check_penalty, classify, gradient_penalty, step_x
 from irl.networks import init_mlp, mlp
 
 PyTree = Any
@@ -43,7 +43,8 @@ class AIRL(Imitation):
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
     Args: as of `imitation.Imitation`; upper_step_size serves h, too; and
-        gradient_penalty: c >= 0, as of `GAIL`; the slope is that of f/alpha, not of log pi.
+        gradient_penalty: c >= 0, as of `GAIL`; the slope is that of f/alpha, not of log pi. Only without it is f/alpha
+            log pi at the optimum, and r what is recovered.
 
     Reference: Fu, Luo, Levine. Learning robust rewards with adversarial inverse reinforcement learning. ICLR 2018,
         arXiv:1710.11248, Algorithm 1.
@@ -51,7 +52,12 @@ class AIRL(Imitation):
     its units, and alpha = 1 is the paper's D. Both sides of the loss count the same.
     """
 
-    gradient_penalty: float = 0.0
+    gradient_penalty: float = static(default=0.0)
+
+    def __post_init__(self) -> None:
+        """Check the penalty's weight."""
+        super().__post_init__()
+        check_penalty(self, self.gradient_penalty)
 
     def init_extra(self, problem: BilevelProblem, key: Array) -> Shaping:
         task = problem.lower_data.full()
@@ -72,8 +78,8 @@ class AIRL(Imitation):
         def loss(x: PyTree, h: PyTree) -> Array:
             at = state._replace(x=x, extra=state.extra._replace(h=h))
             f = lambda steps: self.reward(problem, at, steps) / jnp.exp(state.y.log_temperature)  # noqa: E731
-            penalty = gradient_penalty(f, pair, task.scale, key)
-            return classify(lambda steps: self.logit(problem, at, steps), pair) + self.gradient_penalty * penalty
+            fit, c = classify(lambda steps: self.logit(problem, at, steps), pair), self.gradient_penalty
+            return fit + c * gradient_penalty(f, pair, task.scale, key) if c else fit
 
         to_x, to_h = jax.grad(loss, argnums=(0, 1))(state.x, state.extra.h)
         h, rule = state.extra.step(state.extra.h, to_h)

@@ -7,8 +7,8 @@ import jax
 from jax import Array
 
 from bilevel.problem import BilevelProblem
-from bilevel.struct import struct
-from irl.imitation import Imitation, Pair, State, classify, gradient_penalty, step_x
+from bilevel.struct import static, struct
+from irl.imitation import Imitation, Pair, State, check_penalty, classify, gradient_penalty, step_x
 
 PyTree = Any
 
@@ -29,14 +29,19 @@ class GAIL(Imitation):
 
     Args: as of `imitation.Imitation`, and
         gradient_penalty: c >= 0, 10 as a rule, see `imitation.gradient_penalty`. 0, the default, is the paper's; then
-            the discriminator of a continuous task soon is right everywhere, and tells the agent nothing.
+            the discriminator of a continuous task can be right everywhere, and its reward nearly constant.
 
     Reference: Ho, Ermon. Generative adversarial imitation learning. NeurIPS 2016, arXiv:1606.03476, Algorithm 1.
     Differs from the paper: SAC, whose memory is labelled anew, instead of TRPO; both sides of the discriminator's loss
     count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
     """
 
-    gradient_penalty: float = 0.0
+    gradient_penalty: float = static(default=0.0)
+
+    def __post_init__(self) -> None:
+        """Check the penalty's weight."""
+        super().__post_init__()
+        check_penalty(self, self.gradient_penalty)
 
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
@@ -49,7 +54,7 @@ class GAIL(Imitation):
 
         def loss(x: PyTree) -> Array:
             logit = functools.partial(task.rewards, x)
-            penalty = gradient_penalty(logit, pair, task.scale, key)
-            return classify(logit, pair) + self.gradient_penalty * penalty
+            fit, c = classify(logit, pair), self.gradient_penalty
+            return fit + c * gradient_penalty(logit, pair, task.scale, key) if c else fit
 
         return step_x(problem, state, jax.grad(loss)(state.x))

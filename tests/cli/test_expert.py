@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import irl
-from benchmarks import cli, control, expert
+from benchmarks import cli, control, expert, files
 
 
 def call(*arguments):
@@ -30,6 +30,17 @@ def test_it_saves_demonstrations_with_returns(tmp_path, monkeypatch):
     assert saved.states.shape == (4, 10, 2)
     assert control.load(path.parent, "TwoStates-v1").num_trajectories == 4
     assert control.load(path.parent, "Hopper-v5") is None
+
+
+def test_a_result_of_other_settings_is_not_the_cells(tmp_path):
+    cell = control.Cell("Pendulum-v1", 1, "GAIL", 0, 5)
+    assert control.finished(cell, tmp_path) is None
+    files.write_json(tmp_path / cell.file, {"settings": control.described(cell), "return": 1.0})
+    found = control.finished(cell, tmp_path)
+    assert found is not None
+    assert found["return"] == 1.0
+    files.write_json(tmp_path / cell.file, {"settings": control.described(cell).replace("=10.0", "=0.0")})
+    assert control.finished(cell, tmp_path) is None
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,12 @@ def test_licq_is_the_rank_of_the_active_rows():
         independent = np.linalg.matrix_rank(rows[chosen]) == chosen.sum()
         assert (assumptions.licq(jnp.asarray(rows), jnp.asarray(chosen)) >= 0) == independent
     assert assumptions.licq(jnp.zeros((1, 3)), jnp.array([True])) < 0
+    assert assumptions.licq(jnp.zeros((0, 3)), jnp.zeros(0, bool)) >= 0
+    for seed in range(20):  # in float32 a row that depends on others does so up to rounding
+        A = np.random.default_rng(seed).normal(size=(3, 5))
+        A = jnp.asarray(np.vstack([A, A[:1] - 2 * A[1:2]]), jnp.float32)
+        assert assumptions.licq(A, jnp.ones(4, bool)) < 0
+        assert assumptions.licq(A, jnp.array([True, True, True, False])) >= 0
 
 
 def test_strict_complementarity():

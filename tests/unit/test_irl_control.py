@@ -1,7 +1,6 @@
 """Deep control: episodes and their weights, the solvers' directions, repeatability."""
 
 import dataclasses
-import functools
 import math
 
 import jax
@@ -15,7 +14,6 @@ from bilevel.struct import static, struct
 from irl import control, environments, networks, rollouts, sac
 from irl.diagnostics import epic_distance
 from irl.imitation import gradient_penalty
-from irl.solvers import airl
 
 TINY = irl.SAC(hidden=(8,), batch_size=16, discount=0.9)
 SHORT = {"num_env_steps": 20, "num_lower_steps": 20, "num_rollouts": 3, "block": 10, "capacity": 100, "num_random": 10}
@@ -212,28 +210,39 @@ class TestDirections:
         slope = np.linalg.norm(np.asarray(x[0].weights))
         penalty = gradient_penalty(lambda steps: task.rewards(x, steps), pair, task.scale, key)
         np.testing.assert_allclose(penalty, (slope - 1) ** 2, rtol=1e-9)
+        there = lambda steps: 3 * steps.next_observation[:, 0] / task.scale[0]  # noqa: E731
+        assert jnp.abs(gradient_penalty(there, pair, task.scale, key) - 4) < 1e-9
         flat = lambda steps: 0 * steps.action[:, 0]  # noqa: E731
         assert jnp.abs(gradient_penalty(flat, pair, task.scale, key) - 1) < 1e-5
         steep = jax.grad(lambda c: gradient_penalty(lambda steps: c * flat(steps), pair, task.scale, key))(1.0)
         assert jnp.isfinite(steep)
 
+        padded = pair.agent._replace(
+            observation=jnp.where(pair.agent.inside[:, None], pair.agent.observation, jnp.nan),
+            next_observation=jnp.where(pair.agent.inside[:, None], pair.agent.next_observation, jnp.nan),
+        )
+        assert not pair.agent.inside.all()
+        slopes = lambda steps: steps.observation[:, 0] ** 2 + steps.next_observation[:, 0] ** 2  # noqa: E731
+        assert jnp.isfinite(gradient_penalty(slopes, pair._replace(agent=padded), task.scale, key))
+
     @pytest.mark.parametrize("kind", [irl.GAIL, irl.AIRL])
     def test_discriminators_descend_the_gradient_penalty(self, kind, key):
-        """The move that it adds is downhill for the slope's penalty: of r for GAIL, of f/alpha for AIRL."""
-        p = problem()
-        task, solver = p.lower_data.full(), kind(1e-3, **SHORT)
+        """What it adds for a linear reward, in closed form: for AIRL of r/alpha, whatever log pi is."""
+        p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
+        task, solver = p.lower_data.full(), kind(1.0, **SHORT)
         _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
         state = solver.init(p, key)
-
-        def penalty(state):
-            unit = 1.0 if kind is irl.GAIL else 0.2
-            f = task.rewards if kind is irl.GAIL else functools.partial(airl.potential, task)
-            at = (state.x,) if kind is irl.GAIL else (state.x, state.extra.h)
-            return gradient_penalty(lambda steps: f(*at, steps) / unit, pair, task.scale, key)
-
+        if kind is irl.AIRL:
+            state = state._replace(extra=state.extra._replace(h=jax.tree.map(jnp.zeros_like, state.extra.h)))
         plain, _ = solver.move(p, state, pair, key)
-        held, _ = dataclasses.replace(solver, gradient_penalty=1.0).move(p, state, pair, key)
-        assert penalty(held) < min(penalty(plain), penalty(state))
+        held, _ = dataclasses.replace(solver, gradient_penalty=3.0).move(p, state, pair, key)
+        alpha = 1.0 if kind is irl.GAIL else 0.2
+        w = np.asarray(state.x[0].weights) / alpha
+        slope = np.linalg.norm(w)
+        added = 3 * 2 * (slope - 1) * w / slope / alpha
+        np.testing.assert_allclose(plain.x[0].weights - held.x[0].weights, added, rtol=1e-9)
+        with pytest.raises(bilevel.InvalidInput, match="gradient_penalty"):
+            kind(gradient_penalty=-1.0)
 
     def test_divergences_move_the_reward_by_the_covariance(self, key):
         """f-IRL with every divergence against the covariance over episodes, written out; an early end counts 0."""

@@ -44,6 +44,22 @@ def sweeps():
     return irl.occupancy(MDP, irl.policy(irl.value_iteration(MDP, jnp.ones((4, 2))).Q))
 
 
+def chosen():
+    problem = problems.make("nonconvex", case="mb_3_19").problem
+    solver, key = bilevel.SampledPenalty(num_samples=16, num_slots=2, num_starts=1, num_ladders=1), jax.random.key(0)
+    compiled = lanes.compiled(solver, False, diagnostics.measure)
+    return compiled.output(problem, compiled.init(problem, key))
+
+
+def onto_a_simplex():
+    simplex = bilevel.Simplex()
+    map_ = bilevel.FixedPoint(lambda x, y, batch: simplex.project(0.5 * y + batch @ x))
+    data = bilevel.Full(jnp.ones((4, 3)) / 4)
+    start = lambda key: (X, Y / 4)  # noqa: E731
+    problem = bilevel.BilevelProblem(lambda x, y, batch: jnp.sum(y**2), map_, lower_data=data, init=start)
+    return jax.grad(bilevel.implicit_objective(problem))(X)
+
+
 CALLS = {
     "hypergradient": lambda: bilevel.hypergradient(PROBLEM, X),
     "dense": lambda: bilevel.hypergradient(PROBLEM, X, method=bilevel.Dense()),
@@ -52,6 +68,8 @@ CALLS = {
     "implicit": lambda: jax.hessian(bilevel.implicit_objective(PROBLEM))(X),
     "gap": lambda: lower_gap(PROBLEM, X, Y, num_points=8, num_starts=1),
     "run": run,
+    "output": chosen,
+    "simplex": onto_a_simplex,
     "soft": sweeps,
 }
 
