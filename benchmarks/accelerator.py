@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
@@ -26,11 +25,10 @@ from rich.table import Table
 import bilevel
 import irl
 import problems
-from benchmarks import neural_irl, scale
+from benchmarks import devices, neural_irl, scale
+from benchmarks.peers import sac
 from benchmarks.sweep import cores
-from bilevel import lanes
-from bilevel.precision import full_precision
-from irl.sac import Batch
+from bilevel import diagnostics, lanes
 
 PyTree = Any
 Steps = Callable[[int], PyTree]  # n -> (x, y) after n steps from the start
@@ -43,46 +41,25 @@ def of_solver(make: Callable[[], tuple[bilevel.BilevelProblem, bilevel.Solver]],
     problem, solver = make()
     key, many = jax.random.key(0), seeds is not None
     key = jax.random.split(key, seeds) if many else key
-    state = lanes.init(problem, solver, key, many)
-    advance = lanes.advance_lanes.lower(problem, solver, state, key, 0, 1, many).compile()
-    output = partial(solver.output, problem)
-    return lambda n: (jax.vmap(output) if many else output)(advance(problem, solver, state, key, 0, n)[0])
+    run = lanes.compiled(solver, many, diagnostics.measure)
+    state, output = run.init(problem, key), partial(run.output, problem)
+    return lambda n: (jax.vmap(output) if many else output)(run.advance(problem, state, key, 0, n)[0])
 
 
 def of_agent(batch_size: int) -> Steps:
-    """Updates of SAC on batches drawn from 10,000 transitions of Hopper's sizes."""
-    agent = irl.SAC(tuned=True, learning_rate=3e-4, hidden=(256, 256), batch_size=batch_size)
-    rng, rows, d, k = np.random.default_rng(0), 10_000, 11, 3
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), float)  # noqa: E731
-    actions = jnp.tanh(draw(rows, k))
-    memory = Batch(draw(rows, d), actions, draw(rows, d), draw(rows), jnp.zeros(rows, bool))
+    """Updates of `benchmarks.peers.sac`'s agent."""
+    run = sac.ours(sac.transitions(), batch_size)[0]
+    return lambda n: run(n).weights
 
-    class Sizes:
-        observation_size, action_size, num_actions = d, k, None
 
-    @jax.jit
-    @full_precision  # as `solve` does
-    def run(learner: Any, memory: Batch, n: jax.Array) -> PyTree:
-        def update(i: jax.Array, learner: Any) -> Any:
-            key_draw, key_update = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-            at = jax.random.randint(key_draw, (batch_size,), 0, rows)
-            return agent.update(learner, jax.tree.map(lambda leaf: leaf[at], memory), key_update)[0]
-
-        return jax.lax.fori_loop(0, n, update, learner).weights
-
-    learner = agent.init(Sizes, jax.random.key(0))  # pyright: ignore[reportArgumentType]
-    return lambda n: run(learner, memory, jnp.asarray(n))
+def scaled(case: str, name: str, size: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
+    """A run of `benchmarks.scale`."""
+    return scale.CASES[case](size)[name]
 
 
 def sampled(num_samples: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
-    """A lower level with many minima on a box, x and y of 10."""
-    box = bilevel.Box(-1.0, 1.0)
-    problem = bilevel.BilevelProblem(
-        lambda x, y, batch: jnp.sum((x - 0.3) ** 2 + y),
-        bilevel.Minimize(lambda x, y, batch: jnp.sum(jnp.cos(4 * y) + (y - x) ** 2)),
-        x_set=box, y_set=box, init=lambda key: (jnp.zeros(10), jnp.zeros(10)),
-    )  # fmt: skip
-    return problem, bilevel.SampledPenalty(num_samples=num_samples)
+    """A lower level with many minima."""
+    return devices.waves(), bilevel.SampledPenalty(num_samples=num_samples)
 
 
 def perturbed(num: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
@@ -106,21 +83,21 @@ def methods() -> Makers:
 
 def unknowns() -> Makers:
     """A million of them."""
-    pick = lambda name, size: scale.unknowns(size)[name]  # noqa: E731
-    return {f"{name}, 1e6": partial(of_solver, partial(pick, name, 1_000_000)) for name in scale.unknowns(10)}
+    return {
+        f"{name}, 1e6": partial(of_solver, partial(scaled, "unknowns", name, 1_000_000)) for name in scale.unknowns(10)
+    }
 
 
 def many() -> Makers:
     """Of data, states and seeds."""
-    pick = lambda case, name, size: scale.CASES[case](size)[name]  # noqa: E731
 
     def cleaning() -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
         return problems.make("hyper_cleaning").problem, bilevel.SOBA(0.5, 0.5, 0.1)
 
     return {
-        "AID, 1e6 samples of 10 features": partial(of_solver, partial(pick, "samples", "AID", 1_000_000)),
-        "MLIRL, gridworld of 1,024 states": partial(of_solver, partial(pick, "states", "MLIRL", 1024)),
-        "MLIRL, gridworld of 102,400 states": partial(of_solver, partial(pick, "states", "MLIRL", 102_400)),
+        "AID, 1e6 samples of 10 features": partial(of_solver, partial(scaled, "samples", "AID", 1_000_000)),
+        "MLIRL, gridworld of 1,024 states": partial(of_solver, partial(scaled, "states", "MLIRL", 1024)),
+        "MLIRL, gridworld of 102,400 states": partial(of_solver, partial(scaled, "states", "MLIRL", 102_400)),
         "SOBA, hyper-cleaning": partial(of_solver, cleaning),
         "SOBA, hyper-cleaning, 64 seeds": partial(of_solver, cleaning, 64),
     }
@@ -151,11 +128,11 @@ def on(device: Any, make: Callable[[], Steps], check: int, repeats: int) -> tupl
         n = int(np.clip(SPAN / max(one - start, 1e-6), 1, 10_000))
         n = int(np.clip(n * SPAN / max(seconds(n) - start, 1e-6), 1, 100_000))  # the first guess was coarse
         step = float(np.median([max(seconds(n) - start, 0) / n for _ in range(repeats)]))
-        reached = [np.ravel(leaf) for leaf in jax.tree.leaves(steps(check))]
-        platforms = {d.platform for leaf in jax.tree.leaves(steps(1)) for d in leaf.devices()}
+        reached = jax.tree.leaves(steps(check))
+        platforms = {d.platform for leaf in reached for d in leaf.devices()}
     if platforms != {device.platform}:
         raise RuntimeError(f"ran on {platforms}, not on {device.platform}")
-    flat = np.concatenate([leaf for leaf in reached if leaf.dtype.kind == "f"])
+    flat = np.concatenate([np.ravel(leaf) for leaf in reached if leaf.dtype.kind == "f"])
     if not np.isfinite(flat).all():
         raise RuntimeError(f"(x, y) is not finite on {device.platform}")
     return step, first, flat

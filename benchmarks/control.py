@@ -84,6 +84,12 @@ def solver_of(method: str, name: str) -> Imitation:
     return kind(**(settings | LONG | slow | pair))
 
 
+def agent_of(method: str, name: str) -> irl.SAC:
+    """The agent that a method trains in an environment: the same for all, but for the temperature of `TUNED`."""
+    tuned = name not in GYMNAX and METHODS[method][0] in TUNED
+    return dataclasses.replace(learner_of(name), tuned=tuned)
+
+
 def described(cell: Cell) -> str:
     """The settings of a cell, kept in its result: one of other settings is not this cell's."""
     parts = solver_of(cell.method, cell.environment), agent_of(cell.method, cell.environment)
@@ -100,12 +106,6 @@ def finished(cell: Cell, out: Path) -> dict[str, Any] | None:
     """The cell's result, if there is one of its settings."""
     result = read_json(out / cell.file)
     return result if result is not None and result.get("settings") == described(cell) else None
-
-
-def agent_of(method: str, name: str) -> irl.SAC:
-    """The agent that a method trains in an environment: the same for all, but for the temperature of `TUNED`."""
-    tuned = name not in GYMNAX and METHODS[method][0] in TUNED
-    return dataclasses.replace(learner_of(name), tuned=tuned)
 
 
 def load(folder: Path, name: str) -> irl.Demonstrations | None:

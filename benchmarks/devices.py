@@ -50,6 +50,20 @@ def squares(samples: int, features: int, batch_size: int | None = None) -> Any:
     )  # fmt: skip
 
 
+def waves() -> Any:
+    """A lower level with many minima on a box, x and y of 10."""
+    import jax.numpy as jnp
+
+    import bilevel
+
+    box = bilevel.Box(-1.0, 1.0)
+    return bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum((x - 0.3) ** 2 + y),
+        bilevel.Minimize(lambda x, y, batch: jnp.sum(jnp.cos(4 * y) + (y - x) ** 2)),
+        x_set=box, y_set=box, init=lambda key: (jnp.zeros(10), jnp.zeros(10)),
+    )  # fmt: skip
+
+
 def examples() -> dict[str, tuple[Any, Any]]:
     """Problems and solvers that split each kind of thing, small, since only their programs are read."""
     import jax.numpy as jnp
@@ -58,9 +72,7 @@ def examples() -> dict[str, tuple[Any, Any]]:
     import irl
     import problems
 
-    box, start = bilevel.Box(-1.0, 1.0), lambda key: (jnp.zeros(10), jnp.zeros(10))
-    bent = lambda x, y, batch: jnp.sum((x - 0.3) ** 2 + y)  # noqa: E731
-    waves = bilevel.Minimize(lambda x, y, batch: jnp.sum(jnp.cos(4 * y) + (y - x) ** 2))
+    bent = waves()
     rows = bilevel.LinearCoupling(jnp.ones((1, 10)), jnp.zeros((1, 10)), jnp.full(1, 0.5))
     near = bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x) ** 2))
     penalty = bilevel.SampledPenalty(num_samples=64, num_slots=2, num_starts=1, num_ladders=1)
@@ -69,11 +81,9 @@ def examples() -> dict[str, tuple[Any, Any]]:
         "SOBA, 800 samples of 50 features, all of them a step": (squares(800, 50), bilevel.SOBA(0.3, 0.3, 0.1)),
         "AID, the same": (squares(800, 50), bilevel.AID(0.1, 0.1)),
         "SOBA, batches of 16": (squares(800, 50, 16), bilevel.SOBA(0.3, 0.3, 0.1)),
-        "SampledPenalty, 64 samples, x and y of 10": (
-            bilevel.BilevelProblem(bent, waves, x_set=box, y_set=box, init=start), penalty,
-        ),
+        "SampledPenalty, 64 samples, x and y of 10": (bent, penalty),
         "DSBLO, 8 perturbations, x and y of 10, one row": (
-            bilevel.BilevelProblem(bent, near, coupling=rows, init=start), bilevel.DSBLO(num_perturbations=8),
+            bilevel.BilevelProblem(bent.upper, near, coupling=rows, init=bent.init), bilevel.DSBLO(num_perturbations=8),
         ),
         "MLIRL, batches of 16 trajectories of 20 steps": (grid, irl.MLIRL(upper_step_size=0.1)),
     }  # fmt: skip

@@ -124,17 +124,18 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
 
 def compiled(solver: Solver, many: Many, measure: Callable) -> Compiled:
     """The functions of a run of `solver`, as functions of problem, state, key."""
+    output = full_precision(solver.output)
 
     def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
-        output = partial(full_precision(solver.output), problem)
-        x, y = (jax.vmap(output) if many else output)(state)
+        one = partial(output, problem)
+        x, y = (jax.vmap(one) if many else one)(state)
         return measure_lanes(problem, x, y, many, measure)
 
     return Compiled(
         init=lambda problem, key: init(problem, solver, key, many),
         advance=lambda problem, state, key, start, n: advance_lanes(problem, solver, state, key, start, n, many),
         measure=measured,
-        output=lambda problem, state: full_precision(solver.output)(problem, state),
+        output=output,
     )
 
 

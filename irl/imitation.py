@@ -256,12 +256,6 @@ def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
     return agent + expert
 
 
-def check_penalty(solver: Solver, c: float) -> None:
-    """Raise InvalidInput where c < 0."""
-    if not c >= 0:
-        invalid(f"gradient_penalty ({type(solver).__name__})", c, "a number >= 0", "10 is usual, 0 is none.")
-
-
 def gradient_penalty(logit: Callable[[Steps], Array], pair: Pair, scale: Array, key: Array, num: int = 256) -> Array:
     """Mean of (|grad logit| - 1)^2 at `num` random points between the agent's steps and the expert's, [].
 
@@ -287,6 +281,31 @@ def gradient_penalty(logit: Callable[[Steps], Array], pair: Pair, scale: Array, 
     slopes = jnp.concatenate([here * scale[None, :], there * scale[None, :], action], axis=1)
     size = jnp.sqrt(jnp.sum(slopes**2, axis=1) + 1e-12)  # a ReLU network can be flat, where a norm has no derivative
     return jnp.mean((size - 1) ** 2)
+
+
+@struct
+class Adversarial(Imitation):
+    """`Imitation` whose x moves by a discriminator's loss.
+
+    Args: as of `Imitation`, and
+        gradient_penalty: c >= 0, the weight of `imitation.gradient_penalty`; 10 is usual. 0, the default: none.
+    """
+
+    gradient_penalty: float = static(default=0.0)
+
+    def __post_init__(self) -> None:
+        """Check the penalty's weight."""
+        super().__post_init__()
+        if not self.gradient_penalty >= 0:
+            name = f"gradient_penalty ({type(self).__name__})"
+            invalid(name, self.gradient_penalty, "a number >= 0", "10 is usual, 0 is none.")
+
+    def loss(
+        self, logit: Callable[[Steps], Array], sloped: Callable[[Steps], Array], pair: Pair, scale: Array, key: Array
+    ) -> Array:
+        """The logistic loss of `logit` plus c times the penalty on the slope of `sloped`, its part that learns, []."""
+        fit, c = classify(logit, pair), self.gradient_penalty
+        return fit + c * gradient_penalty(sloped, pair, scale, key) if c else fit
 
 
 def step_x(problem: BilevelProblem, state: State, direction: PyTree) -> tuple[State, Array]:

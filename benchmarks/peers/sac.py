@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import irl
+from bilevel.precision import full_precision
+from irl.control import Sizes
 from irl.networks import Layer
 from irl.sac import Batch, Learner
 
@@ -30,23 +32,32 @@ ROWS, D, K = 10_000, 11, 3
 PRODUCTS = 16
 
 
-def ours(data: np.ndarray, updates: int) -> tuple[Callable[[], Any], irl.SAC, Learner]:
-    """(a call of `updates` updates in one scan, the agent, its learner)."""
-    agent = irl.SAC(tuned=True, learning_rate=3e-4, hidden=(256, 256), batch_size=256)
-    learner = agent.init(irl.make("Hopper-v5"), jax.random.key(0))
-    rows = jnp.asarray(data)
+def transitions() -> np.ndarray:
+    """Rows (s, a, s', r) of normal numbers, actions in (-1, 1)."""
+    data = np.random.default_rng(0).normal(size=(ROWS, 2 * D + K + 1)).astype(np.float32)
+    data[:, D : D + K] = np.tanh(data[:, D : D + K])
+    return data
+
+
+def ours(data: np.ndarray, batch_size: int = 256) -> tuple[Callable[[int], Learner], irl.SAC, Learner]:
+    """(n -> the learner after n updates in one loop, the agent, its learner at the start)."""
+    agent = irl.SAC(tuned=True, learning_rate=3e-4, hidden=(256, 256), batch_size=batch_size)
+    sizes: Any = Sizes(D, K, None)
+    learner, rows = agent.init(sizes, jax.random.key(0)), jnp.asarray(data, float)
 
     @jax.jit
-    def run(learner: Learner, rows: jax.Array, key: jax.Array) -> Learner:
-        def update(learner: Learner, key: jax.Array) -> tuple[Learner, None]:
-            key_draw, key_update = jax.random.split(key)
-            at = rows[jax.random.randint(key_draw, (256,), 0, ROWS)]
-            batch = Batch(at[:, :D], at[:, D : D + K], at[:, D + K : 2 * D + K], at[:, -1], jnp.zeros(256, bool))
-            return agent.update(learner, batch, key_update)[0], None
+    @full_precision  # as `solve` does
+    def run(learner: Learner, rows: jax.Array, n: int) -> Learner:
+        def update(k: jax.Array, learner: Learner) -> Learner:
+            key_draw, key_update = jax.random.split(jax.random.fold_in(jax.random.key(1), k))
+            at = rows[jax.random.randint(key_draw, (batch_size,), 0, ROWS)]
+            ended = jnp.zeros(batch_size, bool)
+            batch = Batch(at[:, :D], at[:, D : D + K], at[:, D + K : 2 * D + K], at[:, -1], ended)
+            return agent.update(learner, batch, key_update)[0]
 
-        return jax.lax.scan(update, learner, jax.random.split(key, updates))[0]
+        return jax.lax.fori_loop(0, n, update, learner)
 
-    return lambda: jax.block_until_ready(run(learner, rows, jax.random.key(1))), agent, learner
+    return lambda n: run(learner, rows, n), agent, learner
 
 
 def theirs(data: np.ndarray) -> Any:
@@ -92,9 +103,8 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    data = np.random.default_rng(0).normal(size=(ROWS, 2 * D + K + 1)).astype(np.float32)
-    data[:, D : D + K] = np.tanh(data[:, D : D + K])
-    run, agent, learner = ours(data, args.updates)
+    data = transitions()
+    run, agent, learner = ours(data)
     model = theirs(data)
     check(agent, learner, model, data)
 
@@ -112,7 +122,7 @@ def main() -> None:
         return call
 
     threads = sorted({1, os.cpu_count() or 1})
-    calls = {"bilevax": run}
+    calls: dict[str, Callable[[], Any]] = {"bilevax": lambda: jax.block_until_ready(run(args.updates))}
     for name, work in (
         ("stable-baselines3", lambda: model.train(args.updates, 256)),
         ("its products alone", products),

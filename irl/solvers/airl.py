@@ -8,9 +8,9 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
-from bilevel.struct import static, struct
+from bilevel.struct import struct
 from irl.control import Task
-from irl.imitation import Imitation, Pair, State, check_penalty, classify, gradient_penalty, step_x
+from irl.imitation import Adversarial, Pair, State, step_x
 from irl.networks import init_mlp, mlp
 
 PyTree = Any
@@ -30,7 +30,7 @@ def potential(task: Task, x: PyTree, h: PyTree, steps: Any) -> Array:
 
 
 @struct
-class AIRL(Imitation):
+class AIRL(Adversarial):
     """Adversarial inverse RL, for problems of `irl.to_control`: with f = r(s, a; x) + gamma h(s') - h(s) and
     D = exp(f/alpha)/(exp(f/alpha) + pi(a|s)) the chance that (s, a, s') is the expert's,
 
@@ -52,13 +52,6 @@ class AIRL(Imitation):
     its units, and alpha = 1 is the paper's D. Both sides of the loss count the same.
     """
 
-    gradient_penalty: float = static(default=0.0)
-
-    def __post_init__(self) -> None:
-        """Check the penalty's weight."""
-        super().__post_init__()
-        check_penalty(self, self.gradient_penalty)
-
     def init_extra(self, problem: BilevelProblem, key: Array) -> Shaping:
         task = problem.lower_data.full()
         h = init_mlp(key, (task.environment.observation_size, 64, 64, 1))
@@ -78,8 +71,7 @@ class AIRL(Imitation):
         def loss(x: PyTree, h: PyTree) -> Array:
             at = state._replace(x=x, extra=state.extra._replace(h=h))
             f = lambda steps: self.reward(problem, at, steps) / jnp.exp(state.y.log_temperature)  # noqa: E731
-            fit, c = classify(lambda steps: self.logit(problem, at, steps), pair), self.gradient_penalty
-            return fit + c * gradient_penalty(f, pair, task.scale, key) if c else fit
+            return self.loss(lambda steps: self.logit(problem, at, steps), f, pair, task.scale, key)
 
         to_x, to_h = jax.grad(loss, argnums=(0, 1))(state.x, state.extra.h)
         h, rule = state.extra.step(state.extra.h, to_h)

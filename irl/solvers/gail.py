@@ -7,14 +7,14 @@ import jax
 from jax import Array
 
 from bilevel.problem import BilevelProblem
-from bilevel.struct import static, struct
-from irl.imitation import Imitation, Pair, State, check_penalty, classify, gradient_penalty, step_x
+from bilevel.struct import struct
+from irl.imitation import Adversarial, Pair, State, step_x
 
 PyTree = Any
 
 
 @struct
-class GAIL(Imitation):
+class GAIL(Adversarial):
     """Generative adversarial imitation, for problems of `irl.to_control`: with D = sigmoid(-r(s, a; x)), the reward
     network as the logit that (s, a) is the expert's,
 
@@ -36,13 +36,6 @@ class GAIL(Imitation):
     count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
     """
 
-    gradient_penalty: float = static(default=0.0)
-
-    def __post_init__(self) -> None:
-        """Check the penalty's weight."""
-        super().__post_init__()
-        check_penalty(self, self.gradient_penalty)
-
     def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
 
@@ -54,7 +47,6 @@ class GAIL(Imitation):
 
         def loss(x: PyTree) -> Array:
             logit = functools.partial(task.rewards, x)
-            fit, c = classify(logit, pair), self.gradient_penalty
-            return fit + c * gradient_penalty(logit, pair, task.scale, key) if c else fit
+            return self.loss(logit, logit, pair, task.scale, key)
 
         return step_x(problem, state, jax.grad(loss)(state.x))
