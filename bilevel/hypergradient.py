@@ -33,6 +33,7 @@ from bilevel import lower as lower_level
 from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
 from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
 from bilevel.lower import Newton
+from bilevel.nystrom import Nystrom
 from bilevel.polyhedral import ActiveSet
 from bilevel.precision import full_precision
 from bilevel.problem import BilevelProblem, Minimize, check_like, check_problem, start_y
@@ -129,18 +130,18 @@ def _hypergradient(
         check_like("v", v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     if lower is None:
-        status, factor = jnp.array(Status.CONVERGED), ()
+        status, factor, sketch = jnp.array(Status.CONVERGED), (), None
         R = ravel_pytree(oracles.residual(problem, x, y, lower_batch))[0]
         lower_residual = jnp.linalg.norm(R)
     else:
-        y, lower_residual, _, status, factor, R = lower_level.solve(problem, x, y, lower_batch, lower)
+        y, lower_residual, _, status, factor, R, sketch = lower_level.solve(problem, x, y, lower_batch, lower)
     if isinstance(method, Unrolled):
         return _unrolled(problem, x, y, method, status)
 
     flat_y, unravel = ravel_pytree(y)
     flat_x, unravel_x = ravel_pytree(x)
     dtype = flat_y.dtype
-    inverse = _inverse(problem, x, y, lower_batch, method, factor)
+    inverse = _inverse(problem, x, y, lower_batch, method, factor, sketch)
 
     def look(y: Array, v: Array) -> _Look:
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
@@ -216,6 +217,7 @@ def _passes(
     Stage 0 solves for v, 1 is at y + d, 2 at v + dv; without `estimate` stage 0 is all.
     """
     dtype, stages = y.dtype, 3 if estimate else 1
+    enough = (10 * jnp.finfo(dtype).eps) ** 2  # the linear solvers' default, squared
 
     def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
         y, v, first_v, kept, scalars = carry  # kept: the gradient of stage 0, the last stage's R_x' v; zeros before
@@ -224,7 +226,7 @@ def _passes(
         difference = jnp.stack([at.gradient, at.cross]) - kept
         by_y, by_x = gram(jnp.stack([at.r_v, at.fy])), gram(difference)
         r_v, fy, change, moved = by_y[0, 0], by_y[1, 1], by_x[0, 0], by_x[1, 1]
-        refine = (stage == 0) & (count < inverse.max_solves) & (r_v <= c.r_v / 4) & (r_v > 0)
+        refine = (stage == 0) & (count < inverse.max_solves) & (r_v <= c.r_v / 4) & (r_v > enough * fy)
         solved = (stage == 0) & ~refine
         rhs = jnp.where(solved, R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
         step, residual = inverse.correct(solved, refine, rhs, jnp.sqrt(fy / jnp.where(r_v > 0, r_v, 1)))
@@ -261,8 +263,9 @@ class _Inverse(NamedTuple):
 
 
 def _inverse(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, method: LinearSolver | None, factor: PyTree
-) -> _Inverse:
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, method: LinearSolver | None, factor: PyTree,
+    sketch: Nystrom | None,
+) -> _Inverse:  # fmt: skip
     """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
     flat, unravel = ravel_pytree(y)
     symmetric = isinstance(problem.lower, Minimize)
@@ -274,7 +277,7 @@ def _inverse(
             return found, None
 
         return _Inverse(by_factor, 20)
-    method = default_solver(flat.size, symmetric) if method is None else method
+    method = default_solver(flat.size, symmetric, sketch) if method is None else method
 
     def prepare(transpose: bool) -> Callable[[Array, Array, Array], LinearSolution]:
         product = oracles.hvp_operator(problem, x, y, batch, transpose=transpose)

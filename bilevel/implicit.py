@@ -65,7 +65,7 @@ def _implicit_value(
     found = lower_level.solve(problem, lax.stop_gradient(x), y, lower_batch, lower)
     flat, unravel = ravel_pytree(found.y)
     flat = jnp.where(found.status == Status.NONFINITE, jnp.nan, flat)
-    linear = default_solver(flat.size, symmetric) if method is None else method
+    linear = default_solver(flat.size, symmetric, found.sketch) if method is None else method
 
     def residual(flat: Array) -> Array:
         return ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]

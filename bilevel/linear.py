@@ -67,10 +67,13 @@ class CG(LinearSolver):
     that:
     a direction of non-positive curvature ends the loop, and so does the recurrence's residual at rounding level of b.
     `tol` relative, default 10 eps; `max_iterations` defaults to 10 n, since rounding can cost CG several times n.
+    `preconditioner`: r -> C^-1 r for a symmetric positive definite C near a multiple of M, as `nystrom.sketch` finds
+    one; the residual that counts stays b - M v.
     """
 
     tol: Any = None
     max_iterations: int | None = static(default=None)
+    preconditioner: Any = None
 
     def _limit(self, n: int) -> int:
         return 10 * n if self.max_iterations is None else self.max_iterations
@@ -93,20 +96,29 @@ class CG(LinearSolver):
         r = r / unit
 
         def go_on(carry: tuple) -> Array:
-            _, _, _, squared, k, good = carry
+            _, _, _, _, squared, k, good = carry
             return good & (squared > target) & (k < limit)
 
+        def conditioned(r: Array) -> tuple[Array, Array, Array]:
+            """(z = C^-1 r, r'z, |r|^2)."""
+            if self.preconditioner is None:
+                return r, r @ r, r @ r
+            z = self.preconditioner(r)
+            return z, r @ z, r @ r
+
         def body(carry: tuple) -> tuple:
-            v, r, p, squared, k, _ = carry
+            v, r, p, product, _, k, _ = carry
             Mp = matvec(p)
             curvature = p @ Mp
             good = (curvature > 0) & jnp.isfinite(curvature)
-            step = jnp.where(good, squared / jnp.where(good, curvature, 1), 0)
+            step = jnp.where(good, product / jnp.where(good, curvature, 1), 0)
             r_next = r - step * Mp
-            squared_next = r_next @ r_next
-            return v + (unit * step) * p, r_next, r_next + (squared_next / squared) * p, squared_next, k + 1, good
+            z, product_next, squared = conditioned(r_next)
+            return v + (unit * step) * p, r_next, z + (product_next / product) * p, product_next, squared, k + 1, good
 
-        v, _, _, _, k, positive = lax.while_loop(go_on, body, (v0, r, r, r @ r, jnp.array(0), jnp.array(True)))
+        z, product, squared = conditioned(r)
+        start = v0, r, z, product, squared, jnp.array(0), jnp.array(True)
+        v, *_, k, positive = lax.while_loop(go_on, body, start)
         return v, k, positive
 
 
@@ -335,8 +347,8 @@ def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:
 DENSE_LIMIT = 256  # unknowns; below it a dense factor is faster than CG at any condition number (docs/design.md)
 
 
-def default_solver(n: int, symmetric: bool) -> LinearSolver:
+def default_solver(n: int, symmetric: bool, preconditioner: Any = None) -> LinearSolver:
     """Dense up to DENSE_LIMIT unknowns; beyond, CG for a lower level that is minimised and GMRES for a fixed point."""
     if n <= DENSE_LIMIT:
         return Dense()
-    return CG() if symmetric else GMRES()
+    return CG(preconditioner=preconditioner) if symmetric else GMRES()

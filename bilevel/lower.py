@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles, polyhedral, projected
 from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix, gram, pack_scalars
+from bilevel.nystrom import Nystrom
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
 from bilevel.step import Stepper, move
@@ -25,7 +26,7 @@ PyTree = Any
 class LowerSolution(NamedTuple):
     """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
     NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
-    from `polyhedral`.
+    from `polyhedral`; sketch of R_y near y, from `projected`, a preconditioner for CG.
     """
 
     y: PyTree
@@ -34,6 +35,7 @@ class LowerSolution(NamedTuple):
     status: Array
     factor: PyTree
     R: Any = ()
+    sketch: Nystrom | None = None
 
 
 @struct
@@ -77,7 +79,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
     if large is not None:
         found = projected.solve(problem, x, y, batch, large)
         residual = found.residual if problem.constrained_lower else jnp.linalg.norm(found.R)
-        return LowerSolution(found.y, residual, found.steps, found.status, (), found.R)
+        return LowerSolution(found.y, residual, found.steps, found.status, (), found.R, found.sketch)
     if problem.constrained_lower:
         found = polyhedral.solve(problem, x, y, batch, polyhedral.settings_for(problem, "lower.solve", settings))
         return LowerSolution(found.y, found.residual, found.steps, found.status, ())

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import oracles
+from bilevel import nystrom, oracles
 from bilevel.linear import CG, DENSE_LIMIT
+from bilevel.nystrom import Nystrom
 from bilevel.polyhedral import ActiveSet
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Status
@@ -52,6 +53,8 @@ class ProjectedNewton:
 class ProjectedSolution(NamedTuple):
     """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face; R at y, raveled.
 
+    sketch: of H at the start, for `tangent_solve`; zeros where a Newton step has failed since; None up to
+    `linear.DENSE_LIMIT` unknowns, with a ball, and where H is given.
     status: CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
     error; MAX_STEPS, NONFINITE.
     """
@@ -62,6 +65,7 @@ class ProjectedSolution(NamedTuple):
     status: Array
     face: "Face"
     R: Array
+    sketch: Nystrom | None = None
 
 
 class Face(NamedTuple):
@@ -154,8 +158,10 @@ def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
     return Face(*_face(problem.y_set, y, R, s), s)
 
 
-def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face) -> Callable:
-    """(b, tol) -> v in the tangent space with P (H + D) P v = P b.
+def tangent_solve(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face, sketch: Nystrom | None = None
+) -> Callable:
+    """(b, tol) -> v in the tangent space with P (H + D) P v = P b; `sketch`: of an H nearby, a preconditioner.
 
     With H given by its diagonal and E = H + D, v = E^-1 (b - N'm), N E^-1 N' m = N E^-1 b on the free entries: the
     normals N of a face are of different sets, so that N E^-1 N' is diagonal and nothing is solved.
@@ -174,18 +180,22 @@ def tangent_solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, 
         return closed
     product = oracles.hvp_operator(problem, x, y, batch)
     if not problem.constrained_lower:  # the face is all of R^n
-        return lambda b, tol=None: CG(tol=tol).iterate(lambda v: ravel_pytree(product(unravel(v)))[0], b)[0]
+        whole = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
+        return lambda b, tol=None: CG(tol, preconditioner=sketch).iterate(whole, b)[0]
 
     def operator(v: Array) -> Array:
-        inside = face.tangent(v)
-        curved = ravel_pytree(product(unravel(inside)))[0] + face.mu * inside
-        return face.tangent(curved) + (v - inside) / face.s  # definite on all of R^n: rounding errors off the face fade
+        along = face.tangent(v)
+        curved = ravel_pytree(product(unravel(along)))[0] + face.mu * along
+        return face.tangent(curved) + (v - along) / face.s  # definite on all of R^n: rounding errors off the face fade
 
-    return lambda b, tol=None: CG(tol=tol).iterate(operator, face.tangent(b))[0]
+    inside = None if sketch is None else sketch.within(face.tangent)
+    return lambda b, tol=None: CG(tol, preconditioner=inside).iterate(operator, face.tangent(b))[0]
 
 
 class _Search(NamedTuple):
-    """y and R there; step size s; natural residual |y - Proj(y - s R)|, and the largest so far; rounds; status."""
+    """y and R there; step size s; natural residual |y - Proj(y - s R)|, and the largest so far; rounds; status; whether
+    every Newton step so far was good: else the sketch is none of the Hessian here.
+    """
 
     y: Array
     R: Array
@@ -194,6 +204,7 @@ class _Search(NamedTuple):
     before: Array
     rounds: Array
     status: Array
+    near: Array
 
 
 def solve(
@@ -235,6 +246,10 @@ def solve(
     def natural(y: Array, R: Array, s: Array) -> Array:
         return jnp.linalg.norm(y - project(y - s * R))
 
+    def trusted(near: Array) -> Nystrom | None:
+        """The sketch, or one of nothing, so that CG goes without."""
+        return jax.tree.map(lambda rows: jnp.where(near, rows, 0), sketch)
+
     def body(c: _Search) -> _Search:
         # A Newton step on the face first: a warm start needs no other. It is solved to leave a third of what is asked.
         base, R = c.y, c.R
@@ -245,7 +260,7 @@ def solve(
         goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
         enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
         forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
-        d = tangent_solve(problem, x, unravel(base), batch, face)(-R, forcing)
+        d = tangent_solve(problem, x, unravel(base), batch, face, trusted(c.near))(-R, forcing)
         newton = project(base + d)
         R = evaluate(newton)[1]
         size = natural(newton, R, c.s)
@@ -265,24 +280,38 @@ def solve(
         y, R, size = (jnp.where(stuck & ~better, old, new) for new, old in ((y, c.y), (R, c.R), (size, c.size)))
         status = jnp.where((size <= tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
         status = jnp.where(jnp.isfinite(size), status, Status.NONFINITE)
-        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status)
+        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status, c.near & good)
 
     start = project(flat)
     g, R = evaluate(start)
-    s = _first_step(problem, x, unravel(start), batch)
+    sketch = _sketch(problem, x, unravel(start), batch)
+    s = _first_step(problem, x, unravel(start), batch, sketch)
     size = natural(start, R, s)
     status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
-    begin = _Search(start, R, s, size, jnp.maximum(size, jnp.finfo(flat.dtype).tiny), jnp.array(0), status)
+    before = jnp.maximum(size, jnp.finfo(flat.dtype).tiny)
+    begin = _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
     end = lax.while_loop(lambda c: (c.status == Status.MAX_STEPS) & (c.rounds < settings.max_rounds), body, begin)
     face = face_at(problem, unravel(end.y), unravel(end.R), end.s)
     noise = 1e3 * eps * (jnp.linalg.norm(end.y) + end.s * jnp.linalg.norm(end.R))
     weak = (end.status == Status.CONVERGED) & (face.margin <= jnp.maximum(noise, 10 * end.size))
     status = jnp.where(weak, Status.WEAKLY_ACTIVE, end.status)
-    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R)
+    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R, trusted(end.near))
 
 
-def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
-    """1/L, L the largest curvature that ten power iterations find: an estimate that the line search corrects."""
+def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nystrom | None:
+    """Of H at y, for a large y and where D = 0."""
+    flat, unravel = ravel_pytree(y)
+    given = oracles.lower_diagonal(problem, x, y, batch) is not None
+    if given or flat.size <= DENSE_LIMIT or Ball in _kinds(problem.y_set):
+        return None
+    product = oracles.hvp_operator(problem, x, y, batch)
+    return nystrom.sketch(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)
+
+
+def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sketch: Nystrom | None) -> Array:
+    """1/L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
+    estimate that the line search corrects.
+    """
     flat, unravel = ravel_pytree(y)
     product = oracles.hvp_operator(problem, x, y, batch)
 
@@ -292,6 +321,9 @@ def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) ->
         size = jnp.linalg.norm(w)
         return w / jnp.where(size > 0, size, 1), size
 
-    first = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype)
-    _, L = lax.fori_loop(0, 10, power, (first / jnp.linalg.norm(first), jnp.zeros((), flat.dtype)))
+    first, steps = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), 10
+    if sketch is not None:
+        seen = jnp.any(sketch.rows[-1] != 0)
+        first, steps = jnp.where(seen, sketch.rows[-1], first), jnp.where(seen, 3, 10)
+    _, L = lax.fori_loop(0, steps, power, (first / jnp.linalg.norm(first), jnp.zeros((), flat.dtype)))
     return 1 / jnp.where(L > 0, 1.1 * L, 1)

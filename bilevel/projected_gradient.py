@@ -28,7 +28,7 @@ def differentiate(
     found = projected.solve(problem, x, y, lower_batch, settings)
     face = found.face
     flat, unravel = ravel_pytree(found.y)
-    solve = projected.tangent_solve(problem, x, found.y, lower_batch, face)
+    solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
 
     def correct(carry: tuple, _: None) -> tuple:
         """Solve for the corrections of y and u, and look at the corrected point."""
@@ -75,7 +75,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Proj
     flat, unravel = ravel_pytree(found.y)
     product = oracles.hvp_operator(problem, fixed_x, found.y, lower_batch)
     hessian = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
-    within = projected.tangent_solve(problem, fixed_x, found.y, lower_batch, face)
+    within = projected.tangent_solve(problem, fixed_x, found.y, lower_batch, face, found.sketch)
 
     def residual(flat: Array) -> Array:
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]

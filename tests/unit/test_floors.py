@@ -17,6 +17,7 @@ FLOORS = (  # lowest first; files on one floor do not import each other
     {"oracles"},
     {"sample_oracles"},
     {"linear", "step", "sampling", "polyhedral"},
+    {"nystrom"},
     {"polyhedral_gradient", "projected", "lagrangian", "refine"},
     {"projected_gradient", "lower", "tracking", "renewal", "answer"},
     {"hypergradient"},
