@@ -41,9 +41,9 @@ def of_solver(make: Callable[[], tuple[bilevel.BilevelProblem, bilevel.Solver]],
     problem, solver = make()
     key, many = jax.random.key(0), seeds is not None
     key = jax.random.split(key, seeds) if many else key
-    run = lanes.compiled(solver, many, diagnostics.measure)
-    state, output = run.init(problem, key), partial(run.output, problem)
-    return lambda n: (jax.vmap(output) if many else output)(run.advance(problem, state, key, 0, n)[0])
+    run = lanes.compiled(problem, solver, key, many, diagnostics.measure)
+    state = run.init()
+    return lambda n: (jax.vmap(run.output) if many else run.output)(run.advance(state, 0, n)[0])
 
 
 def of_agent(batch_size: int) -> Steps:

@@ -50,6 +50,20 @@ def _steps(
     return jax.lax.fori_loop(start, start + num_steps, body, begin)
 
 
+class _Flat:
+    """A problem or solver flattened once, as an argument of compiled functions, which see the original: flattening it
+    node by node, at each call, is a sixth of what a call takes.
+    """
+
+    def __init__(self, tree: PyTree) -> None:
+        self.leaves, self.structure = jax.tree.flatten(tree)
+
+
+jax.tree_util.register_pytree_node(
+    _Flat, lambda flat: (flat.leaves, flat.structure), lambda structure, leaves: structure.unflatten(leaves)
+)
+
+
 class Compiled(NamedTuple):
     """The compiled functions of a run."""
 
@@ -64,6 +78,12 @@ def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
     if solver.full_batch:
         return solver.cost(problem).passes(1.0, 1.0)
     return solver.cost(problem).passes(problem.upper_data.fraction, problem.lower_data.fraction)
+
+
+def scalars(info: PyTree) -> dict[str, Array]:
+    """The numbers among the fields of a step's info: columns of the record."""
+    fields = info._asdict() if hasattr(info, "_asdict") else {}
+    return {name: value for name, value in fields.items() if getattr(value, "shape", None) == ()}
 
 
 def _all_finite(state: PyTree) -> Array:
@@ -97,15 +117,18 @@ def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyT
 @partial(jax.jit, static_argnames="many")
 def advance_lanes(
     problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: Many
-) -> tuple[PyTree, PyTree, Array, Array]:
-    """(state, info, whether the state is finite, at how many steps each of the solver's assumptions failed)."""
+) -> tuple[PyTree, PyTree, Array]:
+    """(state, info, summary): whether the state is finite, at how many steps each of the solver's assumptions failed,
+    and info's `scalars`, as one vector of floats for each lane, since each transfer to the host has its price.
+    """
     watched = tuple(solver.assumptions)
 
     def one(
         problem: BilevelProblem, solver: Solver, start: Array, num_steps: Array, state: PyTree, key: Array
-    ) -> tuple[PyTree, PyTree, Array, Array]:
+    ) -> tuple[PyTree, PyTree, Array]:
         state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
-        return state, info, _all_finite(state), failed
+        summary = [_all_finite(state), *failed, *scalars(info).values()]
+        return state, info, jnp.stack([jnp.asarray(number, float) for number in summary])
 
     return _each(one, many, (problem, solver, start, num_steps), state, key)
 
@@ -113,7 +136,7 @@ def advance_lanes(
 @partial(jax.jit, static_argnames=("many", "measure"))
 @full_precision
 def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, measure: Callable) -> Array:
-    """Of (x, y) alone, so that all solvers share one compilation; as one vector, since each transfer has its price."""
+    """Of (x, y) alone, so that all solvers share one compilation; in one vector, too."""
 
     def one(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
         measured = measure(problem, x, y)
@@ -122,18 +145,19 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
     return _each(one, many, (problem,), x, y)
 
 
-def compiled(solver: Solver, many: Many, measure: Callable) -> Compiled:
-    """The functions of a run of `solver`, as functions of problem, state, key."""
-    output = full_precision(solver.output)
+def compiled(problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable) -> Compiled:
+    """The functions of a run: init(), advance(state, start, num_steps), measure(state), output(state of one lane)."""
+    flat_problem: Any = _Flat(problem)
+    flat_solver: Any = _Flat(solver)
+    output = full_precision(partial(solver.output, problem))
 
-    def measured(problem: BilevelProblem, state: PyTree) -> PyTree:
-        one = partial(output, problem)
-        x, y = (jax.vmap(one) if many else one)(state)
-        return measure_lanes(problem, x, y, many, measure)
+    def measured(state: PyTree) -> Array:
+        x, y = (jax.vmap(output) if many else output)(state)
+        return measure_lanes(flat_problem, x, y, many, measure)
 
     return Compiled(
-        init=lambda problem, key: init(problem, solver, key, many),
-        advance=lambda problem, state, key, start, n: advance_lanes(problem, solver, state, key, start, n, many),
+        init=lambda: init(flat_problem, flat_solver, key, many),
+        advance=lambda state, start, n: advance_lanes(flat_problem, flat_solver, state, key, start, n, many),
         measure=measured,
         output=output,
     )
@@ -145,19 +169,19 @@ def lane(tree: PyTree, many: Many, k: int) -> PyTree:
 
 
 def last_finite(
-    lanes: Compiled, problem: BilevelProblem, state: PyTree, key: Array, start: int, piece: int, many: Many, k: int
-) -> tuple[int, PyTree, PyTree, Array]:
-    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and what
-    `advance_lanes` counted from `start` to the step that did it.
+    lanes: Compiled, state: PyTree, start: int, piece: int, many: Many, k: int
+) -> tuple[int, PyTree, PyTree, np.ndarray]:
+    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and the
+    summary from `start` to the step that did it.
     """
     good, bad = 0, piece
-    best, info, *_ = lanes.advance(problem, state, key, start, 0)
+    best, info, *_ = lanes.advance(state, start, 0)
     while bad - good > 1:
         middle = (good + bad) // 2
-        trial, trial_info, finite, _ = lanes.advance(problem, state, key, start, middle)
-        if np.atleast_1d(finite)[k]:
+        trial, trial_info, summary = lanes.advance(state, start, middle)
+        if lane(np.asarray(summary), many, k)[0]:
             good, best, info = middle, trial, trial_info
         else:
             bad = middle
-    failed = np.asarray(lanes.advance(problem, state, key, start, bad)[3])
-    return start + good, *lane((best, info, failed), many, k)
+    summary = lane(np.asarray(lanes.advance(state, start, bad)[2]), many, k)
+    return start + good, *lane((best, info), many, k), summary

@@ -23,7 +23,7 @@ from bilevel.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.gap import measure_global
-from bilevel.lanes import Many, advance, compiled, lane, last_finite, passes_per_step
+from bilevel.lanes import Many, advance, compiled, lane, last_finite, passes_per_step, scalars
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.record import Record, Solution, SolveError, Status
 from bilevel.solver import Solver, Unsupported
@@ -175,13 +175,6 @@ def _check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None
         invalid(name, f"shape {key.shape}", expected, do)
 
 
-def _scalars(info: PyTree) -> dict[str, float]:
-    """The numbers among the fields of a step's info, as columns of the record."""
-    fields = info._asdict() if hasattr(info, "_asdict") else {}
-    scalars = {name: value for name, value in fields.items() if getattr(value, "shape", None) == ()}
-    return {name: float(np.asarray(value)) for name, value in scalars.items()}  # a fifth of the time of float(value)
-
-
 class _Clock:
     """Solver seconds: what compiling, measuring and saving take is kept apart."""
 
@@ -216,7 +209,7 @@ def _drive(
     if reason is not None:
         raise Unsupported(reason)
     measure = default_measure(problem, solver) if measure is None else measure
-    lanes, count = compiled(solver, many, measure), key.shape[0] if many else 1
+    count = key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
     owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
@@ -224,22 +217,26 @@ def _drive(
         problem, solver, key = sharding.place((problem, solver, key), many)
     else:
         problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
+    lanes = compiled(problem, solver, key, many, measure)
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
-        state = jax.block_until_ready(lanes.init(problem, key))
-        state, info, _, failed = jax.block_until_ready(lanes.advance(problem, state, key, 0, 0))
-        failed = np.asarray(failed)
-        at_start = jax.block_until_ready(lanes.measure(problem, state))
+        state = jax.block_until_ready(lanes.init())
+        state, info, summary = jax.block_until_ready(lanes.advance(state, 0, 0))
+        summary = np.asarray(summary)
+        at_start = jax.block_until_ready(lanes.measure(state))
     if tol is None:
-        eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(problem, state)[0]))
+        eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(state)[0]))
         tol = float(np.power(eps, 0.2 if measure is measure_global else 0.5))
     step, rows = 0, [Record() for _ in range(count)]
+    columns, after = list(scalars(lane(info, many, 0))), 1 + len(solver.assumptions)  # info's numbers come last
+    failed, numbers = np.zeros_like(summary[..., 1:after], int), summary[..., after:]
     call, passes = solver.cost(problem), passes_per_step(problem, solver)
     if checkpoint is not None and Path(checkpoint).exists():
         saved, notes = load_checkpoint(checkpoint, (state, info), owner=owner)
         state, info = sharding.place(saved, mesh)
         step, clock = int(notes["step"]), _Clock(float(notes["time"]))
-        rows, failed = [Record.decode(rows) for rows in notes["rows"]], np.array(notes["failed"], failed.dtype)
+        rows, failed = [Record.decode(rows) for rows in notes["rows"]], np.array(notes["failed"], int)
+        numbers = np.array([float(np.asarray(value)) for value in scalars(info).values()])
 
     finished: dict[int, tuple] = {}  # lane -> (status, step, state, info, failed), set aside
 
@@ -252,7 +249,7 @@ def _drive(
     def look() -> bool:
         """Measure, record and decide; true when nothing is left to run."""
         with clock.on("measure"):
-            measured = np.asarray(at_start if step == 0 else lanes.measure(problem, state))
+            measured = np.asarray(at_start if step == 0 else lanes.measure(state))
         for k in range(count):
             if k in finished:
                 continue
@@ -262,7 +259,8 @@ def _drive(
                 "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
                 "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
             }  # fmt: skip
-            row |= (_scalars(lane(info, many, k)) if step > 0 else {}) | row  # the referee's numbers win
+            mine = dict(zip(columns, lane(numbers, many, k).tolist(), strict=True)) if step > 0 else {}
+            row |= mine | row  # the referee's numbers win
             if not rows[k].rows or rows[k].rows[-1]["step"] != step:
                 rows[k].append(**row)
             gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)
@@ -290,18 +288,19 @@ def _drive(
                 piece = min(piece, target - step) if jax.process_count() == 1 else target - step
                 with clock.on("solve"):
                     begin = time.perf_counter()
-                    *new, finite, seen = lanes.advance(problem, state, key, step, piece)
-                    finite = np.atleast_1d(finite)  # waits for the chunk, whose results come all at once
+                    *new, summary = lanes.advance(state, step, piece)
+                    summary = np.asarray(summary)  # waits for the chunk, whose results come all at once
                     pace = max((time.perf_counter() - begin) / piece, 1e-9)
-                bad = [k for k in np.flatnonzero(~finite).tolist() if k not in finished]
-                if bad:
-                    for k in bad:
-                        at, last, last_info, more = last_finite(lanes, problem, state, key, step, piece, many, k)
-                        finished[k] = Status.NONFINITE, at, last, last_info, lane(failed, many, k) + more
+                if not summary[..., 0].all():
+                    bad = np.flatnonzero(summary[..., :1] == 0).tolist()
+                    for k in (k for k in bad if k not in finished):
+                        at, last, last_info, to_it = last_finite(lanes, state, step, piece, many, k)
+                        times = lane(failed, many, k) + to_it[1:after].astype(int)
+                        finished[k] = Status.NONFINITE, at, last, last_info, times
                     done = len(finished) == count
                 if not done:
-                    (state, info), step = new, step + piece
-                    failed = failed + np.asarray(seen) if failed.size else failed
+                    (state, info), step, numbers = new, step + piece, summary[..., after:]
+                    failed = failed + summary[..., 1:after].astype(int) if failed.size else failed
                 bar.update(step, rows[0])
                 if time_limit is not None and sharding.agreed(clock.solve) >= time_limit and step < max_steps:
                     ending, done = Status.TIME_LIMIT, True
@@ -317,7 +316,7 @@ def _drive(
     for k in range(count):
         so_far = ending, step, *lane((state, info, failed), many, k)
         status, at, at_state, at_info, times = finished.get(k, so_far)
-        x, y = lanes.output(problem, at_state)
+        x, y = lanes.output(at_state)
         last = rows[k].rows[-1]
         unusable = (Status.SATURATED,) if np.isfinite(last["value"]) else NO_VALUE
         if status == Status.MAX_STEPS and last["status"] in unusable:

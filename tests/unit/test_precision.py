@@ -47,8 +47,8 @@ def sweeps():
 def chosen():
     problem = problems.make("nonconvex", case="mb_3_19").problem
     solver, key = bilevel.SampledPenalty(num_samples=16, num_slots=2, num_starts=1, num_ladders=1), jax.random.key(0)
-    compiled = lanes.compiled(solver, False, diagnostics.measure)
-    return compiled.output(problem, compiled.init(problem, key))
+    compiled = lanes.compiled(problem, solver, key, False, diagnostics.measure)
+    return compiled.output(compiled.init())
 
 
 def onto_a_simplex():
