@@ -90,9 +90,8 @@ def agent_of(method: str, name: str) -> irl.SAC:
     return dataclasses.replace(learner_of(name), tuned=tuned)
 
 
-def described(cell: Cell) -> str:
-    """The settings of a cell, kept in its result: one of other settings is not this cell's."""
-    parts = solver_of(cell.method, cell.environment), agent_of(cell.method, cell.environment)
+def described(*parts: Any) -> str:
+    """The settings of solvers and agents, kept in a result: one of other settings is not this cell's."""
     numbers = (  # a step rule is functions; its learning_rate is beside it
         f"{field.name}={getattr(part, field.name)}"
         for part in parts
@@ -102,10 +101,15 @@ def described(cell: Cell) -> str:
     return " ".join(numbers)
 
 
+def settings_of(cell: Cell) -> str:
+    """A cell's settings."""
+    return described(solver_of(cell.method, cell.environment), agent_of(cell.method, cell.environment))
+
+
 def finished(cell: Cell, out: Path) -> dict[str, Any] | None:
     """The cell's result, if there is one of its settings."""
     result = read_json(out / cell.file)
-    return result if result is not None and result.get("settings") == described(cell) else None
+    return result if result is not None and result.get("settings") == settings_of(cell) else None
 
 
 def load(folder: Path, name: str) -> irl.Demonstrations | None:
@@ -165,7 +169,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     goal, floor = float(np.mean(demonstrations.returns)), float(jnp.mean(shuffled.returns))
     reached = float(jnp.mean(final.returns))
     return {
-        **dataclasses.asdict(cell), "settings": described(cell),
+        **dataclasses.asdict(cell), "settings": settings_of(cell),
         "return": reached, "return_std": float(jnp.std(final.returns)), "expert": goal,
         "random": floor, "ratio": reached / goal if goal > 0 else None, "scaled": (reached - floor) / (goal - floor),
         "rank": rank(problem, solver, solution.state, [shuffled, final]),

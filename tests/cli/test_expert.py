@@ -35,11 +35,11 @@ def test_it_saves_demonstrations_with_returns(tmp_path, monkeypatch):
 def test_a_result_of_other_settings_is_not_the_cells(tmp_path):
     cell = control.Cell("Pendulum-v1", 1, "GAIL", 0, 5)
     assert control.finished(cell, tmp_path) is None
-    files.write_json(tmp_path / cell.file, {"settings": control.described(cell), "return": 1.0})
+    files.write_json(tmp_path / cell.file, {"settings": control.settings_of(cell), "return": 1.0})
     found = control.finished(cell, tmp_path)
     assert found is not None
     assert found["return"] == 1.0
-    files.write_json(tmp_path / cell.file, {"settings": control.described(cell).replace("=10.0", "=0.0")})
+    files.write_json(tmp_path / cell.file, {"settings": control.settings_of(cell).replace("=10.0", "=0.0")})
     assert control.finished(cell, tmp_path) is None
 
 
