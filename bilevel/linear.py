@@ -67,8 +67,8 @@ class CG(LinearSolver):
     that:
     a direction of non-positive curvature ends the loop, and so does the recurrence's residual at rounding level of b.
     `tol` relative, default 10 eps; `max_iterations` defaults to 10 n, since rounding can cost CG several times n.
-    `preconditioner`: r -> C^-1 r for a symmetric positive definite C near a multiple of M, as `nystrom.sketch` finds
-    one; the residual that counts stays b - M v.
+    `preconditioner`: a pytree that is callable, r -> C^-1 r, for a symmetric positive definite C near a multiple of M,
+    as `nystrom.sketch` finds one; the residual that counts stays b - M v.
     """
 
     tol: Any = None

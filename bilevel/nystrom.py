@@ -37,8 +37,8 @@ def sketch(matvec: Matvec, n: int, dtype: Any, rank: int = 20) -> Nystrom:
         M ~ Y' (Y W')^-1 Y = U' diag(l_1 >= ... >= l_rank) U,    C = I + U' diag(l_i / l_rank - 1) U.
 
     It takes the largest eigenvalues down to l_rank, so that CG sees the rest of the spectrum alone; C = I where M shows
-    itself indefinite. One product at a time: memory is a few times rank n. l_rank is held above sqrt(eps) l_1, where
-    rounding would show in C^-1.
+    itself indefinite. One product at a time: memory is about five times rank n at most. l_rank is held
+    above sqrt(eps) l_1, where rounding would show in C^-1.
 
     Reference: Frangella, Tropp, Udell. Randomized Nyström preconditioning. SIAM Journal on Matrix Analysis and
         Applications 44, 2023, Algorithm 2.1 and equation (1.3).

@@ -34,6 +34,7 @@ from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
 from bilevel.struct import static, struct
 
 PyTree = Any
+SKETCH_LIMIT = 1_000_000  # unknowns; a sketch takes memory for a hundred vectors like y while it is made
 ROUND = 20  # accelerated steps between Newton steps
 
 
@@ -54,7 +55,7 @@ class ProjectedSolution(NamedTuple):
     """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face; R at y, raveled.
 
     sketch: of H at the start, for `tangent_solve`; zeros where a Newton step has failed since; None up to
-    `linear.DENSE_LIMIT` unknowns, with a ball, and where H is given.
+    `linear.DENSE_LIMIT` unknowns, beyond `SKETCH_LIMIT`, in half precision, with a ball, and where H is given.
     status: CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
     error; MAX_STEPS, NONFINITE.
     """
@@ -280,7 +281,7 @@ def solve(
         y, R, size = (jnp.where(stuck & ~better, old, new) for new, old in ((y, c.y), (R, c.R), (size, c.size)))
         status = jnp.where((size <= tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
         status = jnp.where(jnp.isfinite(size), status, Status.NONFINITE)
-        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status, c.near & good)
+        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status, c.near & (good | small))
 
     start = project(flat)
     g, R = evaluate(start)
@@ -302,7 +303,8 @@ def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nys
     """Of H at y, for a large y and where D = 0."""
     flat, unravel = ravel_pytree(y)
     given = oracles.lower_diagonal(problem, x, y, batch) is not None
-    if given or flat.size <= DENSE_LIMIT or Ball in _kinds(problem.y_set):
+    sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
+    if given or not sized or Ball in _kinds(problem.y_set):
         return None
     product = oracles.hvp_operator(problem, x, y, batch)
     return nystrom.sketch(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)

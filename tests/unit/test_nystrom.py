@@ -150,3 +150,8 @@ def test_the_hypergradient_takes_fewer_products_with_it(monkeypatch):
     with_it = products()
     monkeypatch.setattr(projected, "_sketch", lambda *_: None)
     assert with_it < 0.8 * products()
+
+
+def test_a_ball_has_none():
+    problem = least_squares(bilevel.Ball(0.5))
+    assert lower.solve(problem, *problem.init(jax.random.key(0)), problem.lower_data.full()).sketch is None
