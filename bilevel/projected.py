@@ -159,6 +159,13 @@ def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
     return Face(*_face(problem.y_set, y, R, s), s)
 
 
+def _hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Callable[[Array], Array]:
+    """V -> H v on raveled vectors."""
+    unravel = ravel_pytree(y)[1]
+    product = oracles.hvp_operator(problem, x, y, batch)
+    return lambda v: ravel_pytree(product(unravel(v)))[0]
+
+
 def tangent_solve(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face, sketch: Nystrom | None = None
 ) -> Callable:
@@ -167,7 +174,6 @@ def tangent_solve(
     With H given by its diagonal and E = H + D, v = E^-1 (b - N'm), N E^-1 N' m = N E^-1 b on the free entries: the
     normals N of a face are of different sets, so that N E^-1 N' is diagonal and nothing is solved.
     """
-    unravel = ravel_pytree(y)[1]
     diagonal = oracles.lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
         E = ravel_pytree(diagonal)[0] + face.mu
@@ -179,14 +185,13 @@ def tangent_solve(
             return v - ((face.normals @ v) / jnp.where(size > 0, size, 1)) @ N
 
         return closed
-    product = oracles.hvp_operator(problem, x, y, batch)
+    hessian = _hessian(problem, x, y, batch)
     if not problem.constrained_lower:  # the face is all of R^n
-        whole = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
-        return lambda b, tol=None: CG(tol, preconditioner=sketch).iterate(whole, b)[0]
+        return lambda b, tol=None: CG(tol, preconditioner=sketch).iterate(hessian, b)[0]
 
     def operator(v: Array) -> Array:
         along = face.tangent(v)
-        curved = ravel_pytree(product(unravel(along)))[0] + face.mu * along
+        curved = hessian(along) + face.mu * along
         return face.tangent(curved) + (v - along) / face.s  # definite on all of R^n: rounding errors off the face fade
 
     inside = None if sketch is None else sketch.within(face.tangent)
@@ -301,25 +306,23 @@ def solve(
 
 def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nystrom | None:
     """Of H at y, for a large y and where D = 0."""
-    flat, unravel = ravel_pytree(y)
+    flat = ravel_pytree(y)[0]
     given = oracles.lower_diagonal(problem, x, y, batch) is not None
     sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
     if given or not sized or Ball in _kinds(problem.y_set):
         return None
-    product = oracles.hvp_operator(problem, x, y, batch)
-    return nystrom.sketch(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)
+    return nystrom.sketch(_hessian(problem, x, y, batch), flat.size, flat.dtype)
 
 
 def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sketch: Nystrom | None) -> Array:
     """1/L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
     estimate that the line search corrects.
     """
-    flat, unravel = ravel_pytree(y)
-    product = oracles.hvp_operator(problem, x, y, batch)
+    flat, hessian = ravel_pytree(y)[0], _hessian(problem, x, y, batch)
 
     def power(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, _ = carry
-        w = ravel_pytree(product(unravel(v)))[0]
+        w = hessian(v)
         size = jnp.linalg.norm(w)
         return w / jnp.where(size > 0, size, 1), size
 
