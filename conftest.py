@@ -10,7 +10,7 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from benchmarks.terminal import use_quick_compilation, xla_flags
+from benchmarks.study.compilation import use_quick_compilation, xla_flags
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

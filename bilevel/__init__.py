@@ -8,7 +8,6 @@ import difflib
 from typing import Any
 
 from bilevel import (
-    checkpoint,
     data,
     diagnostics,
     linear,
@@ -22,17 +21,16 @@ from bilevel import (
     step,
     struct,
 )
-from bilevel.checkpoint import CheckpointError
+from bilevel.backend import moved
 from bilevel.data import Full, Minibatch, PerSample, Source
-from bilevel.hypergradient import Constants, Hypergradient, Unrolled, hypergradient
+from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
-from bilevel.lower import Newton
-from bilevel.polyhedral import ActiveSet
-from bilevel.problem import BilevelProblem, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
-from bilevel.projected import ProjectedNewton
+from bilevel.lower import ActiveSet, Newton, ProjectedNewton
+from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.record import OracleCount, Record, Solution, SolveError, Status
-from bilevel.run import advance, solve, solve_many
+from bilevel.run import advance, checkpoint, solve, solve_many
+from bilevel.run.checkpoint import CheckpointError
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
 from bilevel.solver import Solver, Unsupported
 from bilevel.solvers import *  # every solver found in bilevel/solvers, by discovery
@@ -41,6 +39,8 @@ from bilevel.struct import InvalidInput
 
 def __getattr__(name: str) -> Any:
     """Only reached for names that do not exist; it also tells type checkers that discovery adds names."""
+    if (module := moved.attribute(__name__, name)) is not None:
+        return module
     near = difflib.get_close_matches(name, globals(), n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
     raise AttributeError(f"module 'bilevel' has no attribute {name!r}.{hint}")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel.active_set import Rows
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.qp.active_set import Rows
 from bilevel.sets import Box, Polyhedron, Product, Reals, Set, Simplex
 
 PyTree = Any

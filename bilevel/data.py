@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.sharding import split
+from bilevel.backend.sharding import split
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any

@@ -68,7 +68,7 @@ class Guarantee:
     Attributes:
         name: a word or two; how `bilevax verify` calls it. source: paper and theorem, or "ours" with the place of the
             proof. statement: one line, what is measured and what bounds it.
-        assumptions: functions instance -> margin [], >= 0 where the assumption holds; see `bilevel.assumptions`.
+        assumptions: functions instance -> margin [], >= 0 where the assumption holds; see `bilevel.theory.assumptions`.
         instances: a Hypothesis strategy of `Recipe`s, or of instances.
         measure: (instance, horizon) -> [len(horizon), …], pure and traced. bound: (constants, k) -> […] at one k.
         horizon: the k's, whole numbers.

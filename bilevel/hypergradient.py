@@ -30,40 +30,20 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
-from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
+from bilevel import oracles
+from bilevel.backend.precision import full_precision
 from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
-from bilevel.lower import Newton
-from bilevel.nystrom import Nystrom
-from bilevel.polyhedral import ActiveSet
-from bilevel.precision import full_precision
-from bilevel.problem import BilevelProblem, Minimize, check_like, check_problem, start_y
-from bilevel.projected import ProjectedNewton
+from bilevel.linear.nystrom import Nystrom
+from bilevel.lower import Newton, polyhedral, polyhedral_gradient, projected, projected_gradient
+from bilevel.lower.polyhedral import ActiveSet
+from bilevel.lower.projected import ProjectedNewton
+from bilevel.problem import BilevelProblem, Constants, Minimize, check_like, check_problem, start_y
 from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
 
 PyTree = Any
 LowerSettings = Newton | ActiveSet | ProjectedNewton
 ESTIMATE_TOL = 1e-3  # relative residual of the corrections that an error is estimated by
-
-
-@struct
-class Constants:
-    """Known constants of a problem, 2-norms, for y anywhere on the segment between the computed y and y*.
-
-    mu: |y1 - y2| <= |R(x, y1) - R(x, y2)|/mu. Strong convexity for Minimize; 1 - q for a q-contraction in the 2-norm;
-        (1 - q)/sqrt(dim y) for a q-contraction in the maximum norm.
-    L_fx, L_fy: Lipschitz constants in y of f_x and f_y.
-    L_gxy, L_gyy: Lipschitz constants in y of R_x and R_y (0 for quadratics).
-    C_gxy: bound of |R_x|. L_g: Lipschitz constant of R in y, for the rounding allowance and for theory step sizes.
-    """
-
-    mu: Any
-    L_fx: Any
-    L_fy: Any
-    L_gxy: Any
-    L_gyy: Any
-    C_gxy: Any
-    L_g: Any
 
 
 @struct

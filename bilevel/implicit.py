@@ -14,11 +14,11 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import lower as lower_level
-from bilevel import oracles, polyhedral, polyhedral_gradient, projected, projected_gradient
+from bilevel import oracles
+from bilevel.backend.precision import full_precision
 from bilevel.hypergradient import LowerSettings
 from bilevel.linear import LinearSolver, default_solver, refine
-from bilevel.lower import Newton
-from bilevel.precision import full_precision
+from bilevel.lower import Newton, polyhedral, polyhedral_gradient, projected, projected_gradient
 from bilevel.problem import BilevelProblem, Minimize, check_problem, start_y
 from bilevel.record import Status
 

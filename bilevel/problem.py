@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import sharding
+from bilevel.backend import sharding
 from bilevel.data import Full, PerSample, Source
 from bilevel.sets import Box, Product, Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
@@ -370,3 +370,23 @@ def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
     )
     if got != want:
         invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")
+
+
+@struct
+class Constants:
+    """Known constants of a problem, 2-norms, for y anywhere on the segment between the computed y and y*.
+
+    mu: |y1 - y2| <= |R(x, y1) - R(x, y2)|/mu. Strong convexity for Minimize; 1 - q for a q-contraction in the 2-norm;
+        (1 - q)/sqrt(dim y) for a q-contraction in the maximum norm.
+    L_fx, L_fy: Lipschitz constants in y of f_x and f_y.
+    L_gxy, L_gyy: Lipschitz constants in y of R_x and R_y (0 for quadratics).
+    C_gxy: bound of |R_x|. L_g: Lipschitz constant of R in y, for the rounding allowance and for theory step sizes.
+    """
+
+    mu: Any
+    L_fx: Any
+    L_fy: Any
+    L_gxy: Any
+    L_gyy: Any
+    C_gxy: Any
+    L_g: Any

@@ -15,7 +15,7 @@ import optax.projections
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel.least_distance import least_distance
+from bilevel.qp.least_distance import least_distance
 from bilevel.struct import InvalidInput, invalid, struct
 
 PyTree = Any
@@ -354,3 +354,11 @@ class Product(Set):
 
 def _is_set(value: object) -> bool:
     return isinstance(value, Set)
+
+
+def unbounded(set: Set) -> bool:
+    """Whether the set is known to have an infinite direction; a polyhedron is taken at its word. Not for tracers."""
+    if isinstance(set, Product):
+        return any(map(unbounded, set.factors()))
+    ends = jax.tree.leaves((set.lo, set.hi)) if isinstance(set, Box) else []
+    return isinstance(set, Reals) or any(np.isinf(np.asarray(end)).any() for end in ends)

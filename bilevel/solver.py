@@ -13,7 +13,7 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Status
-from bilevel.sampling import unbounded
+from bilevel.sets import unbounded
 
 PyTree = Any
 

@@ -2,8 +2,8 @@
 
     problem = irl.to_bilevel(mdp, demonstrations, reward)        # a BilevelProblem, for any solver of fixed points
 
-Tabular and exact: `MDP`, soft dynamic programming (`irl.soft`), rewards, `Demonstrations`. Solvers that know what an
-MDP is are in `irl.solvers`; they run under `bilevel.solve` as all others do.
+Tabular and exact: `MDP`, soft dynamic programming (`irl.tabular.soft`), rewards, `Demonstrations`. Solvers that know
+what an MDP is are in `irl.solvers`; they run under `bilevel.solve` as all others do.
 
     problem = irl.to_control(irl.make("Pendulum-v1"), demonstrations)      # networks, environments that are stepped
 
@@ -13,17 +13,19 @@ Deep: `environments`, the agent `SAC`, `DeepReward`, `expert`; solvers in `irl.s
 # ruff: noqa: F403
 from typing import Any
 
-from irl import control, demonstrations, diagnostics, environments, expert, mdp, rewards, soft, solvers, spec
-from irl.control import DeepReward, to_control
+from irl import demonstrations, mdp, rewards, solvers
+from irl.deep import control, environments, expert
+from irl.deep.control import DeepReward, to_control
+from irl.deep.environments import Absorbing, Environment, Tabular, make
+from irl.deep.sac import SAC
 from irl.demonstrations import Demonstrations, sample
-from irl.diagnostics import EarlyStopping
-from irl.environments import Absorbing, Environment, Tabular, make
 from irl.mdp import MDP, Successors
 from irl.rewards import LinearReward, NetworkReward, Reward, TableReward, TwoLayerReward
-from irl.sac import SAC
-from irl.soft import occupancy, policy, value_iteration
 from irl.solvers import *  # every solver found in irl/solvers, by discovery
-from irl.spec import constants, expert_occupancy, likelihood_gradient, start_measure, to_bilevel
+from irl.tabular import diagnostics, soft, spec
+from irl.tabular.diagnostics import EarlyStopping
+from irl.tabular.soft import occupancy, policy, value_iteration
+from irl.tabular.spec import constants, expert_occupancy, likelihood_gradient, start_measure, to_bilevel
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "to_control",

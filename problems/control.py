@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 import irl
 from bilevel.struct import invalid
-from irl import expert, rollouts
-from irl.control import measure
-from irl.environments import GYMNAX, Environment
-from irl.sac import SAC, Weights
+from irl.deep import expert, rollouts
+from irl.deep.control import measure
+from irl.deep.environments import GYMNAX, Environment
+from irl.deep.sac import SAC, Weights
 from problems.instance import Instance
 
 PyTree = Any

@@ -24,7 +24,7 @@ from jax import Array
 import bilevel
 import irl
 from bilevel.struct import invalid
-from irl import soft
+from irl.tabular import soft
 from problems.instance import Instance, Truth
 
 PyTree = Any

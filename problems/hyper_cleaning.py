@@ -29,9 +29,11 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import CG, BilevelProblem, Full, Minimize
 from bilevel import lower as lower_level
-from bilevel.diagnostics import Measurement, norm
+from bilevel.backend.tree import norm
+from bilevel.diagnostics import Measurement
 from bilevel.diagnostics import measure as measure_implicit
 from bilevel.hypergradient import hypergradient
+from bilevel.parts.descent import descend
 from bilevel.step import as_step, stepper
 from bilevel.struct import invalid
 from problems.datasets import accuracy, digits, floats, one_hot, source, split
@@ -131,7 +133,7 @@ def _train(problem: BilevelProblem, x: Array, convex: bool) -> PyTree:
     if convex:
         return lower_level.solve(problem, x, w, data).y
     rule = as_step(optax.adam(optax.cosine_decay_schedule(0.01, 1500)))
-    return lower_level.descend(problem, x, w, stepper(rule, None, w), problem.lower_data.init(key), key, 1500)[0]
+    return descend(problem, x, w, stepper(rule, None, w), problem.lower_data.init(key), key, 1500)[0]
 
 
 def make(

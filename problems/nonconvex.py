@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, SmoothCoupling
-from bilevel.gap import measure_global
+from bilevel.diagnostics.gap import measure_global
 from bilevel.struct import invalid
 from problems.datasets import floats
 from problems.instance import Instance, Truth

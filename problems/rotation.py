@@ -22,8 +22,10 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel import BilevelProblem, Box, Minimize, PerSample, oracles, per_sample
-from bilevel.diagnostics import Measurement, norm
+from bilevel import BilevelProblem, Box, Minimize, PerSample, oracles
+from bilevel.backend.tree import norm
+from bilevel.diagnostics import Measurement
+from bilevel.oracles import per_sample
 from bilevel.record import Status
 from bilevel.struct import invalid
 from problems.adversarial import DTYPES

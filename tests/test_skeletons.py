@@ -12,7 +12,8 @@ import pytest
 import bilevel
 import problems
 from bilevel import oracles, solvers
-from bilevel.diagnostics import distance
+from bilevel.backend.tree import distance
+from bilevel.solvers import implicit
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -29,10 +30,10 @@ def copy_skeleton(page: str, folder: Path) -> str:
 @pytest.fixture
 def skeleton_solver(tmp_path, monkeypatch):
     title = copy_skeleton("add-a-solver.md", tmp_path)
-    assert title == "bilevel/solvers/skeleton.py"
-    monkeypatch.setattr(solvers, "__path__", [*solvers.__path__, str(tmp_path)])
+    assert title == "bilevel/solvers/implicit/skeleton.py"
+    monkeypatch.setattr(implicit, "__path__", [*implicit.__path__, str(tmp_path)])
     yield solvers.discover(solvers.__name__)["Skeleton"]
-    del sys.modules["bilevel.solvers.skeleton"]
+    del sys.modules["bilevel.solvers.implicit.skeleton"]
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ from rich.table import Table
 
 import bilevel
 from benchmarks.peers.timing import Measured, interleaved
-from bilevel import polyhedral
+from bilevel.lower import polyhedral
 
 DIM_X = 10
 

@@ -19,7 +19,8 @@ from rich.table import Table
 
 import bilevel
 import problems
-from bilevel import lanes, run
+from bilevel import run
+from bilevel.run import lanes
 
 A, B, C = 0.1, 0.1, 0.01  # step sizes of y, v, x
 

@@ -28,7 +28,8 @@ import jax
 from rich import box
 from rich.table import Table
 
-from benchmarks.terminal import console, progress, use_quick_compilation
+from benchmarks.show.terminal import console, progress
+from benchmarks.study.compilation import use_quick_compilation
 from bilevel.guarantees import Guarantee, Path, search
 from problems import strategies
 from problems.guarantees import gradient

@@ -23,10 +23,10 @@ from rich.console import Console
 from rich.table import Table
 
 import irl
-from bilevel.precision import full_precision
-from irl.control import Sizes
-from irl.networks import Layer
-from irl.sac import Batch, Learner
+from bilevel.backend.precision import full_precision
+from irl.deep.control import Sizes
+from irl.deep.networks import Layer
+from irl.deep.sac import Batch, Learner
 
 ROWS, D, K = 10_000, 11, 3
 PRODUCTS = 16

@@ -180,7 +180,7 @@ def run(repeats: int, pythons: Sequence[str] = ()) -> dict[str, Any]:
 
 def as_text(found: dict[str, Any]) -> str:
     """Tables and reasons."""
-    from benchmarks.report import table_text
+    from benchmarks.show.report import table_text
 
     parts = []
     for title, rows in found["cases"].items():

@@ -1,21 +1,31 @@
-"""One algorithm per file, found by discovery: every `Solver` subclass defined in a module of this package is exported.
+"""One algorithm per file, in a folder for each family, found by discovery: every `Solver` subclass defined in a module
+below this package is exported. There is no list to edit: a new file is enough.
 
-There is no list to edit: a new file is enough.
+A file whose name begins with _ is a helper, and is passed over.
 """
 
 import importlib
 import inspect
 import pkgutil
 import sys
+from collections.abc import Iterator
+from types import ModuleType
 
 from bilevel.solver import Solver
+
+
+def modules(package: str) -> Iterator[ModuleType]:
+    """The modules below an imported package, those in its folders too."""
+    for found in pkgutil.iter_modules(sys.modules[package].__path__):
+        if not found.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{found.name}")
+            yield from modules(module.__name__) if found.ispkg else (module,)
 
 
 def discover(package: str) -> dict[str, type[Solver]]:
     """The solvers of an imported package, by name."""
     found = {}
-    for module_info in pkgutil.iter_modules(sys.modules[package].__path__):
-        module = importlib.import_module(f"{package}.{module_info.name}")
+    for module in modules(package):
         for name, value in vars(module).items():
             own = inspect.isclass(value) and value.__module__ == module.__name__
             if own and issubclass(value, Solver) and not name.startswith("_"):

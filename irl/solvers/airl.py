@@ -9,9 +9,9 @@ from jax import Array
 from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
 from bilevel.struct import struct
-from irl.control import Task
-from irl.imitation import Adversarial, Pair, State, step_x
-from irl.networks import init_mlp, mlp
+from irl.deep.control import Task
+from irl.deep.imitation import Adversarial, Pair, State, step_x
+from irl.deep.networks import init_mlp, mlp
 
 PyTree = Any
 

@@ -9,9 +9,9 @@ from jax import Array, lax
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.struct import struct
-from irl.control import upper
-from irl.imitation import Imitation, State
-from irl.sac import Learner, Losses
+from irl.deep.control import upper
+from irl.deep.imitation import Imitation, State
+from irl.deep.sac import Learner, Losses
 
 
 @struct

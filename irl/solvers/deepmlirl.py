@@ -5,7 +5,7 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
-from irl.imitation import Imitation, Pair, State, step_x
+from irl.deep.imitation import Imitation, Pair, State, step_x
 
 
 @struct

@@ -10,7 +10,7 @@ from jax import Array, lax
 from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, as_step, stepper
 from bilevel.struct import invalid, static, struct
-from irl.imitation import Imitation, Pair, State, classify, step_x
+from irl.deep.imitation import Imitation, Pair, State, classify, step_x
 
 PyTree = Any
 

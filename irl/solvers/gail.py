@@ -8,7 +8,7 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
-from irl.imitation import Adversarial, Pair, State, step_x
+from irl.deep.imitation import Adversarial, Pair, State, step_x
 
 PyTree = Any
 

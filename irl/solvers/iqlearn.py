@@ -8,9 +8,9 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem
 from bilevel.struct import static, struct
-from irl import rollouts
-from irl.imitation import Imitation, State
-from irl.sac import Batch, Learner, Losses, Net
+from irl.deep import rollouts
+from irl.deep.imitation import Imitation, State
+from irl.deep.sac import Batch, Learner, Losses, Net
 
 
 @struct

@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from bilevel.diagnostics import norm
+from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import static, struct
-from irl import soft, spec
+from irl.tabular import soft, spec
 
 PyTree = Any
 

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel import oracles
-from bilevel.diagnostics import norm
+from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import static, struct
-from irl import demonstrations, soft, spec
+from irl import demonstrations
+from irl.tabular import soft, spec
 
 PyTree = Any
 

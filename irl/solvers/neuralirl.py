@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.diagnostics import norm
+from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Ball
 from bilevel.solver import Solver
 from bilevel.step import Stepper, require_number, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
-from irl import soft, spec
 from irl.mdp import MDP
 from irl.rewards import TwoLayer, one_hot_pairs
+from irl.tabular import soft, spec
 
 PyTree = Any
 

@@ -1,7 +1,7 @@
 """Implicit gradients through linear constraints: accuracy in y implies accuracy of the gradient; F_q at drawn q.
 
 Instances have a known solution with independent active rows and strict complementarity, both checked. The gradient
-under test is the one that DSBLO, SSIGD, DSIGD and PIGD take (`bilevel.tracking`).
+under test is the one that DSBLO, SSIGD, DSIGD and PIGD take (`bilevel.parts.tracking`).
 """
 
 from collections.abc import Callable
@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import BilevelProblem, Constants, Full, LinearCoupling, Minimize, assumptions, tracking
+from bilevel import BilevelProblem, Constants, Full, LinearCoupling, Minimize
 from bilevel.guarantees import Guarantee
-from bilevel.theory_nonsmooth import constrained_bias
+from bilevel.parts import tracking
+from bilevel.theory import assumptions
+from bilevel.theory.nonsmooth import constrained_bias
 from problems import strategies
 from problems.guarantees.certified import THIRD, Bowl, Tilted, bowl, tilted_lower
 from problems.guarantees.instances import (

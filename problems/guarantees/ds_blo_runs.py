@@ -8,7 +8,7 @@ With q ~ N(0, sigma^2) the mean of F_q has the slope
     G(x) = slope (Phi(h x/sigma) - Phi(h (x - 1)/sigma)) - alpha + mu x/(1 + x^2)^(1/2),
 
 from which gradients deviate with a variance of at most slope^2/4, and its infimum is at least (mu^2 - alpha^2)^(1/2)
-- mu, since y >= 0. `bilevel.theory_nonsmooth` has the theorems.
+- mu, since y >= 0. `bilevel.theory.nonsmooth` has the theorems.
 
 **The law.** With a = 1 - beta, a g_{t+1} = m_{t+1} - beta m_t and m_t = (gamma1 |m_t| + gamma2) (x_t - x_{t+1}). So the
 mean of g over T steps is gamma2 (x_1 - x_{T+1})/T, up to 2 L/(a T) + gamma1 L^2/gamma2. g_{t+1} - G(xbar) are
@@ -32,9 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import DSBLO, BilevelProblem, Box, Full, Minimize, theory_nonsmooth
+from bilevel import DSBLO, BilevelProblem, Box, Full, Minimize
 from bilevel.guarantees import Guarantee
-from bilevel.theory_nonsmooth import Momentum
+from bilevel.theory import nonsmooth as theory_nonsmooth
+from bilevel.theory.nonsmooth import Momentum
 from problems import strategies
 from problems.guarantees.ds_blo import kink_lower
 from problems.guarantees.instances import EPS, origin_of

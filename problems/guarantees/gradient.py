@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import BilevelProblem, Box, Full, Minimize, assumptions, hypergradient, theory
+from bilevel import BilevelProblem, Box, Full, Minimize, hypergradient, theory
 from bilevel.guarantees import Guarantee
+from bilevel.theory import assumptions
 from problems import strategies
 from problems.guarantees.instances import (
     DIM,

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import BilevelProblem, Constants, Full, Minimize, assumptions
-from bilevel.theory import Errors
+from bilevel import BilevelProblem, Constants, Full, Minimize
+from bilevel.theory import Errors, assumptions
 from problems.quadratic import Lower, Upper, lower, upper
 
 DIM = 6

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import CG, GMRES, MINRES, Neumann, assumptions, theory
+from bilevel import CG, GMRES, MINRES, Neumann, theory
 from bilevel.guarantees import Guarantee
+from bilevel.theory import assumptions
 from problems import strategies
 from problems.guarantees.instances import DIM, EPS, basis, mask, normal, of_length, spectrum
 

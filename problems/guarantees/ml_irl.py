@@ -27,7 +27,7 @@ from jax import Array
 import irl
 from bilevel import BilevelProblem, FixedPoint, Full
 from bilevel.guarantees import Guarantee
-from irl import soft, spec
+from irl.tabular import soft, spec
 from problems import strategies
 from problems.guarantees.instances import EPS
 from problems.guarantees.soft import World, bellman_contracts, exact, world

@@ -24,8 +24,9 @@ from jax import Array
 import irl
 from bilevel import Ball
 from bilevel.guarantees import Guarantee
-from irl import demonstrations, soft, spec
+from irl import demonstrations
 from irl.rewards import TwoLayer
+from irl.tabular import soft, spec
 from problems import strategies
 from problems.guarantees.instances import EPS, normal
 from problems.guarantees.soft import World, bellman_contracts, rounding, world, worlds

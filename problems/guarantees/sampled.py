@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel import BilevelProblem, Box, Full, Minimize, SampledPenalty, assumptions, sampling
+from bilevel import BilevelProblem, Box, Full, Minimize, SampledPenalty
 from bilevel.guarantees import Guarantee
-from bilevel.sampling import Smoothness
+from bilevel.sampled import sampling
+from bilevel.sampled.sampling import Smoothness
+from bilevel.theory import assumptions
 from problems import strategies
 from problems.guarantees.instances import EPS, normal
 from problems.strategies import Waves, waves_lower, waves_upper

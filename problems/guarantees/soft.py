@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax import Array
 
 import irl
-from bilevel import assumptions
 from bilevel.guarantees import Guarantee
-from irl import soft
+from bilevel.theory import assumptions
+from irl.tabular import soft
 from problems import strategies
 from problems.guarantees.instances import EPS, normal
 

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import SABA, SOBA, BilevelProblem, Minimize, assumptions, theory
+from bilevel import SABA, SOBA, BilevelProblem, Minimize, theory
 from bilevel.data import Source
 from bilevel.guarantees import Guarantee
 from bilevel.struct import struct
-from bilevel.theory import Noise, Tables
+from bilevel.theory import Noise, Tables, assumptions
 from problems import strategies
 from problems.guarantees.instances import DIM, EPS, REGULAR, Known, Quadratic, normal, origin_of, quadratic
 from problems.quadratic import Lower, Upper, lower, upper

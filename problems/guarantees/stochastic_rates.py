@@ -18,8 +18,8 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import SABA, SOBA, theory
-from bilevel.estimators import saga_init
 from bilevel.guarantees import Guarantee
+from bilevel.parts.estimators import saga_init
 from problems import strategies
 from problems.guarantees import stochastic
 from problems.guarantees.stochastic import ASSUMPTIONS, FiniteSum, KnownSum, finite_sum, rounding

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from benchmarks import files
-from benchmarks.registry import Cell
+from benchmarks.study import files
+from benchmarks.study.registry import Cell
 
 
 def rows(values, gradients=None, every=10, passes=2.0, seconds=0.5, violation=0.0):

@@ -13,8 +13,9 @@ from typer.testing import CliRunner
 import bilevel
 import irl
 import problems
-from benchmarks import files, registry, report, runner
 from benchmarks.cli import app
+from benchmarks.show import report
+from benchmarks.study import files, registry, runner
 from problems.quadratic import closed_form
 
 PROBLEM = "quadratic[dim_x=3,dim_y=4]"

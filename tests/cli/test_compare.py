@@ -11,11 +11,11 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from benchmarks import statistics
 from benchmarks.cli import app
-from benchmarks.compare import compare
-from benchmarks.registry import UsageError
-from benchmarks.sheets import FORMATS, as_csv, as_json, as_latex, as_markdown, as_text, latex
+from benchmarks.errors import UsageError
+from benchmarks.judge import statistics
+from benchmarks.show.compare import compare
+from benchmarks.show.sheets import FORMATS, as_csv, as_json, as_latex, as_markdown, as_text, latex
 
 INF = math.inf
 

@@ -7,7 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 import irl
-from benchmarks import cli, control, expert, files
+from benchmarks import cli
+from benchmarks.experiments import control, expert
+from benchmarks.study import files
 
 
 def call(*arguments):

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import files, runner
 from benchmarks.cli import app
-from bilevel.checkpoint import write_atomically
+from benchmarks.study import files, runner
+from bilevel.backend.files import write_atomically
 
 STUDY = ["-p", "quadratic[dim_x=2,dim_y=2]", "-s", "SOBA", "--seeds", "3", "--max-steps", "20", "--no-plot"]
 
@@ -170,7 +170,7 @@ def test_a_point_with_pickled_objects_is_refused_and_not_run(tmp_path):
 # A user without rights writes into a folder.
 READ_ONLY = """
 import os, pathlib, sys
-from benchmarks import files
+from benchmarks.study import files
 if os.geteuid() == 0:
     os.setuid(65534)
 settings = {"name": "x", "precision": 64, "cells": [], "versions": {}, "system": {}}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks import registry
 from benchmarks.cli import app
-from benchmarks.html import band
+from benchmarks.show.html import band
+from benchmarks.study import registry
 
 EVIL = "p[a=<script>console.error('evil')</script>&\"]"
 VOID = {"meta", "link", "img", "br", "hr", "input"}

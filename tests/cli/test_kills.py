@@ -18,7 +18,10 @@ COMMON = """
 import os, pathlib, random, shutil, signal, sys, time, warnings
 warnings.simplefilter("ignore")
 import bilevel, jax, numpy, problems
-from benchmarks import cli, compare, files, html, report, runner, sweep, tuning
+from benchmarks import cli
+from benchmarks.show import compare
+from benchmarks.study import files, runner, sweep, tuning
+from benchmarks.show import html, report
 kills, whole, broken = int(sys.argv[1]), *map(pathlib.Path, sys.argv[2:4])
 study, chance = sys.argv[4:], random.Random(int(sys.argv[1]))
 

@@ -16,7 +16,17 @@ STUDY = [
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.cli", *STUDY, "--processes", "2", "--json", "--out", tmp_path / "two"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.cli.main",
+        *STUDY,
+        "--processes",
+        "2",
+        "--json",
+        "--out",
+        tmp_path / "two",
+    ]
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads(done.stdout)["statuses"] == {"MAX_STEPS": 1}

@@ -9,9 +9,9 @@ import pytest
 
 import bilevel
 import problems
-from benchmarks import accelerator, profile, scale
-from benchmarks.registry import Cell
-from bilevel import lanes
+from benchmarks.experiments import accelerator, profile, scale
+from benchmarks.study.registry import Cell
+from bilevel.run import lanes
 
 
 def test_a_row_for_each_problem_and_solver(tmp_path):

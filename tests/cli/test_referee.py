@@ -9,8 +9,9 @@ import pytest
 
 import bilevel
 import problems
-from benchmarks import referee
-from bilevel import gap, reference
+from benchmarks.judge import referee
+from bilevel import reference
+from bilevel.diagnostics import gap
 from problems.instance import Instance
 from problems.quadratic import closed_form
 

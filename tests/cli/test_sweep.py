@@ -13,9 +13,9 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from benchmarks import files, registry, sweep
 from benchmarks.cli import app
-from benchmarks.registry import UsageError
+from benchmarks.errors import UsageError
+from benchmarks.study import files, registry, sweep
 
 STUDY = [
     "-p",

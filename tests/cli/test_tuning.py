@@ -9,9 +9,10 @@ from typer.testing import CliRunner
 
 import bilevel
 import problems
-from benchmarks import files, registry, runner, tuning
 from benchmarks.cli import app
-from benchmarks.registry import Cell, Search, UsageError
+from benchmarks.errors import UsageError
+from benchmarks.study import files, registry, runner, tuning
+from benchmarks.study.registry import Cell, Search
 from bilevel.run import passes_per_step
 
 HEAD = '[tuning]\ntrials = 3\nseeds = [100, 101]\n[[problem]]\nrun = "quadratic[dim_x=2,dim_y=2]"\nseeds = 2\n'

@@ -10,8 +10,9 @@ import pytest
 
 import bilevel
 import problems
-from bilevel import diagnostics, lanes, oracles
-from bilevel.gap import measure_global
+from bilevel import diagnostics, oracles
+from bilevel.diagnostics.gap import measure_global
+from bilevel.run import lanes
 
 SOLVERS = bilevel.solvers.ALL
 

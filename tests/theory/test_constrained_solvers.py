@@ -11,7 +11,9 @@ from scipy.stats import norm as normal
 
 import bilevel
 import problems
-from bilevel import diagnostics, run, tracking
+from bilevel import diagnostics, run
+from bilevel.backend import draws
+from bilevel.parts import tracking
 from problems.constrained import ALPHA, MU
 
 
@@ -125,8 +127,8 @@ def test_random_instances_have_the_active_set_that_was_asked_for():
 
 def test_perturbations_have_their_law(key):
     keys, like = jax.random.split(key, 4000), jnp.zeros(3)
-    draw = lambda law: np.asarray(jax.vmap(lambda key: tracking.perturbation(key, like, law, 0.1))(keys))  # noqa: E731
-    lengths = {law: np.linalg.norm(draw(law), axis=1) for law in tracking.DISTRIBUTIONS}
+    draw = lambda law: np.asarray(jax.vmap(lambda key: draws.perturbation(key, like, law, 0.1))(keys))  # noqa: E731
+    lengths = {law: np.linalg.norm(draw(law), axis=1) for law in draws.DISTRIBUTIONS}
     np.testing.assert_allclose(draw("gaussian").std(), 0.1, rtol=0.03)
     np.testing.assert_allclose(lengths["sphere"], 0.1, rtol=1e-12)
     np.testing.assert_allclose(np.mean((lengths["ball"] / 0.1) ** 3), 0.5, rtol=0.05)

@@ -10,8 +10,9 @@ from scipy import integrate, stats
 
 import bilevel
 import irl
-from benchmarks.verify import carried_by_solvers, choose
-from bilevel import Constants, theory, theory_nonsmooth
+from benchmarks.judge.verify import carried_by_solvers, choose
+from bilevel import Constants, theory
+from bilevel.theory import nonsmooth as theory_nonsmooth
 from problems.guarantees import ds_blo_runs, guarantees, stochastic_rates
 from problems.guarantees.stochastic import finite_sum
 

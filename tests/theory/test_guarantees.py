@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from benchmarks import mutants
+from benchmarks.experiments import mutants
 from bilevel import SOBA, Constants, InvalidInput, theory
 from bilevel.guarantees import Guarantee, Path, Recipe, judge, ratios, search
 from problems import strategies
@@ -142,7 +142,7 @@ def test_sabas_keys_draw_every_pair_of_blocks():
 
 
 def test_planted_faults_are_caught():
-    """A few; `python -m benchmarks.mutants` plants them all."""
+    """A few; `python -m benchmarks.experiments.mutants` plants them all."""
     identity = mutants._set(sets._ball, lambda ball, z: z)
     planted = [
         next(mutants.linear_solvers()),

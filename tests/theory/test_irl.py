@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 import bilevel
 import irl
-from irl import soft, spec
 from irl.solvers.neuralirl import bounds
+from irl.tabular import soft, spec
 
 S, A = 5, 3
 seeds = st.integers(0, 2**31 - 1)

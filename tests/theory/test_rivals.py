@@ -9,8 +9,8 @@ import pytest
 
 import bilevel
 import problems
-from bilevel.gap import measure_global
-from bilevel.solvers.bvfsm import barrier
+from bilevel.diagnostics.gap import measure_global
+from bilevel.solvers.penalty.bvfsm import barrier
 from problems.nonconvex_scaled import soft_threshold, weighted_l1
 
 measure = jax.jit(measure_global)

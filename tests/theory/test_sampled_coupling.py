@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel import oracles
-from bilevel.refine import restore
-from bilevel.sampling import Smoothness, blocks
+from bilevel.sampled.refine import restore
+from bilevel.sampled.sampling import Smoothness, blocks
 
 KEY = jax.random.key(0)
 BOX = bilevel.Box(-1.0, 1.0)

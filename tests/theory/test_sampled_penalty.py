@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 import bilevel
 import problems
-from bilevel import oracles, run, sample_oracles
-from bilevel.gap import measure_global
-from bilevel.nets import sobol
-from bilevel.sampling import Smoothness, cover, smooth_min
+from bilevel import oracles, run
+from bilevel.diagnostics.gap import measure_global
+from bilevel.oracles import samples as sample_oracles
+from bilevel.sampled.nets import sobol
+from bilevel.sampled.sampling import Smoothness, cover, smooth_min
 
 KEY = jax.random.key(0)
 FORMS = [(form, smoothing) for form in ("lifted", "joint") for smoothing in ("entropic", "quadratic")]

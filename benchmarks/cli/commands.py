@@ -1,0 +1,67 @@
+"""Commands of `bilevax` that need no study: registered in `cli`. Nothing heavy is imported before they run."""
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.cli.options import Json, usage_errors
+from benchmarks.show.terminal import progress
+from benchmarks.study.compilation import use_quick_compilation
+
+EXPERT_EXAMPLES = (
+    "bilevax expert Pendulum-v1",
+    "bilevax expert Hopper-v5 --steps 500000 --trajectories 5 --out experts/hopper.npz",
+)
+
+PEERS_EXAMPLES = (
+    "bilevax peers",
+    "bilevax peers --repeats 101 --python torch-environment/bin/python --json",
+    "Those that are not installed are skipped: pip install 'bilevax[peers]'.",
+)
+
+
+def expert(
+    environment: Annotated[str, typer.Argument(metavar="ENV", help="Of gymnax or Gymnasium's MuJoCo.")],
+    steps: Annotated[int | None, typer.Option(min=1000, help="In the environment, and as many updates.")] = None,
+    trajectories: Annotated[int, typer.Option(min=1, help="Episodes to save.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Of training and episodes.")] = 0,
+    sampled: Annotated[bool, typer.Option(help="Sample the actions instead of taking the best.")] = False,
+    out: Annotated[Path | None, typer.Option(help="The file. Default: experts/ENV.npz.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train an expert by soft actor-critic and save demonstrations of it with their returns."""
+    use_quick_compilation()
+    with usage_errors():
+        from benchmarks.experiments import expert as maker
+
+        total = (maker.steps_of(environment) if steps is None else steps) // 1000
+        with progress(total) as on_chunk:
+            made = maker.make(environment, steps, trajectories, seed, sampled, out, on_chunk)
+    if as_json:
+        typer.echo(json.dumps(made))
+        return
+    typer.echo(
+        f"{made['trajectories']} episodes of {made['environment']}, return {made['return_mean']:.1f} +- "
+        f"{made['return_std']:.1f}, {made['length_mean']:.0f} steps on average: {made['file']}"
+    )
+
+
+def peers(
+    repeats: Annotated[int, typer.Option(min=1, help="Calls of each library, in turn.")] = 21,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE", help="An interpreter that has torchopt, boat-torch or imitation; repeatable."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare hypergradients with other libraries': the same problem, data, precision and thread; error and time."""
+    for name, value in (("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
+                        ("OMP_NUM_THREADS", "1")):  # fmt: skip
+        os.environ.setdefault(name, value)
+    from benchmarks.peers import table
+
+    found = table.run(repeats, python or ())
+    typer.echo(json.dumps(found) if as_json else table.as_text(found))

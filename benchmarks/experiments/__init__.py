@@ -1,0 +1,1 @@
+"""Studies of their own, each a command: `python -m benchmarks.experiments.NAME`."""

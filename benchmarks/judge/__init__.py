@@ -1,0 +1,1 @@
+"""The referee of finished runs, statistics over them, and the search for counterexamples."""

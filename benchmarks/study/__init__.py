@@ -1,0 +1,1 @@
+"""Runs of solvers on problems: what there is, what is asked for, files, workers, tuning."""

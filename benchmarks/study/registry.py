@@ -1,0 +1,365 @@
+"""What can be run, and how it is written: `name[key=value,…]` for problems and solvers, TOML for suites.
+
+One text form serves the command line, the suites, the result files and the tables. Values are Python literals
+(`5`, `0.1`, `true`), words (`model=mlp`) and, for solvers, calls of optax or bilevel with positional arguments
+(`upper_step_size=adam(0.05)`, `linear=Dense()`).
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import re
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import bilevel
+import irl
+import problems
+from benchmarks.errors import UsageError, nearest
+
+SUITES = Path(__file__).parents[1] / "suites"
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """How a solver's settings are chosen before its runs: `trials` settings, as many for each solver, on other seeds.
+
+    space: (setting, values) pairs; two numbers are a range, drawn evenly in the logarithm, words are choices. score:
+    "value" or "gradient", what is compared at the end of a trial. `benchmarks.study.tuning` carries it out.
+    """
+
+    trials: int
+    seeds: tuple[int, ...]
+    score: str
+    space: tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run: a problem, a solver, a seed (of the instance and of the solver's key), and its budget.
+
+    max_passes counts oracle calls in passes over the data. The first limit that is reached ends the run; without any
+    of the three it is 1000 steps. search: how the solver's settings were chosen, None where they are as written.
+    """
+
+    problem: str
+    solver: str
+    seed: int
+    max_steps: int | None = None
+    every: int | None = None
+    tol: float | None = None
+    time_limit: float | None = None
+    max_passes: float | None = None
+    search: Search | None = None
+
+    @classmethod
+    def of(cls, fields: dict[str, Any]) -> "Cell":
+        """The cell that `dataclasses.asdict` and JSON have been through."""
+        search: Any = fields.get("search")
+        if isinstance(search, dict):
+            space = tuple((name, tuple(values)) for name, values in search["space"])
+            search = Search(search["trials"], tuple(search["seeds"]), search["score"], space)
+        return cls(**{**fields, "search": search})
+
+
+def parse(text: str) -> tuple[str, dict[str, Any]]:
+    """(name, parameters) of `name` or `name[key=value,…]`."""
+    match = re.fullmatch(r"\s*([\w-]+)\s*(?:\[(.*)\])?\s*", text, re.DOTALL)
+    if match is None:
+        raise UsageError(f"cannot read {text!r}: expected name or name[key=value,…], as in SOBA[upper_step_size=0.1].")
+    name, inside = match.group(1), (match.group(2) or "").strip()
+    params: dict[str, Any] = {}
+    for item in re.split(r",(?![^(]*\))", inside) if inside else []:  # commas inside brackets belong to the value
+        key, equals, value = (part.strip() for part in item.partition("="))
+        if not (key.isidentifier() and equals and value):
+            raise UsageError(f"cannot read {item.strip()!r} in {text!r}: expected key=value.")
+        if key in params:
+            raise UsageError(f"{text!r} sets {key} twice.")
+        params[key] = _value(value)
+    return name, params
+
+
+def _value(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def label(text: str) -> str:
+    """The text form of `text` that compares: no spaces, keys sorted."""
+    name, params = parse(text)
+    inside = ",".join(f"{key}={str(value).replace(' ', '')}" for key, value in sorted(params.items()))
+    return f"{name}[{inside}]" if inside else name
+
+
+def summaries() -> dict[str, dict[str, dict[str, Any]]]:
+    """{"solvers" | "problems": {name: {"summary": one line, "parameters": {name: default}}}}, all by discovery."""
+    solvers = {
+        name: {"summary": _first_line(cls), "parameters": _solver_fields(cls)} for name, cls in _solvers().items()
+    }
+    families = {
+        name: {"summary": _first_line(make), "parameters": _accepted(make)} for name, make in _families().items()
+    }
+    return {"solvers": solvers, "problems": families}
+
+
+def _solvers() -> dict[str, Any]:
+    return {**bilevel.solvers.ALL, **irl.solvers.ALL}
+
+
+def _families() -> dict[str, Callable[..., Any]]:
+    return {name: family.make for name, family in problems.families().items()}
+
+
+def _first_line(thing: Any) -> str:
+    """The first line of the docstring of the file that defines `thing`, without the name it opens with."""
+    text = inspect.getdoc(sys.modules[thing.__module__]) or inspect.getdoc(thing) or ""
+    line = text.partition("\n")[0].strip()
+    name, colon, rest = line.partition(": ")
+    return rest[:1].upper() + rest[1:] if colon and name.lower() == getattr(thing, "__name__", "").lower() else line
+
+
+def _solver_fields(cls: Any) -> dict[str, Any]:
+    return {
+        field.name: None if field.default is dataclasses.MISSING else field.default for field in dataclasses.fields(cls)
+    }
+
+
+def _accepted(make: Callable) -> dict[str, Any]:
+    """Parameters with defaults of a family's make, but for the seed, which --seeds sets."""
+    parameters = inspect.signature(make).parameters.values()
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "seed"]
+    return {p.name: None if p.default is p.empty else p.default for p in named}
+
+
+def _check_names(what: str, params: dict[str, Any], accepted: dict[str, Any]) -> None:
+    unknown = [key for key in params if key not in accepted]
+    if unknown:
+        listing = ", ".join(f"{key}={default}" for key, default in accepted.items()) or "no parameters"
+        close = difflib.get_close_matches(unknown[0], accepted, n=1, cutoff=0.5)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise UsageError(f"{what} has no parameter {unknown[0]!r}.{hint} {what} accepts: {listing}.")
+
+
+def build_solver(text: str) -> bilevel.Solver:
+    """The solver that `text` names.
+
+    Raises:
+        UsageError: an unknown name or parameter, or a value that the solver refuses.
+    """
+    name, params = parse(text)
+    if name not in _solvers():
+        raise nearest("solver", name, _solvers())
+    cls = _solvers()[name]
+    defaults = _solver_fields(cls)
+    _check_names(name, params, defaults)
+    values = {key: _setting(f"{name}: {key}", value, defaults[key]) for key, value in params.items()}
+    try:
+        return cls(**values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{text}: {error}") from error
+
+
+def _setting(what: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the solver's default: whole numbers stay, other numbers are floats, words are optax
+    calls.
+    """
+    if isinstance(default, int) and not isinstance(default, bool):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise UsageError(f"{what}: got {value!r}; expected a whole number, as the default {default}.")
+        return value
+    if isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    call = re.fullmatch(r"(\w+)\((.*)\)", value) if isinstance(value, str) else None
+    if call is None:
+        return value
+    import optax
+
+    function = getattr(optax, call.group(1), getattr(bilevel, call.group(1), None))
+    try:
+        if function is None:
+            raise ValueError(f"neither optax nor bilevel has {call.group(1)}")
+        return function(*ast.literal_eval(f"({call.group(2)},)" if call.group(2) else "()"))
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise UsageError(f"{what}: got {value!r}; expected a number or a call as adam(0.05): {error}") from error
+
+
+def check_problem(text: str) -> None:
+    """Raise `UsageError` for an unknown family or parameter."""
+    name, params = parse(text)
+    if name not in _families():
+        raise nearest("problem", name, _families())
+    _check_names(name, params, _accepted(_families()[name]))
+
+
+def build_instance(text: str, seed: int) -> Any:
+    """The `problems.instance.Instance` that `text` names, drawn with `seed`."""
+    check_problem(text)
+    name, params = parse(text)
+    return problems.make(name, seed=seed, **params)
+
+
+LIMITS = ("max_steps", "every", "tol", "time_limit", "max_passes")
+SCORES = ("value", "gradient")
+
+
+def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **limits: Any) -> list[Cell]:
+    """Every problem x seed x solver; an empty list means all that are known."""
+    chosen = [label(text) for text in problem_texts or _families()]
+    solvers = [label(text) for text in solver_texts or _solvers()]
+    cells = [Cell(p, s, seed, **limits) for p in chosen for seed in range(seeds) for s in solvers]
+    return _checked(list(dict.fromkeys(cells)))
+
+
+def _checked(cells: list[Cell]) -> list[Cell]:
+    for cell in cells:
+        if cell.time_limit is not None and cell.max_steps is None and cell.max_passes is None and cell.every is None:
+            raise UsageError(
+                f"{cell.solver} on {cell.problem}: a budget of time alone says nothing of when to measure. Give every "
+                "(steps between measurements), or max_steps."
+            )
+    return cells
+
+
+def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str, list[Cell]]:
+    """(name, cells) of a suite: one of benchmarks/suites by its name, or the path of a TOML file.
+
+    `seeds` and `limits` that are not None replace what the suite says. The format is explained in
+    suites/quickstart.toml.
+
+    Raises:
+        UsageError: no such suite, or a file that cannot be read, with the entry and what is wrong in it.
+    """
+    known = {path.stem: path for path in SUITES.glob("*.toml")}
+    path = known.get(name, Path(name))
+    if name not in known and path.suffix != ".toml":
+        raise nearest("suite", name, known)
+    try:
+        content = tomllib.loads(path.read_text("utf8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"suite {path}: {error}") from error
+    _check_keys(f"suite {path}", content, ("problem", "tuning"))
+    cells: list[Cell] = []
+    given = _one_budget({key: value for key, value in limits.items() if value is not None})
+    for entry in content.get("problem", []):
+        _check_keys(f"suite {path}, [[problem]]", entry, ("run", "seeds", "solvers", *LIMITS))
+        if not entry.get("run") or not entry.get("solvers"):
+            raise UsageError(f'suite {path}: every [[problem]] needs run = "name[…]" and solvers = ["name[…]", …].')
+        common = {key: entry[key] for key in LIMITS if key in entry}
+        count = entry.get("seeds", 1) if seeds is None else seeds
+        items = [{"run": item} if isinstance(item, str) else item for item in entry["solvers"]]
+        by_solver = []
+        for item in items:
+            _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", "tune", *LIMITS))
+            own = _one_budget({key: value for key, value in item.items() if key in LIMITS})
+            by_solver.append((label(item["run"]), common | own | given))
+        searches = _searches(f"suite {path}, {entry['run']}", content.get("tuning"), items, count)
+        for seed in range(count):
+            cells += [
+                Cell(label(entry["run"]), run, seed, search=search, **settings)
+                for (run, settings), search in zip(by_solver, searches, strict=True)
+            ]
+    if not cells:
+        raise UsageError(f"suite {path}: no [[problem]] in it, nothing to run.")
+    return path.stem, _checked(list(dict.fromkeys(cells)))
+
+
+def _one_budget(limits: dict[str, Any]) -> dict[str, Any]:
+    """Limits that take the place of others: a budget in steps replaces one in passes, and the other way round."""
+    steps = ("max_steps", "max_passes")
+    return {name: None for name in steps if any(other in limits for other in steps)} | limits
+
+
+def _searches(where: str, rule: dict[str, Any] | None, items: list[dict[str, Any]], count: int) -> list[Search | None]:
+    """Each solver's search; equal trials for all of them, or none for any."""
+    tuned = [item["run"] for item in items if "tune" in item]
+    if not tuned:
+        return [None] * len(items)
+    if len(tuned) < len(items):
+        left = next(item["run"] for item in items if "tune" not in item)
+        raise UsageError(
+            f"{where}: {tuned[0]} is tuned and {left} is not. Give all of its solvers tune = {{…}}, or none."
+        )
+    if not isinstance(rule, dict):
+        raise UsageError(f"{where}: tune needs the rule of the search: [tuning] with trials = … and seeds = […].")
+    _check_keys(f"{where}, [tuning]", rule, ("trials", "seeds", "score"))
+    trials, seeds, score = rule.get("trials"), rule.get("seeds", []), rule.get("score", "value")
+    whole = isinstance(seeds, list) and seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
+    if not (isinstance(trials, int) and trials >= 1 and whole and score in SCORES):
+        raise UsageError(
+            f"{where}, [tuning]: got {rule}; expected trials >= 1, seeds = [whole numbers], score = value or gradient."
+        )
+    shared = [seed for seed in seeds if seed < count]
+    if shared:
+        raise UsageError(f"{where}: seed {shared[0]} is tuned on and reported. Tune on seeds from {count} on.")
+    found = []
+    for item in items:
+        name, _ = parse(item["run"])
+        defaults = _solver_fields(_solvers()[name]) if name in _solvers() else {}
+        _check_names(name, item["tune"], defaults)
+        for key, values in item["tune"].items():
+            _check_range(f"{where}, tune of {name}: {key}", values)
+        found.append(Search(trials, tuple(seeds), score, tuple((k, tuple(v)) for k, v in item["tune"].items())))
+    return found
+
+
+def _check_range(what: str, values: Any) -> None:
+    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
+    if isinstance(values, list) and values:
+        if all(isinstance(value, str) for value in values):
+            return
+        if len(values) == 2 and all(map(number, values)) and 0 < values[0] < values[1] < float("inf"):
+            return
+    raise UsageError(f"{what}: got {values!r}; expected a range [low, high] of positive numbers, or a list of words.")
+
+
+def suite_text(cells: list[Cell]) -> str:
+    """A suite's TOML that `read_suite` reads as these cells, which some suite or `grid` made."""
+    entries: list[list[Cell]] = []
+    for cell in cells:
+        last = entries[-1][-1] if entries else None
+        if last is None or last.problem != cell.problem or cell.seed < last.seed:
+            entries.append([])
+        entries[-1].append(cell)
+    lines = []
+    search = next((cell.search for cell in cells if cell.search is not None), None)
+    if search is not None:
+        lines += [
+            "[tuning]",
+            f"trials = {search.trials}",
+            f"seeds = {list(search.seeds)}",
+            f'score = "{search.score}"',
+            "",
+        ]
+    for entry in entries:
+        lines += [
+            "[[problem]]",
+            f"run = {json.dumps(entry[0].problem)}",
+            f"seeds = {entry[-1].seed + 1}",
+            "solvers = [",
+        ]
+        for cell in entry:
+            if cell.seed == 0:
+                limits = {name: getattr(cell, name) for name in LIMITS if getattr(cell, name) is not None}
+                fields = {"run": json.dumps(cell.solver)} | {name: repr(value) for name, value in limits.items()}
+                if cell.search is not None:
+                    space = ", ".join(f"{name} = {json.dumps(list(values))}" for name, values in cell.search.space)
+                    fields["tune"] = f"{{ {space} }}"
+                lines.append("    { " + ", ".join(f"{name} = {value}" for name, value in fields.items()) + " },")
+        lines += ["]", ""]
+    return "\n".join(lines)
+
+
+def _check_keys(where: str, table: dict[str, Any], accepted: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in accepted:
+            raise UsageError(f"{where}: unknown key {key!r}. Accepted: {', '.join(accepted)}.")

@@ -1,0 +1,36 @@
+"""Arithmetic of pytrees."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+PyTree = Any
+
+
+def norm(tree: PyTree) -> Array:
+    """The 2-norm of all leaves together, shape []."""
+    return jnp.linalg.norm(ravel_pytree(tree)[0])
+
+
+def distance(a: PyTree, b: PyTree) -> Array:
+    """|a - b|_2 over all leaves, shape []."""
+    return norm(jax.tree.map(operator.sub, a, b))
+
+
+def take(tree: PyTree, index: Any) -> PyTree:
+    """Entries `index` of the first axis of every leaf."""
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def join(*trees: PyTree) -> PyTree:
+    """Stacked points, one after the other."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
+
+
+def repeat(point: PyTree, num: int) -> PyTree:
+    """`num` copies of one point, stacked."""
+    return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), point)

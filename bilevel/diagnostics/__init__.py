@@ -1,0 +1,20 @@
+"""Convergence diagnostics: what the referee recomputes from (x, y) alone, the lower gap, Goldstein stationarity."""
+
+from bilevel.backend.tree import distance, norm
+from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
+from bilevel.diagnostics.goldstein import goldstein
+from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure
+from bilevel.record import Measurement
+
+__all__ = [
+    "LowerGap",
+    "Measurement",
+    "distance",
+    "fit_rate",
+    "goldstein",
+    "gradient_mapping",
+    "lower_gap",
+    "measure",
+    "measure_global",
+    "norm",
+]

@@ -1,0 +1,77 @@
+"""Convergence diagnostics: what the referee recomputes from (x, y) alone."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.backend.tree import distance, norm
+from bilevel.diagnostics.gap import LowerGap as LowerGap
+from bilevel.diagnostics.gap import lower_gap as lower_gap
+from bilevel.diagnostics.goldstein import goldstein as goldstein
+from bilevel.hypergradient import hypergradient
+from bilevel.lower import Newton, polyhedral
+from bilevel.problem import BilevelProblem
+from bilevel.record import Measurement as Measurement
+
+PyTree = Any
+
+
+def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree) -> PyTree:
+    """(x - Proj_X(x - s gradient))/s, shaped like x: zero exactly at stationary points of F over X.
+
+    Its norm grows as s falls, towards that of the projected gradient. s = min(1, eps^0.4 (1 + |x|)/|gradient|): a step
+    short against x, so that a small X does not hide a large gradient, and long against rounding. Where the projection
+    leaves an entry alone, the entry is the gradient's own: x - s g loses it in rounding when |x| is large.
+    """
+    eps = jnp.finfo(ravel_pytree(x)[0].dtype).eps
+    length = norm(gradient)
+    s = jnp.minimum(1, eps**0.4 * (1 + norm(x)) / jnp.where(length > 0, length, 1))
+    target = jax.tree.map(lambda a, g: a - s * g, x, gradient)
+    moved = problem.x_set.project(target)
+    mapped = lambda a, g, t, m: jnp.where(t == m, g, (a - m) / s)  # noqa: E731
+    return jax.tree.map(mapped, x, gradient, target, moved)
+
+
+def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None = Newton()) -> Measurement:  # noqa: B008
+    """Recompute everything from (x, y) on all of the data; y only warm-starts the lower solve.
+
+    `lower=None` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
+    """
+    h = hypergradient(problem, x, y, lower=lower)
+    if problem.coupling is not None:
+        residual = polyhedral.natural_residual(problem, x, y, problem.lower_data.full())
+    else:
+        residual = oracles.residual(problem, x, y, problem.lower_data.full())
+        if problem.constrained_lower:
+            moved = problem.y_set.project(jax.tree.map(operator.sub, y, residual))
+            residual = jax.tree.map(operator.sub, y, moved)
+    violation = problem.x_set.violation(x) + problem.y_set.violation(y)
+    return Measurement(
+        value=h.value,
+        hypergradient=norm(gradient_mapping(problem, x, h.gradient)),
+        error_bound=h.error_bound,
+        lower_residual=norm(residual),
+        violation=violation + norm(oracles.coupling_residual(problem, x, y)),
+        status=h.status,
+        lower_distance=distance(y, h.y) / (1 + norm(h.y)),
+    )
+
+
+def fit_rate(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:
+    """(p, half-width of its 95% interval) in values ~ C steps^p, by least squares on logarithms of positive entries.
+
+    Raises:
+        ValueError: with fewer than three positive pairs.
+    """
+    from scipy.stats import linregress, t
+
+    keep = (np.asarray(steps) > 0) & (np.asarray(values) > 0)
+    if keep.sum() < 3:
+        raise ValueError(f"fit_rate: got {int(keep.sum())} positive pairs; expected at least 3. Record more steps.")
+    fit: Any = linregress(np.log(np.asarray(steps)[keep]), np.log(np.asarray(values)[keep]))
+    return float(fit.slope), float(fit.stderr * t.ppf(0.975, keep.sum() - 2)) if keep.sum() > 2 else float("inf")

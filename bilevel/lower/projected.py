@@ -1,0 +1,334 @@
+"""Lower levels on boxes, balls, simplices and products of them, by products with the Hessian alone: y may be large.
+
+    y(x) = argmin over y in Y of g(x, y),   g(x, .) strongly convex,   y = Proj(y - s R(x, y)),   R = grad_y g.
+
+Accelerated projected gradient steps find the face of Y that holds y(x); Newton steps on that face then take over.
+With P the orthogonal projection on the face's tangent space and D = mu I on a ball whose boundary is active, where
+R = -mu (y - centre), and D = 0 elsewhere,
+
+    Newton step:        P (H + D) P d = -P R,    y <- Proj(y + d),
+    implicit gradient:  P (H + D) P u = P f_y,   grad F = f_x - g_yx' u,
+
+both by conjugate gradients in the tangent space: no matrix, and no solve where H is a multiple of the identity.
+
+Reference: Beck, Teboulle. A fast iterative shrinkage-thresholding algorithm. SIAM Journal on Imaging Sciences 2, 2009;
+    restarted as in O'Donoghue, Candes, 2015, arXiv:1204.3982. Bertsekas. Projected Newton methods. SIAM Journal on
+    Control and Optimization 20, 1982.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.linear import CG, DENSE_LIMIT, nystrom
+from bilevel.linear.nystrom import Nystrom
+from bilevel.lower.polyhedral import ActiveSet
+from bilevel.problem import BilevelProblem, Minimize
+from bilevel.record import Status
+from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
+from bilevel.struct import static, struct
+
+PyTree = Any
+SKETCH_LIMIT = 1_000_000  # unknowns; a sketch takes memory for a hundred vectors like y while it is made
+ROUND = 20  # accelerated steps between Newton steps
+
+
+@struct
+class ProjectedNewton:
+    """Settings.
+
+    Args:
+        tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
+        max_rounds: rounds of accelerated steps and one Newton step each.
+    """
+
+    tol: Any = None
+    max_rounds: int = static(default=500)
+
+
+class ProjectedSolution(NamedTuple):
+    """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face; R at y, raveled.
+
+    sketch: of H at the start, for `tangent_solve`; zeros where a Newton step has failed since; None up to
+    `linear.DENSE_LIMIT` unknowns, beyond `SKETCH_LIMIT`, in half precision, with a ball, and where H is given.
+    status: CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
+    error; MAX_STEPS, NONFINITE.
+    """
+
+    y: PyTree
+    residual: Array
+    steps: Array
+    status: Array
+    face: "Face"
+    R: Array
+    sketch: Nystrom | None = None
+
+
+class Face(NamedTuple):
+    """The face of Y at y, all raveled, [n]: free, coordinates that may move; normals [sets, n], orthonormal, within
+    them; mu, the diagonal of D; margin []: how far z = y - s R is from where another face begins; s.
+    """
+
+    free: Array
+    normals: Array
+    mu: Array
+    margin: Array
+    s: Array
+
+    def tangent(self, v: Array) -> Array:
+        """P v."""
+        v = jnp.where(self.free, v, 0)
+        return v - (self.normals @ v) @ self.normals
+
+
+def settings_for(problem: BilevelProblem, y: PyTree, lower: Any) -> ProjectedNewton | None:
+    """The settings where this method is the one to use, else None: as asked for by `lower`; or by itself for boxes,
+    balls and simplices without a coupling, where there is a ball, where y has more than `linear.DENSE_LIMIT` entries,
+    or where g_yy is given by its diagonal, with which this method needs no linear solve.
+
+    Raises:
+        NotImplementedError: where it is asked for and does not suit.
+    """
+    kinds = _kinds(problem.y_set)
+    suits = problem.coupling is None and isinstance(problem.lower, Minimize) and kinds <= {Reals, Box, Ball, Simplex}
+    if isinstance(lower, ProjectedNewton):
+        if not suits:
+            raise NotImplementedError(
+                f"lower=ProjectedNewton(): got y_set = {type(problem.y_set).__name__}, coupling = "
+                f"{type(problem.coupling).__name__}; expected Box, Ball, Simplex or a Product of them, "
+                "without coupling, and Minimize(g)."
+            )
+        return lower
+    if lower is None or isinstance(lower, ActiveSet) or not suits:
+        return None
+    given = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
+    diagonal = given and problem.constrained_lower
+    if not (diagonal or Ball in kinds or ravel_pytree(y)[0].size > DENSE_LIMIT):
+        return None
+    return ProjectedNewton(tol=lower.tol)
+
+
+def _kinds(y_set: Set) -> set[type]:
+    if isinstance(y_set, Product):
+        return set().union(*map(_kinds, y_set.factors()))
+    return {type(y_set)}
+
+
+def _face(y_set: Set, y: PyTree, R: PyTree, s: Array) -> tuple[Array, Array, Array, Array]:
+    """(free, normals, mu, margin) of `Face`, where y = Proj(z), z = y - s R."""
+    flat, _ = ravel_pytree(y)
+    grad, n, inf = ravel_pytree(R)[0], flat.size, jnp.full((), jnp.inf, flat.dtype)
+    z, nothing, all_free = flat - s * grad, jnp.zeros_like(flat), jnp.ones(n, bool)
+    if isinstance(y_set, Box):
+        lo, hi = (ravel_pytree(end)[0] for end in y_set.bounds(y))
+        near = jnp.min(jnp.where(lo == hi, inf, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi))))
+        return (z > lo) & (z < hi), nothing[None], nothing, near
+    if isinstance(y_set, Simplex):
+        free = flat > 0
+        count = jnp.maximum(jnp.sum(free), 1).astype(flat.dtype)
+        level = jnp.sum(jnp.where(free, z - flat, 0)) / count
+        normal = jnp.where(free, 1 / jnp.sqrt(count), 0)
+        return free, normal[None], nothing, jnp.min(jnp.abs(z - level)) if n > 1 else inf
+    if isinstance(y_set, Ball):
+        centre = ravel_pytree(y_set.middle(y))[0]
+        radius = jnp.asarray(y_set.radius, flat.dtype)
+        length = jnp.linalg.norm(z - centre)
+        outside = length > radius
+        safe = jnp.where(radius > 0, radius, 1)
+        normal = jnp.where(outside, (flat - centre) / safe, 0)
+        mu = jnp.where(outside, jnp.maximum(-(grad @ (flat - centre)), 0) / safe**2, 0)
+        return all_free & (radius > 0), normal[None], jnp.full_like(flat, mu), jnp.abs(length - radius)
+    if isinstance(y_set, Product):
+        parts = [_face(*part, s) for part in zip(y_set.factors(), y_set.parts(y), y_set.parts(R), strict=True)]
+        free, normals, mu, margin = zip(*parts, strict=True)
+        offset, rows = 0, []
+        for block in normals:
+            rows.append(jnp.zeros((1, n), flat.dtype).at[:, offset : offset + block.shape[1]].set(block))
+            offset += block.shape[1]
+        return jnp.concatenate(free), jnp.concatenate(rows), jnp.concatenate(mu), jnp.min(jnp.stack(margin))
+    return all_free, nothing[None], nothing, inf
+
+
+def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
+    """The face at y = Proj(y - s R), shaped like y."""
+    return Face(*_face(problem.y_set, y, R, s), s)
+
+
+def _hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Callable[[Array], Array]:
+    """V -> H v on raveled vectors."""
+    unravel = ravel_pytree(y)[1]
+    product = oracles.hvp_operator(problem, x, y, batch)
+    return lambda v: ravel_pytree(product(unravel(v)))[0]
+
+
+def tangent_solve(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face, sketch: Nystrom | None = None
+) -> Callable:
+    """(b, tol) -> v in the tangent space with P (H + D) P v = P b; `sketch`: of an H nearby, a preconditioner.
+
+    With H given by its diagonal and E = H + D, v = E^-1 (b - N'm), N E^-1 N' m = N E^-1 b on the free entries: the
+    normals N of a face are of different sets, so that N E^-1 N' is diagonal and nothing is solved.
+    """
+    diagonal = oracles.lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        E = ravel_pytree(diagonal)[0] + face.mu
+        N = face.normals / E[None]
+        size = jnp.sum(face.normals * N, axis=1)
+
+        def closed(b: Array, tol: Any = None) -> Array:
+            v = jnp.where(face.free, b, 0) / E
+            return v - ((face.normals @ v) / jnp.where(size > 0, size, 1)) @ N
+
+        return closed
+    hessian = _hessian(problem, x, y, batch)
+    if not problem.constrained_lower:  # the face is all of R^n
+        return lambda b, tol=None: CG(tol, preconditioner=sketch).iterate(hessian, b)[0]
+
+    def operator(v: Array) -> Array:
+        along = face.tangent(v)
+        curved = hessian(along) + face.mu * along
+        return face.tangent(curved) + (v - along) / face.s  # definite on all of R^n: rounding errors off the face fade
+
+    inside = None if sketch is None else sketch.within(face.tangent)
+    return lambda b, tol=None: CG(tol, preconditioner=inside).iterate(operator, face.tangent(b))[0]
+
+
+class _Search(NamedTuple):
+    """y and R there; step size s; natural residual |y - Proj(y - s R)|, and the largest so far; rounds; status; whether
+    every Newton step so far was good: else the sketch is none of the Hessian here.
+    """
+
+    y: Array
+    R: Array
+    s: Array
+    size: Array
+    before: Array
+    rounds: Array
+    status: Array
+    near: Array
+
+
+def solve(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: ProjectedNewton | None = None
+) -> ProjectedSolution:
+    """The lower-level solution from the warm start y, which need not be feasible. Pure; for jit and vmap.
+
+    CONVERGED: the natural residual is at most tol (|y| + s |R|), or that times sqrt(eps)/eps and no longer halves.
+    """
+    settings = ProjectedNewton() if settings is None else settings
+    flat, unravel = ravel_pytree(y)
+    eps = jnp.finfo(flat.dtype).eps
+    tol = 10 * eps if settings.tol is None else settings.tol
+
+    def project(flat: Array) -> Array:
+        return ravel_pytree(problem.y_set.project(unravel(flat)))[0]
+
+    def evaluate(flat: Array) -> tuple[Array, Array]:
+        g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
+        return g, ravel_pytree(R)[0]
+
+    def accelerate(_: Array, carry: tuple) -> tuple:
+        """One accelerated step, or half the step size where the quadratic model is not above g."""
+        y, w, theta, s, _ = carry
+        g, R = evaluate(w)
+        trial = project(w - s * R)
+        moved = trial - w
+        g_trial, R_trial = evaluate(trial)
+        above = g_trial <= g + R @ moved + moved @ moved / (2 * s) + 100 * eps * (1 + jnp.abs(g))
+        ok = above & jnp.isfinite(R_trial).all()
+        restart = (w - trial) @ (trial - y) > 0
+        theta_next = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * theta**2)) / 2)
+        ahead = trial + jnp.where(restart, 0, (theta - 1) / theta_next) * (trial - y)
+        return (
+            jnp.where(ok, trial, y), jnp.where(ok, project(ahead), y), jnp.where(ok, theta_next, 1),
+            jnp.where(ok, s, s / 2), jnp.where(ok, R_trial, carry[-1]),
+        )  # fmt: skip
+
+    def natural(y: Array, R: Array, s: Array) -> Array:
+        return jnp.linalg.norm(y - project(y - s * R))
+
+    def trusted(near: Array) -> Nystrom | None:
+        """The sketch, or one of nothing, so that CG goes without."""
+        return jax.tree.map(lambda rows: jnp.where(near, rows, 0), sketch)
+
+    def body(c: _Search) -> _Search:
+        # A Newton step on the face first: a warm start needs no other. It is solved to leave a third of what is asked.
+        base, R = c.y, c.R
+        if problem.constrained_lower:
+            base = project(c.y - c.s * c.R)
+            R = evaluate(base)[1]
+        face = face_at(problem, unravel(base), unravel(c.R), c.s)
+        goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
+        enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
+        forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
+        d = tangent_solve(problem, x, unravel(base), batch, face, trusted(c.near))(-R, forcing)
+        newton = project(base + d)
+        R = evaluate(newton)[1]
+        size = natural(newton, R, c.s)
+        good = jnp.isfinite(R).all() & (size <= 0.5 * c.size)
+
+        def steps() -> tuple[Array, Array, Array]:
+            start = c.y, c.y, jnp.ones((), flat.dtype), c.s, c.R
+            y, _, _, s, R = lax.fori_loop(0, ROUND, accelerate, start)
+            return y, R, s
+
+        small = c.size <= jnp.sqrt(eps) * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
+        y, R, s = lax.cond(good, lambda: (newton, R, c.s), steps)
+        size = jnp.where(good, size, natural(y, R, s))
+        scale = jnp.linalg.norm(y) + s * jnp.linalg.norm(R)
+        stuck = small & ~good & (size > 0.5 * c.size)
+        better = size <= c.size
+        y, R, size = (jnp.where(stuck & ~better, old, new) for new, old in ((y, c.y), (R, c.R), (size, c.size)))
+        status = jnp.where((size <= tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
+        status = jnp.where(jnp.isfinite(size), status, Status.NONFINITE)
+        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status, c.near & (good | small))
+
+    start = project(flat)
+    g, R = evaluate(start)
+    sketch = _sketch(problem, x, unravel(start), batch)
+    s = _first_step(problem, x, unravel(start), batch, sketch)
+    size = natural(start, R, s)
+    status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
+    before = jnp.maximum(size, jnp.finfo(flat.dtype).tiny)
+    begin = _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
+    end = lax.while_loop(lambda c: (c.status == Status.MAX_STEPS) & (c.rounds < settings.max_rounds), body, begin)
+    face = face_at(problem, unravel(end.y), unravel(end.R), end.s)
+    noise = 1e3 * eps * (jnp.linalg.norm(end.y) + end.s * jnp.linalg.norm(end.R))
+    weak = (end.status == Status.CONVERGED) & (face.margin <= jnp.maximum(noise, 10 * end.size))
+    status = jnp.where(weak, Status.WEAKLY_ACTIVE, end.status)
+    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R, trusted(end.near))
+
+
+def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nystrom | None:
+    """Of H at y, for a large y and where D = 0."""
+    flat = ravel_pytree(y)[0]
+    given = oracles.lower_diagonal(problem, x, y, batch) is not None
+    sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
+    if given or not sized or Ball in _kinds(problem.y_set):
+        return None
+    return nystrom.sketch(_hessian(problem, x, y, batch), flat.size, flat.dtype)
+
+
+def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sketch: Nystrom | None) -> Array:
+    """1/L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
+    estimate that the line search corrects.
+    """
+    flat, hessian = ravel_pytree(y)[0], _hessian(problem, x, y, batch)
+
+    def power(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        v, _ = carry
+        w = hessian(v)
+        size = jnp.linalg.norm(w)
+        return w / jnp.where(size > 0, size, 1), size
+
+    first, steps = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), 10
+    if sketch is not None:
+        seen = jnp.any(sketch.rows[-1] != 0)
+        first, steps = jnp.where(seen, sketch.rows[-1], first), jnp.where(seen, 3, 10)
+    _, L = lax.fori_loop(0, steps, power, (first / jnp.linalg.norm(first), jnp.zeros((), flat.dtype)))
+    return 1 / jnp.where(L > 0, 1.1 * L, 1)

@@ -1,0 +1,353 @@
+"""First- and second-order oracles of a problem: the only file that differentiates the user's functions.
+
+With the residual R(x, y) = grad_y g (Minimize) or y - T(x, y) (FixedPoint), everything implicit differentiation needs
+is
+    R,   R_y' v  (a Hessian-vector product g_yy v),   R_x' v  (a cross product g_xy v),   f_x, f_y.
+Every call is counted where it is executed: under `jax.disable_jit()` inside `counting()` the counts are exact, loops
+included. Compiled code counts what was traced.
+"""
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel.backend.sharding import split, whole
+from bilevel.backend.tracing import reached
+from bilevel.oracles import per_sample
+from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
+from bilevel.record import OracleCount
+
+PyTree = Any
+
+_counters: list[dict[str, int]] = []
+_multiplicity = [1]
+
+
+@contextmanager
+def counting() -> Iterator[Callable[[], OracleCount]]:
+    """Count the oracle calls made inside; the value is a function that returns the count so far."""
+    counter: dict[str, int] = {}
+    _counters.append(counter)
+    try:
+        yield lambda: OracleCount(**counter)
+    finally:
+        _counters.remove(counter)
+
+
+def _count(**calls: int) -> None:
+    for counter in _counters:
+        for kind, number in calls.items():
+            counter[kind] = counter.get(kind, 0) + number * _multiplicity[-1]
+
+
+def batched(function: Callable, chunk: int | None = None) -> Callable:
+    """`jax.vmap(function)` over the first axis of every argument, with the calls inside counted once per entry.
+
+    With `chunk`, at most so many entries are in memory at once.
+    """
+
+    def counted(*args: PyTree) -> PyTree:
+        _multiplicity.append(_multiplicity[-1] * len(jax.tree.leaves(args)[0]))
+        try:
+            return whole(jax.vmap(function)(*split(args)))
+        finally:
+            _multiplicity.pop()
+
+    def mapped(*args: PyTree) -> PyTree:
+        size = len(jax.tree.leaves(args)[0])
+        part = _divisor(size, chunk)
+        if part == size:
+            return counted(*args)
+        pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), args)
+        out = jax.lax.map(lambda piece: counted(*piece), pieces)
+        return jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), out)
+
+    return mapped
+
+
+def _divisor(size: int, chunk: int | None) -> int:
+    """The largest divisor of `size` that is at most `chunk`."""
+    if chunk is None or size <= chunk:
+        return size
+    return next(part for part in range(chunk, 0, -1) if size % part == 0)
+
+
+def upper_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+    """f(x, y), shape []."""
+    _count(upper_values=1)
+    return problem.upper(x, y, batch)
+
+
+def upper_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """(f_x, f_y), shaped like x and y."""
+    return upper_value_and_gradients(problem, x, y, batch)[1]
+
+
+def upper_value_and_gradients(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
+) -> tuple[Array, tuple[PyTree, PyTree]]:
+    """F and (f_x, f_y) in one sweep; counted as one gradient."""
+    _count(upper_gradients=1)
+    return jax.value_and_grad(problem.upper, argnums=(0, 1))(x, y, batch)
+
+
+def lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+    """g(x, y), shape []; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_values=1)
+    return problem.lower.g(x, y, batch)
+
+
+def lower_diagonal(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree | None:
+    """The diagonal that the problem gives for g_yy, shaped like y; None where it gives none. Not counted."""
+    given = problem.lower.diagonal if isinstance(problem.lower, Minimize) else None
+    return None if given is None else given(x, y, batch)
+
+
+def _residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
+    if isinstance(problem.lower, Minimize):
+        return jax.grad(problem.lower.g, argnums=1)(x, y, batch)
+    return jax.tree.map(operator.sub, y, problem.lower.T(x, y, batch))
+
+
+def residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
+    """R(x, y), shaped like y: grad_y g, or y - T(x, y)."""
+    _count(lower_gradients=1)
+    return _residual(problem, x, y, batch)
+
+
+def lower_value_and_gradient(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
+    """(g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_gradients=1)
+    return jax.value_and_grad(problem.lower.g, argnums=1)(x, y, batch)
+
+
+def lower_gradient_x(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
+    """grad_x g, shaped like x; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_gradients=1)
+    return jax.grad(problem.lower.g)(x, y, batch)
+
+
+def lower_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
+    """(grad_x g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
+    assert isinstance(problem.lower, Minimize)
+    _count(lower_gradients=1)
+    return jax.grad(problem.lower.g, argnums=(0, 1))(x, y, batch)
+
+
+def value_gap_gradients(
+    problem: BilevelProblem, x: PyTree, y: PyTree, z: PyTree, batch: PyTree
+) -> tuple[PyTree, PyTree]:
+    """Gradients in x and y of g(x, y) - g(x, z), z held constant: two gradients; only for `Minimize`.
+
+    With z a minimiser of g(x, .) the gap is g(x, y) - min g(x, .), and these are its gradients (Danskin).
+    """
+    gx, gy = lower_gradients(problem, x, y, batch)
+    return jax.tree.map(operator.sub, gx, lower_gradient_x(problem, x, z, batch)), gy
+
+
+def weighted_value_and_gradient(
+    problem: BilevelProblem, x: PyTree, y: PyTree, a: Array | float, b: Array | float, upper: PyTree, lower: PyTree
+) -> tuple[Array, PyTree]:
+    """H = a f + b g at (x, y) and its gradient in y, in one sweep; counted as a gradient of each."""
+    assert isinstance(problem.lower, Minimize)
+    _count(upper_gradients=1, lower_gradients=1)
+    f, g = problem.upper, problem.lower.g
+    return jax.value_and_grad(lambda y: a * f(x, y, upper) + b * g(x, y, lower))(y)
+
+
+def values_by_sample(problem: BilevelProblem, x: PyTree, ys: PyTree, batch: PyTree) -> Array:
+    """g_i(x, y_ki), shape [K, samples], for K candidates ys of `per_sample.view`'s y, stacked; K values are counted."""
+    assert isinstance(problem.lower, Minimize)
+    g = problem.lower.g
+
+    def one(y: PyTree) -> Array:
+        _count(lower_values=1)
+        return per_sample.single(problem, g, x, y, batch)
+
+    return batched(one)(ys)
+
+
+def penalty_by_sample(
+    problem: BilevelProblem, x: PyTree, ys: PyTree, upper: PyTree, lower: PyTree, penalty: Callable
+) -> tuple[Array, PyTree]:
+    """(the mean of `penalty` over the samples, its gradient in x), penalty: (f_k, g_k) of one sample, shapes [K] -> [].
+
+    f_k and g_k are the sample's values at K candidates ys of `per_sample.view`'s y, stacked; counted as K gradients of
+    each.
+    """
+    assert isinstance(problem.lower, Minimize)
+    g = problem.lower.g
+    size = len(jax.tree.leaves(ys)[0])
+    _count(upper_gradients=size, lower_gradients=size)
+
+    def mean(x: PyTree) -> Array:
+        def values(function: Callable, batch: PyTree) -> Array:
+            return jax.vmap(lambda y: per_sample.single(problem, function, x, y, batch), out_axes=1)(ys)
+
+        return jnp.mean(jax.vmap(penalty)(values(problem.upper, upper), values(g, lower)))
+
+    return jax.value_and_grad(mean)(x)
+
+
+def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:
+    """(c, e) of the coupling c <= 0, e = 0: A y + B x - b or h(x, y), and A_eq y + B_eq x - b_eq; shapes [rows] each.
+
+    Not counted: a coupling is no objective.
+    """
+    coupling = problem.coupling
+    flat_x, flat_y = (ravel_pytree(part)[0] for part in (x, y))
+    none = jnp.zeros(0, flat_y.dtype)
+    if coupling is None:
+        return none, none
+    if isinstance(coupling, SmoothCoupling):
+        return coupling.h(x, y), none
+
+    def affine(*parts: PyTree) -> Array:
+        A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
+        return A @ flat_y + B @ flat_x - b
+
+    equal = none if coupling.A_eq is None else affine(coupling.A_eq, coupling.B_eq, coupling.b_eq)
+    return affine(coupling.A, coupling.B, coupling.b), equal
+
+
+def coupling_pullback(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Callable]:
+    """(h, m -> (h_x' m, h_y' m)): h = (c, e) of `coupling_values` in one vector [rows], m [rows]."""
+    return jax.vjp(lambda x, y: jnp.concatenate(coupling_values(problem, x, y)), x, y)
+
+
+def coupling_derivative(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """The derivative of h = (c, e) in the raveled (x, y), shape [rows, dim x + dim y]."""
+    flat, unravel = ravel_pytree((x, y))
+    return jax.jacobian(lambda flat: jnp.concatenate(coupling_values(problem, *unravel(flat))))(flat)
+
+
+def coupling_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """max(c, 0) and e of `coupling_values` in one vector: zero exactly where the coupling holds."""
+    c, e = coupling_values(problem, x, y)
+    return jnp.concatenate([jnp.maximum(c, 0), e])
+
+
+def residual_square_gradients(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
+) -> tuple[PyTree, tuple[PyTree, PyTree]]:
+    """(R, gradients in x and y of |R|^2/2, that is R_x' R and R_y' R), counted as the three products that it is."""
+    _count(lower_gradients=1, hvps=1, jvps=1)
+    value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
+    return value, pull(value)
+
+
+def directions(
+    problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree
+) -> tuple[PyTree, PyTree, PyTree]:
+    """(R, R_y' v, R_x' v) at one point in one forward and one reverse sweep: a gradient, an HVP and a cross product."""
+    diagonal = lower_diagonal(problem, x, y, batch)
+    _count(lower_gradients=1, hvps=int(diagonal is None), jvps=1)
+    if diagonal is not None:
+        value, pull_x = jax.vjp(lambda x: _residual(problem, x, y, batch), x)
+        return value, jax.tree.map(operator.mul, diagonal, v), pull_x(v)[0]
+    value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
+    by_x, by_y = pull(v)
+    return value, by_y, by_x
+
+
+def hvp(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree) -> PyTree:
+    """R_y' v, shaped like y: the Hessian-vector product g_yy v; without a call where the problem gives its diagonal."""
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return jax.tree.map(operator.mul, diagonal, v)
+    _count(hvps=1)
+    if isinstance(problem.lower, Minimize):  # symmetric: forward over reverse is the cheaper order
+        return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
+    return jax.vjp(lambda y: _residual(problem, x, y, batch), y)[1](v)[0]
+
+
+def cross(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree) -> PyTree:
+    """R_x' v, shaped like x: the cross product g_xy v."""
+    _count(jvps=1)
+    return jax.vjp(lambda x: _residual(problem, x, y, batch), x)[1](v)[0]
+
+
+def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, d: PyTree, batch: PyTree) -> PyTree:
+    """R_x d, shaped like y, for d shaped like x: counted as a cross product."""
+    _count(jvps=1)
+    return jax.jvp(lambda x: _residual(problem, x, y, batch), (x,), (d,))[1]
+
+
+def hvp_operator(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
+) -> Callable[[PyTree], PyTree]:
+    """V -> R_y v (or R_y' v) with the residual's forward sweep done once: for many products at one point."""
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return lambda v: jax.tree.map(operator.mul, diagonal, v)
+    _, forward = jax.linearize(lambda y: _residual(problem, x, y, batch), y)
+    if transpose and not isinstance(problem.lower, Minimize):
+        pull = jax.linear_transpose(forward, y)
+
+    def product(v: PyTree) -> PyTree:
+        _count(hvps=1)
+        return pull(v)[0] if transpose and not isinstance(problem.lower, Minimize) else forward(v)
+
+    return product
+
+
+def lower_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
+    """g_yy [n, n] on the raveled y, by n products counted as such; only for `Minimize`."""
+    flat, unravel = ravel_pytree(y)
+    diagonal = lower_diagonal(problem, x, y, batch)
+    if diagonal is not None:
+        return jnp.diag(ravel_pytree(diagonal)[0])
+    _count(hvps=flat.size)
+    _, forward = jax.linearize(lambda y: ravel_pytree(_residual(problem, x, unravel(y), batch))[0], flat)
+    return jax.vmap(forward, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
+
+
+def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> bool:
+    """Whether g_yy v is seen, from the traced program, not to depend on y. Nothing is computed."""
+
+    def product(y: PyTree, v: PyTree) -> PyTree:
+        diagonal = lower_diagonal(problem, x, y, batch)
+        if diagonal is not None:
+            return jax.tree.map(operator.mul, diagonal, v)
+        return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
+
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
+    traced = jax.make_jaxpr(product)(like, like).jaxpr
+    num_y = len(jax.tree.leaves(y))
+    return not any(reached(traced, [True] * num_y + [False] * (len(traced.invars) - num_y)))
+
+
+def unrolled_objective(
+    problem: BilevelProblem,
+    x: PyTree,
+    y: PyTree,
+    num_steps: int,
+    step_size: Array | float,
+    upper: PyTree,
+    lower: PyTree,
+) -> tuple[tuple[Array, PyTree], PyTree]:
+    """((f(x, y_T), y_T), d/dx f(x, y_T(x))) for y_{t+1} = y_t - step_size R(x, y_t), t < T = num_steps, y_0 = y fixed.
+
+    Reverse mode through the loop; each step is under `jax.checkpoint`, so that memory holds the y_t and not the
+    residual's intermediate values. Counted as T gradients forward, and T HVPs and T cross products backward.
+    """
+    _count(upper_gradients=1, lower_gradients=num_steps, hvps=num_steps, jvps=num_steps)
+
+    @jax.checkpoint
+    def step(y: PyTree, x: PyTree) -> PyTree:
+        return jax.tree.map(lambda a, r: a - step_size * r, y, _residual(problem, x, y, lower))
+
+    def objective(x: PyTree) -> tuple[Array, PyTree]:
+        last = jax.lax.scan(lambda y, _: (step(y, x), None), y, length=num_steps)[0]
+        return problem.upper(x, last, upper), last
+
+    return jax.value_and_grad(objective, has_aux=True)(x)

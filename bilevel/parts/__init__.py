@@ -1,0 +1,1 @@
+"""Building blocks of solvers: step sizes, iterates, descent, tracking of active sets, Lagrangians, estimators."""

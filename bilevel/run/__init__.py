@@ -1,0 +1,7 @@
+"""The one driver of all solvers: `solve`, `solve_many`, `advance`, and checkpoints of what they do."""
+
+from bilevel.run import checkpoint
+from bilevel.run.driver import solve, solve_many
+from bilevel.run.lanes import advance, passes_per_step
+
+__all__ = ["advance", "checkpoint", "passes_per_step", "solve", "solve_many"]

@@ -1,0 +1,153 @@
+"""BiC-GAFFA: one loop of gradients on f/c plus a regularised gap of a convex, constrained lower level."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel import oracles
+from bilevel.backend.tree import norm
+from bilevel.parts import lagrangian
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver, refuse_fixed_point
+from bilevel.step import Stepper, as_step, growth, require_number, require_size, step_sizes, stepper
+from bilevel.struct import struct
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x, y; w, shaped like y; z, multipliers [rows]; the rules of w, of (x, y), of z and of c."""
+
+    x: PyTree
+    y: PyTree
+    w: PyTree
+    z: Array
+    step_w: Stepper
+    step: Stepper
+    step_z: Stepper
+    penalty: Stepper
+
+
+class Info(NamedTuple):
+    """|d_x|, |d_y|, |y - w|, and the norm of the coupling's violation at the old (x, y)."""
+
+    direction_x: Array
+    direction_y: Array
+    proximal_gap: Array
+    violation: Array
+
+
+@struct
+class BiCGAFFA(Solver):
+    """Bilevel constrained gap function based first-order algorithm, on all of the data, with h(x, y) <= 0 below and
+    c = c_k = penalty of this step:
+
+        w <- Proj_Y(w - a (g_y(x, w) + h_y(x, w)'z + (w - y)/gamma_1))
+        lam = [z + gamma_2 h(x, y)]_+
+        d_x = f_x/c + g_x(x, y) + h_x(x, y)'lam - g_x(x, w) - h_x(x, w)'z
+        d_y = f_y/c + g_y(x, y) + h_y(x, y)'lam - (y - w)/gamma_1
+        d_z = -(z - lam)/gamma_2 - h(x, w)
+        (x, y) <- Proj_{X x Y}((x, y) - b (d_x, d_y)),   z <- Proj_[0, r](z - e d_z),
+
+    one step of descent on f/c + G with the doubly regularised gap function
+
+        G(x, y, z) = max over w in Y, lam >= 0 of  g(x, y) + lam'h(x, y) - |lam - z|^2/(2 gamma_2)
+                                                 - g(x, w) - z'h(x, w) - |w - y|^2/(2 gamma_1)  >= 0,
+
+    which is 0 where (y, z) solves the lower level's Karush-Kuhn-Tucker system. No projection on {h <= 0}: y
+    violates h by O(1/c).
+
+    Assumptions: f, g, h smooth, g and h convex in y, their multipliers bounded by r. With c_k ~ k^p, p < 1/2, the KKT
+    residual of the penalised problem falls like k^(p - 1/2).
+    Cost per step: 1 upper gradient, 3 lower gradients. As many gradients of h are not counted.
+
+    Args:
+        lower_step_size: a > 0, an optax schedule or an optax transformation, for w. upper_step_size: b > 0, likewise,
+            for (x, y) together. dual_step_size: e > 0, likewise, for z. Defaults, with L_f, L_g, J from
+            `lagrangian.lipschitz`: a = 1/(L_g + 1/gamma_1), b = 1/(L_f/c_0 + 2 L_g + 1/gamma_1 + 2 gamma_2 J^2), and
+            e = 1/(1/gamma_2 + gamma_1 J^2).
+        penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.3.
+        gamma_1, gamma_2: > 0. bound: r > 0.
+
+    Reference: Yao, Yin, Zeng, Zhang. Overcoming lower-level constraints in bilevel optimization: a novel approach with
+        regularized gap functions. ICLR 2025, arXiv:2406.01992, Algorithm 1.
+    Differs from the paper: the directions were derived anew from f/c + G; all use the new w and the old x, y, z, which
+        is our reading. Equalities are allowed: their lam and z have both signs.
+    """
+
+    lower_step_size: Any = None
+    upper_step_size: Any = None
+    dual_step_size: Any = None
+    penalty: Any = None
+    gamma_1: Any = 1.0
+    gamma_2: Any = 1.0
+    bound: Any = 1e3
+    full_batch = True
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations; penalty is a number or a schedule."""
+        step_sizes(
+            self, "lower_step_size", "upper_step_size", "dual_step_size", "penalty", "gamma_1", "gamma_2", "bound"
+        )
+        require_size("BiCGAFFA.penalty", self.penalty)
+        for name in ("gamma_1", "gamma_2", "bound"):
+            require_number(f"BiCGAFFA.{name}", getattr(self, name))
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        x, y = problem.init(key)
+        z = lagrangian.zeros(problem, x, y)
+        penalty = stepper(as_step(growth(0.3)) if self.penalty is None else self.penalty, None, ())
+        lower = upper = dual = None
+        if None in (self.lower_step_size, self.upper_step_size, self.dual_step_size):
+            L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
+            c, g1, g2 = (
+                jnp.asarray(value, L_g.dtype) for value in (penalty.size()[0], self.gamma_1.value, self.gamma_2.value)
+            )
+            lower, dual = 1 / (L_g + 1 / g1), 1 / (1 / g2 + g1 * J**2)
+            upper = 1 / (L_f / c + 2 * L_g + 1 / g1 + 2 * g2 * J**2)
+        return State(
+            x, y, y, z,
+            step_w=stepper(self.lower_step_size, lower, y), step=stepper(self.upper_step_size, upper, (x, y)),
+            step_z=stepper(self.dual_step_size, dual, z), penalty=penalty,
+        )  # fmt: skip
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        problem = problem.on_full_data()
+        x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
+        c, penalty = state.penalty.size()
+        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1.value, self.gamma_2.value))
+
+        _, pull_w = oracles.coupling_pullback(problem, x, state.w)
+        pulled = lambda g, h, w, y: g + h + (w - y) / jnp.asarray(g1, w.dtype)  # noqa: E731
+        dw = jax.tree.map(pulled, oracles.residual(problem, x, state.w, batch_g), pull_w(z)[1], state.w, y)
+        w, step_w = state.step_w(state.w, dw)
+        w = problem.y_set.project(w)
+
+        h_y, pull_y = oracles.coupling_pullback(problem, x, y)
+        h_w, pull_w = oracles.coupling_pullback(problem, x, w)
+        lam = lagrangian.clip(problem, z + g2 * h_y)
+        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+        gap_x, gy = oracles.value_gap_gradients(problem, x, y, w, batch_g)
+        lam_x, lam_y = pull_y(lam)
+        along_x = lambda f, g, hy, hw: f / jnp.asarray(c, f.dtype) + g + hy - hw  # noqa: E731
+        along_y = lambda f, g, h, y, w: f / jnp.asarray(c, f.dtype) + g + h - (y - w) / jnp.asarray(g1, f.dtype)  # noqa: E731
+        dx = jax.tree.map(along_x, fx, gap_x, lam_x, pull_w(z)[0])
+        dy = jax.tree.map(along_y, fy, gy, lam_y, y, w)
+        (x, y), step = state.step((x, y), (dx, dy))
+        z, step_z = state.step_z(z, (lam - z) / g2 - h_w)
+        z = lagrangian.clip(problem, z, self.bound.value)
+
+        info = Info(
+            norm(dx), norm(dy), norm(jax.tree.map(jnp.subtract, state.y, w)),
+            norm(oracles.coupling_residual(problem, state.x, state.y)),
+        )  # fmt: skip
+        return State(problem.x_set.project(x), problem.y_set.project(y), w, z, step_w, step, step_z, penalty), info
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=1, lower_gradients=3)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return refuse_fixed_point(self, problem)

@@ -1,0 +1,152 @@
+"""LV-HBA: one loop of gradients on f/c + g minus its proximal Lagrangian value, with joint projections."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel import constraints, oracles
+from bilevel.backend.tree import norm
+from bilevel.lower import polyhedral
+from bilevel.parts import lagrangian
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, as_step, growth, require_number, require_size, step_sizes, stepper
+from bilevel.struct import struct
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x, y; w, shaped like y; lam and z, multipliers [rows]; the rules of (w, lam), of (x, y), of z and of c."""
+
+    x: PyTree
+    y: PyTree
+    w: PyTree
+    lam: Array
+    z: Array
+    step_w: Stepper
+    step: Stepper
+    step_z: Stepper
+    penalty: Stepper
+
+
+class Info(NamedTuple):
+    """|d_x|, |d_y|, |y - w| and |lam - z|."""
+
+    direction_x: Array
+    direction_y: Array
+    proximal_gap: Array
+    multiplier_gap: Array
+
+
+@struct
+class LVHBA(Solver):
+    """Proximal Lagrangian value function based Hessian-free bilevel algorithm, on all of the data, with h(x, y) <= 0
+    below and c = c_k = penalty of this step:
+
+        w   <- Proj_Y(w - a (g_y(x, w) + h_y(x, w)'lam + (w - y)/gamma_1))
+        lam <- [lam - a ((lam - z)/gamma_2 - h(x, w))]_+                        both from the old (w, lam)
+        d_x = f_x/c + g_x(x, y) - g_x(x, w) - h_x(x, w)'lam
+        d_y = f_y/c + g_y(x, y) - (y - w)/gamma_1
+        (x, y) <- Proj_C((x, y) - b (d_x, d_y)),   C = {x in X, y in Y, h(x, y) <= 0}
+        z   <- Proj_[0, r](z + e (lam - z)/gamma_2),
+
+    one step of descent on f/c + g - v over C, with the saddle value
+
+        v(x, y, z) = min over w in Y, max over lam >= 0 of
+                     g(x, w) + lam'h(x, w) + |w - y|^2/(2 gamma_1) - |lam - z|^2/(2 gamma_2)  <= g(x, y) on C.
+
+    Assumptions: f and g smooth, g(x, .) convex, C a polyhedron, on which one quadratic program projects. With
+    c_k ~ k^p, p < 1/2, the KKT residual of the penalised problem falls like k^(p - 1/2).
+    Cost per step: 1 upper gradient, 3 lower gradients. Gradients of h and projections are not counted.
+
+    Args:
+        lower_step_size: a > 0, an optax schedule or an optax transformation, for (w, lam). upper_step_size: b > 0,
+            likewise, for (x, y). dual_step_size: e > 0, likewise, for z. Defaults, with L_f, L_g, J from
+            `lagrangian.lipschitz` and m = min(1/gamma_1, 1/gamma_2): a = m/(L_g + 1/gamma_1 + 1/gamma_2 + J)^2, for
+            which the steps on (w, lam) contract; e = a; b = min(a, 1/(L_f/c_0 + 2 L_g + 1/gamma_1)).
+        penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.3.
+        gamma_1, gamma_2: > 0. bound: r > 0.
+
+    Reference: Yao, Yu, Zeng, Zhang. Constrained bi-level optimization: proximal Lagrangian value function approach and
+        Hessian-free algorithm. ICLR 2024, arXiv:2401.16164, Algorithm 1.
+    Differs from the paper: h is affine, h's equalities have lam and z of both signs; the directions were derived anew
+        from f/c + g - v.
+    """
+
+    lower_step_size: Any = None
+    upper_step_size: Any = None
+    dual_step_size: Any = None
+    penalty: Any = None
+    gamma_1: Any = 1.0
+    gamma_2: Any = 1.0
+    bound: Any = 1e3
+    full_batch = True
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations; penalty is a number or a schedule."""
+        numbers = "gamma_1", "gamma_2", "bound"
+        step_sizes(self, "lower_step_size", "upper_step_size", "dual_step_size", "penalty", *numbers)
+        require_size("LVHBA.penalty", self.penalty)
+        for name in numbers:
+            require_number(f"LVHBA.{name}", getattr(self, name))
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        x, y = problem.init(key)
+        z = lagrangian.zeros(problem, x, y)
+        penalty = stepper(as_step(growth(0.3)) if self.penalty is None else self.penalty, None, ())
+        lower = upper = None
+        if None in (self.lower_step_size, self.upper_step_size, self.dual_step_size):
+            L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
+            sizes = penalty.size()[0], self.gamma_1.value, self.gamma_2.value
+            c, g1, g2 = (jnp.asarray(value, L_g.dtype) for value in sizes)
+            lower = jnp.minimum(1 / g1, 1 / g2) / (L_g + 1 / g1 + 1 / g2 + J) ** 2
+            upper = jnp.minimum(lower, 1 / (L_f / c + 2 * L_g + 1 / g1))
+        return State(
+            x, y, y, z, z,
+            step_w=stepper(self.lower_step_size, lower, (y, z)), step=stepper(self.upper_step_size, upper, (x, y)),
+            step_z=stepper(self.dual_step_size, lower, z), penalty=penalty,
+        )  # fmt: skip
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        problem = problem.on_full_data()
+        x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
+        c, penalty = state.penalty.size()
+        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1.value, self.gamma_2.value))
+
+        h, pull = oracles.coupling_pullback(problem, x, state.w)
+        pulled = lambda g, h, w, y: g + h + (w - y) / jnp.asarray(g1, w.dtype)  # noqa: E731
+        dw = jax.tree.map(pulled, oracles.residual(problem, x, state.w, batch_g), pull(state.lam)[1], state.w, y)
+        (w, lam), step_w = state.step_w((state.w, state.lam), (dw, (state.lam - z) / g2 - h))
+        w, lam = problem.y_set.project(w), lagrangian.clip(problem, lam)
+
+        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+        gap_x, gy = oracles.value_gap_gradients(problem, x, y, w, batch_g)
+        lam_x, _ = oracles.coupling_pullback(problem, x, w)[1](lam)
+        dx = jax.tree.map(lambda f, g, h: f / jnp.asarray(c, f.dtype) + g - h, fx, gap_x, lam_x)
+        along_y = lambda f, g, y, w: f / jnp.asarray(c, f.dtype) + g - (y - w) / jnp.asarray(g1, f.dtype)  # noqa: E731
+        dy = jax.tree.map(along_y, fy, gy, y, w)
+        gap = norm(jax.tree.map(jnp.subtract, y, w))
+        moved, step = state.step((x, y), (dx, dy))
+        if problem.coupling is None:  # the set is a product, and no dense matrix is needed
+            x, y = problem.x_set.project(moved[0]), problem.y_set.project(moved[1])
+        else:
+            flat, unravel = ravel_pytree(moved)
+            rows = constraints.joint_rows(problem, x, y)
+            x, y = unravel(flat + polyhedral.projected_step(rows, flat, jnp.zeros_like(flat)))
+
+        info = Info(norm(dx), norm(dy), gap, norm(lam - z))
+        z, step_z = state.step_z(z, (z - lam) / g2)
+        z = lagrangian.clip(problem, z, self.bound.value)
+        return State(x, y, w, lam, z, step_w, step, step_z, penalty), info
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=1, lower_gradients=3)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        reason = constraints.refuse_joint(problem)
+        return None if reason is None else f"LVHBA projects on a polyhedron of (x, y): {reason}."

@@ -1,0 +1,143 @@
+"""SFLCB: one loop of gradients on an augmented Lagrangian of both lower problems, linear constraints."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel import oracles
+from bilevel.backend.tree import norm
+from bilevel.parts import lagrangian
+from bilevel.problem import BilevelProblem, SmoothCoupling
+from bilevel.record import OracleCount
+from bilevel.solver import Solver, refuse_constrained_lower, refuse_fixed_point
+from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.struct import struct
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x; y, u, alpha: minimiser, multipliers and slacks of delta f + g; z, v, beta: those of g; the rules of x, of
+    (y, alpha), of (z, beta) and of (u, v).
+    """
+
+    x: PyTree
+    y: PyTree
+    z: PyTree
+    u: Array
+    v: Array
+    alpha: Array
+    beta: Array
+    step_x: Stepper
+    step_y: Stepper
+    step_z: Stepper
+    step_u: Stepper
+
+
+class Info(NamedTuple):
+    """The norms of the direction in x, over delta, and of h(x, y) - alpha and h(x, z) - beta."""
+
+    direction: Array
+    gap_y: Array
+    gap_z: Array
+
+
+@struct
+class SFLCB(Solver):
+    """Single-loop first-order algorithm for linearly constrained bilevel optimisation, on all of the data. With
+    h(x, y) <= 0 below, slacks alpha, beta <= 0, and
+
+        K = delta f(x, y) + g(x, y) + u'(h(x, y) - alpha) + rho/2 |h(x, y) - alpha|^2
+                          - g(x, z) - v'(h(x, z) - beta)  - rho/2 |h(x, z) - beta|^2,
+
+    the multipliers first, then all others at once,
+
+        u <- u + d (h(x, y) - alpha),   v <- v + d (h(x, z) - beta)
+        x <- Proj_X(x - c K_x)
+        y <- y - a K_y,   alpha <- min(0, alpha - a K_alpha)
+        z <- z + a K_z,   beta <- min(0, beta + a K_beta).
+
+    y and z are the minimisers of delta f + g and of g under h <= 0, and K/delta approaches F as delta falls.
+
+    Assumptions: f and g smooth, g(x, .) strongly convex, h affine with full row rank in y, delta L_f < mu_g.
+    Cost per step: 1 upper gradient, 3 lower gradients.
+
+    Args:
+        lower_step_size: a > 0, an optax schedule or an optax transformation. Default, by `lagrangian.lipschitz`:
+            1/(delta L_f + L_g + rho (J^2 + 1)).
+        dual_step_size: d > 0, likewise. Default: rho.
+        upper_step_size: c > 0, likewise. Default: a/2.
+        delta, rho: > 0.
+
+    Reference: Shen, Zhang, Huang, Shen. A single-loop first-order algorithm for linearly constrained bilevel
+        optimization. NeurIPS 2025, arXiv:2510.24710, Algorithm 1.
+    Differs from the paper: one rho and one step for both halves; equalities are allowed, their slacks are 0. That the
+        multipliers move first is our reading.
+    """
+
+    lower_step_size: Any = None
+    dual_step_size: Any = None
+    upper_step_size: Any = None
+    delta: Any = 0.1
+    rho: Any = 1.0
+    full_batch = True
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations; delta and rho are numbers."""
+        step_sizes(self, "lower_step_size", "dual_step_size", "upper_step_size", "delta", "rho")
+        for name in ("delta", "rho"):
+            require_number(f"SFLCB.{name}", getattr(self, name))
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        x, y = problem.init(key)
+        m = lagrangian.zeros(problem, x, y)
+        slack = lagrangian.clip_slacks(problem, jnp.concatenate(oracles.coupling_values(problem, x, y)))
+        lower = upper = None
+        if None in (self.lower_step_size, self.upper_step_size):
+            L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
+            delta, rho = (jnp.asarray(rule.value, L_g.dtype) for rule in (self.delta, self.rho))
+            lower = 1 / (delta * L_f + L_g + rho * (J**2 + 1))
+            upper = lower / 2
+        return State(
+            x, y, y, m, m, slack, slack,
+            step_x=stepper(self.upper_step_size, upper, x),
+            step_y=stepper(self.lower_step_size, lower, (y, m)), step_z=stepper(self.lower_step_size, lower, (y, m)),
+            step_u=stepper(self.dual_step_size, self.rho.value, (m, m)),
+        )  # fmt: skip
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        problem = problem.on_full_data()
+        x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
+        delta, rho = (jnp.asarray(rule.value, state.u.dtype) for rule in (self.delta, self.rho))
+        h_y, pull_y = oracles.coupling_pullback(problem, x, y)
+        h_z, pull_z = oracles.coupling_pullback(problem, x, z)
+        off_y, off_z = h_y - state.alpha, h_z - state.beta
+        (u, v), step_u = state.step_u((state.u, state.v), (-off_y, -off_z))
+
+        p, q = u + rho * off_y, v + rho * off_z
+        fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
+        gap_x, gy = oracles.value_gap_gradients(problem, x, y, z, batch_g)
+        gz = oracles.residual(problem, x, z, batch_g)
+        (p_x, p_y), (q_x, q_z) = pull_y(p), pull_z(q)
+        dx = jax.tree.map(lambda f, g, p, q: jnp.asarray(delta, f.dtype) * f + g + p - q, fx, gap_x, p_x, q_x)
+        dy = jax.tree.map(lambda f, g, p: jnp.asarray(delta, f.dtype) * f + g + p, fy, gy, p_y)
+        dz = jax.tree.map(jnp.add, gz, q_z)
+        x, step_x = state.step_x(x, dx)
+        (y, alpha), step_y = state.step_y((y, state.alpha), (dy, -p))
+        (z, beta), step_z = state.step_z((z, state.beta), (dz, -q))
+        alpha, beta = (lagrangian.clip_slacks(problem, part) for part in (alpha, beta))
+        x = problem.x_set.project(x)
+        state = State(x, y, z, u, v, alpha, beta, step_x, step_y, step_z, step_u)
+        return state, Info(norm(dx) / delta, norm(off_y), norm(off_z))
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=1, lower_gradients=3)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        if isinstance(problem.coupling, SmoothCoupling):
+            return "SFLCB needs linear constraints; got SmoothCoupling. Write them as LinearCoupling."
+        uncoupled = dataclasses.replace(problem, coupling=None)
+        return refuse_fixed_point(self, problem) or refuse_constrained_lower(self, uncoupled)

@@ -1,0 +1,74 @@
+"""stocBiO: stochastic bilevel optimisation with a Neumann-series estimator."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from bilevel.parts.descent import neumann
+from bilevel.parts.tuning import Iterates, implicit_step, start
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, require_size, step_sizes
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+class Info(NamedTuple):
+    """|f_x - R_x' v|."""
+
+    direction: Array
+
+
+@struct
+class StocBiO(Solver):
+    """stocBiO: with a fresh batch B_j of g wherever one is named, D of f and g,
+
+        y <- y - a R(x, y; B)                                   T = num_lower_steps times, from the last y
+        v = eta sum_{q=0}^{Q} prod_{j=1}^{q} (I - eta R_y(x, y; B_j)') f_y(x, y; D),   Q = num_linear_steps
+        x <- Proj_X(x - c (f_x(x, y; D) - R_x(x, y; D)' v)).
+
+    Assumptions: g strongly convex in y (or T a contraction), smooth f and g, bounded variance, eta <= 1/L,
+    unconstrained lower level. The series is cut at Q: a bias of order (1 - eta mu)^(Q+1) stays.
+    Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
+
+    Args:
+        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size:
+            eta > 0 or an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+
+    Reference: Ji, Yang, Liang. Bilevel optimization: convergence analysis and enhanced design. ICML 2021,
+        arXiv:2010.07962, Algorithms 2 and 3.
+    Differs from the paper: all batches have the sources' sizes, where the paper lets B_j shrink with j, and
+        are independent only with replacement; x is projected.
+    """
+
+    lower_step_size: Any = None
+    linear_step_size: Any = None
+    upper_step_size: Any = None
+    num_lower_steps: int = static(default=10)
+    num_linear_steps: int = static(default=10)
+
+    def __post_init__(self) -> None:
+        """Accept numbers and schedules; transformations for x and y only."""
+        step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
+        require_size("StocBiO.linear_step_size", self.linear_step_size)
+
+    def init(self, problem: BilevelProblem, key: Array) -> Iterates:
+        rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
+        return start(problem, key, *rules, num_lower_steps=self.num_lower_steps)
+
+    def step(self, problem: BilevelProblem, state: Iterates, key: Array) -> tuple[Iterates, Info]:
+        x = state.x
+
+        def adjoint(y: PyTree, fy: PyTree, lower: PyTree, key: Array) -> tuple[PyTree, Stepper, PyTree]:
+            eta, step_v = state.step_v.size()
+            v, lower = neumann(problem, x, y, fy, eta, lower, key, self.num_linear_steps)
+            return v, step_v, lower
+
+        state, size = implicit_step(problem, state, key, self.num_lower_steps, adjoint)
+        return state, Info(size)
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        T, Q = self.num_lower_steps, self.num_linear_steps
+        return OracleCount(upper_gradients=1, lower_gradients=T, hvps=Q, jvps=1)

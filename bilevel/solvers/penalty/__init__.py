@@ -1,0 +1,1 @@
+"""Solvers by gradients alone: penalties and barriers on the lower value gap."""

@@ -1,0 +1,132 @@
+"""DSIGD: smoothed implicit gradients of a linearly constrained lower level, with a projected Armijo search."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.backend import draws
+from bilevel.backend.tree import norm
+from bilevel.parts import tracking
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import require_number, step_sizes
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x, y; q, drawn once, shaped like y; the active set at y."""
+
+    x: PyTree
+    y: PyTree
+    q: PyTree
+    active: Array
+
+
+class Info(NamedTuple):
+    """|d|; the accepted a, 0 where no trial was; and the assumptions as in DSBLO's."""
+
+    direction: Array
+    accepted: Array
+    margin: Array
+    feasible: Array
+    independent: Array
+    definite: Array
+    strict: Array
+
+
+@struct
+class DSIGD(Solver):
+    """Deterministic smoothed implicit gradient descent, on all of the data: with one q, drawn at the start and kept,
+    F_q(x) = f(x, y_q(x)), y_q(x) = argmin g(x, y) + q'y over the constraints,
+
+        d = Proj_X(x - s grad F_q(x)) - x,
+        x <- x + a d,  a = shrink^m with the least m < num_trials so that
+            F_q(x + a d) <= F_q(x) + decrease a grad F_q(x)'d + slack,
+
+    and x stays where there is none.
+
+    Assumptions: g(x, .) strongly convex, linear constraints with LICQ that do not move with x (here they may).
+    Cost per step: with T = num_lower_steps, M = num_trials and n = dim y: 1 upper gradient, M + 1 upper values,
+        (M + 1) T lower gradients, (M + 1) n HVPs ((M + 1) n (T + 1) where g is not quadratic), 1 JVP.
+
+    Args:
+        upper_step_size: s > 0, a number; default 1.
+        shrink, decrease: in (0, 1). slack: >= 0, for the lower level's inexactness.
+        sigma, distribution: size and law of q ("gaussian", "sphere", "ball").
+        num_trials: M >= 1. num_lower_steps: SQP steps per point; one solves a quadratic g exactly.
+
+    Reference: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong. Linearly constrained bilevel optimization: a smoothed
+        implicit gradient approach. ICML 2023.
+    Differs from the paper: the M trials are evaluated at once, by vmap, and the search ends with them; the lower level
+        is solved by an active-set method.
+    """
+
+    upper_step_size: Any = None
+    shrink: Any = 0.5
+    decrease: Any = 0.1
+    slack: Any = 0.0
+    sigma: Any = 1e-3
+    distribution: str = static(default="gaussian")
+    num_trials: int = static(default=12)
+    num_lower_steps: int = static(default=2)
+    full_batch = True
+    assumptions = tracking.ASSUMPTIONS
+
+    def __post_init__(self) -> None:
+        """Accept a number as step."""
+        step_sizes(self, "upper_step_size")
+        if self.upper_step_size is not None:
+            require_number("DSIGD.upper_step_size", self.upper_step_size)
+        draws.check_distribution("DSIGD.distribution", self.distribution)
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        key_start, key_q = jax.random.split(key)
+        x, y = problem.init(key_start)
+        x = problem.x_set.project(x)
+        q = draws.perturbation(key_q, y, self.distribution, self.sigma)
+        return State(x, y, q, tracking.no_rows_active(problem, x, y))
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        upper, lower = problem.upper_data.full(), problem.lower_data.full()
+        x, q = state.x, state.q
+        found = tracking.track(problem, x, state.y, state.active, q, lower, self.num_lower_steps)
+        y, active, *seen = found[0]
+        gradient = tracking.gradient(problem, x, found, upper, lower)
+        here = oracles.upper_value(problem, x, y, upper)
+        dtype, step = here.dtype, 1.0 if self.upper_step_size is None else self.upper_step_size.value
+        step, shrink, decrease, slack = (
+            jnp.asarray(part, dtype) for part in (step, self.shrink, self.decrease, self.slack)
+        )
+        target = problem.x_set.project(jax.tree.map(lambda a, g: a - step * g, x, gradient))
+        d = jax.tree.map(jnp.subtract, target, x)
+        slope = ravel_pytree(gradient)[0] @ ravel_pytree(d)[0]
+        move = lambda a: jax.tree.map(lambda b, d: b + a * d, x, d)  # noqa: E731
+
+        def value(a: Array) -> Array:
+            there = tracking.track(problem, move(a), y, active, q, lower, self.num_lower_steps)[0]
+            return oracles.upper_value(problem, move(a), there.y, upper)
+
+        sizes = shrink ** jnp.arange(self.num_trials, dtype=dtype)
+        enough = oracles.batched(value)(sizes) <= here + decrease * sizes * slope + slack
+        a = jnp.where(jnp.any(enough), sizes[jnp.argmax(enough)], 0)
+        return State(problem.x_set.project(move(a)), y, q, active), Info(norm(d), a, *seen)
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        lower, points = tracking.track_cost(problem, self.num_lower_steps), self.num_trials + 1
+        return OracleCount(
+            upper_values=points,
+            upper_gradients=1,
+            lower_gradients=points * lower.lower_gradients,
+            hvps=points * lower.hvps,
+            jvps=1,
+        )
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return tracking.refuse_not_polyhedral(self, problem)

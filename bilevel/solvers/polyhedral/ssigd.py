@@ -1,0 +1,90 @@
+"""SSIGD: projected stochastic steps along smoothed implicit gradients of a linearly constrained lower level."""
+
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+
+from bilevel.backend import draws
+from bilevel.parts import tracking
+from bilevel.parts.tracking import Info, implicit_cost, implicit_step
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.solver import Solver
+from bilevel.step import Stepper, as_step, step_sizes, stepper
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+def decreasing(count: Array) -> Array:
+    """The default upper step, 0.1 (r + 1)^(-1/2) at step r."""
+    return 0.1 * (count + 1) ** -0.5
+
+
+class State(NamedTuple):
+    """x, y; q, drawn once, shaped like y; the active set at y; the step rule; the upper source's state."""
+
+    x: PyTree
+    y: PyTree
+    q: PyTree
+    active: Array
+    step: Stepper
+    upper: PyTree
+
+
+@struct
+class SSIGD(Solver):
+    """Stochastic smoothed implicit gradient descent: with one q, drawn at the start and kept, batches of f, and
+
+        F_q(x) = f(x, y_q(x)),  y_q(x) = argmin g(x, y) + q'y  over the constraints,
+        x <- Proj_X(x - b_r grad F_q(x; batch)).
+
+    With probability one F_q is differentiable at a fixed x; its distance to F is at most L_f |q|/mu.
+
+    Assumptions: g(x, .) strongly convex, linear constraints with LICQ that do not move with x (here they may). With
+    b_r ~ r^(-1/2) it is analysed for weakly convex F_q, with b_r = 1/(mu_F (r + 1)) for mu_F-strongly convex F_q.
+    Cost per step: with T = num_lower_steps, n = dim y: 1 upper gradient, T lower gradients, n HVPs (n (T + 1) where g
+        is not quadratic; none with `Minimize.diagonal` on a box) and 1 JVP. With `PerSample` data all on one batch.
+
+    Args:
+        upper_step_size: b_r > 0, an optax schedule or an optax transformation; default 0.1 (r + 1)^(-1/2).
+        sigma, distribution: size and law of q ("gaussian", "sphere", "ball").
+        num_lower_steps: SQP steps per step; one solves a quadratic g exactly.
+
+    Reference: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong. Linearly constrained bilevel optimization: a smoothed
+        implicit gradient approach. ICML 2023.
+    Differs from the paper: the constraints may depend on x; the lower level is solved by an active-set method.
+    """
+
+    upper_step_size: Any = None
+    sigma: Any = 1e-3
+    distribution: str = static(default="gaussian")
+    num_lower_steps: int = static(default=2)
+    assumptions = tracking.ASSUMPTIONS
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations."""
+        step_sizes(self, "upper_step_size")
+        draws.check_distribution("SSIGD.distribution", self.distribution)
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        key_start, key_source, key_q = jax.random.split(key, 3)
+        x, y = problem.init(key_start)
+        x = problem.x_set.project(x)
+        q = draws.perturbation(key_q, y, self.distribution, self.sigma)
+        active, upper = tracking.no_rows_active(problem, x, y), problem.upper_data.init(key_source)
+        rule = as_step(decreasing) if self.upper_step_size is None else self.upper_step_size
+        return State(x, y, q, active, stepper(rule, None, x), upper)
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        x, y, q, active, step, upper = state
+        batch, upper = problem.upper_data.next(upper, key, x, y)
+        (x, y, active, step), info = implicit_step(problem, x, y, active, step, q, batch, self.num_lower_steps)
+        return State(x, y, q, active, step, upper), info
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return implicit_cost(problem, self.num_lower_steps)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return tracking.refuse_not_polyhedral(self, problem)

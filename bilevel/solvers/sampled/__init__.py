@@ -1,0 +1,1 @@
+"""Solvers by lower levels with many minimisers, by samples of Y."""

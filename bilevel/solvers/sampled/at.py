@@ -1,0 +1,133 @@
+"""AT: adversarial training, descent in f_x alone after an attack by projected steps; for min-max problems."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel import oracles
+from bilevel.backend.tree import norm
+from bilevel.oracles import per_sample
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount
+from bilevel.sets import Box
+from bilevel.solver import Solver, refuse_unsampled_set
+from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.struct import invalid, static, struct
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x, y, x's step rule, the upper source's state."""
+
+    x: PyTree
+    y: PyTree
+    step: Stepper
+    upper: PyTree
+
+
+class Info(NamedTuple):
+    """|f_x| at the attack, and |y| of the attack: shapes []."""
+
+    direction: Array
+    attack: Array
+
+
+@struct
+class AT(Solver):
+    """Adversarial training, on a batch of f a step: from K = num_starts points of Y, T = num_lower_steps steps each,
+
+        y <- Proj_Y(y - a sign R(x, y)),     the start of least g is kept, for each sample,
+        x <- Proj_X(x - b f_x(x, y)).
+
+    K = 1: the attack of projected gradient descent. T = 0: random augmentation, the worst of K; with `random_start`
+    off, y stays as it is, and from y0 = 0 this is plain training. On the TRADES problem it is TRADES.
+
+    Assumptions: g = -f up to terms that do not depend on x, so that f_x is the gradient of max f (Danskin). Elsewhere
+    it leaves out the implicit term and its limit need not be stationary. Y bounded.
+    Cost per step: K T lower gradients, K lower values where K > 1, and 1 upper gradient. With `PerSample` data all on
+        one batch; else g is on all of its data.
+
+    Args:
+        upper_step_size: b > 0, an optax schedule or an optax transformation; default 0.1.
+        lower_step_size: a > 0, an optax schedule (of the steps within an attack) or an optax transformation. Default:
+            2.5/T times the distances of y's entries to the middle of their range, for a box; else 0.1.
+        num_lower_steps: T >= 0. num_starts: K >= 1.
+        random_start: starts are drawn from Y; else the attack goes on from the last y, and K must be 1.
+        sign: take the sign of R; else R itself.
+
+    Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks.
+        ICLR 2018, arXiv:1706.06083. Worst of K: Engstrom, Tran, Tsipras, Schmidt, Madry. Exploring the landscape of
+        spatial robustness. ICML 2019, arXiv:1712.02779. Zhang et al. Theoretically principled trade-off between
+        robustness and accuracy (TRADES). ICML 2019, arXiv:1901.08573.
+    Differs from the paper: any f, g and bounded Y.
+    """
+
+    upper_step_size: Any = None
+    lower_step_size: Any = None
+    num_lower_steps: int = static(default=10)
+    num_starts: int = static(default=1)
+    random_start: bool = static(default=True)
+    sign: bool = static(default=True)
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations; check the counts."""
+        step_sizes(self, "upper_step_size", "lower_step_size")
+        for name, least in (("num_lower_steps", 0), ("num_starts", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                invalid(f"AT.{name}", value, f"a whole number >= {least}", "Leave it out for the default.")
+        if self.num_starts > 1 and not self.random_start:
+            invalid("AT.num_starts", self.num_starts, "1 where random_start is off", "One y is kept from step to step.")
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        key_start, key_source = jax.random.split(key)
+        x, y = problem.init(key_start)
+        x, y = problem.x_set.project(x), problem.y_set.project(y)
+        return State(x, y, stepper(self.upper_step_size, 0.1, x), problem.upper_data.init(key_source))
+
+    def _attack(self, here: per_sample.View, x: PyTree, y: PyTree) -> PyTree:
+        """T steps from y."""
+        scale, default = jax.tree.map(jnp.ones_like, y), 0.1
+        if self.lower_step_size is None and isinstance(here.problem.y_set, Box):
+            lo, hi = here.problem.y_set.bounds(y)
+            scale, default = jax.tree.map(lambda lo, hi: (hi - lo) / 2, lo, hi), 2.5 / max(self.num_lower_steps, 1)
+
+        def body(_: int, carry: tuple[PyTree, Stepper]) -> tuple[PyTree, Stepper]:
+            y, step = carry
+            R = oracles.residual(here.problem, x, y, here.lower)
+            R = jax.tree.map(lambda r, s: s * (jnp.sign(r) if self.sign else r), R, scale)
+            y, step = step(y, R)
+            return here.problem.y_set.project(y), step
+
+        return jax.lax.fori_loop(0, self.num_lower_steps, body, (y, stepper(self.lower_step_size, default, y)))[0]
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        key_batch, key_start = jax.random.split(key)
+        batch, upper = problem.upper_data.next(state.upper, key_batch, state.x, state.y)
+        here = per_sample.view(problem, state.y, batch)
+        y_set = here.problem.y_set
+
+        def attack(key: Array) -> PyTree:
+            return self._attack(here, state.x, y_set.sample(key, here.y) if self.random_start else here.y)
+
+        if self.num_starts == 1:
+            y = attack(key_start)
+        else:
+            ys = oracles.batched(attack)(jax.random.split(key_start, self.num_starts))
+            values = oracles.values_by_sample(here.problem, state.x, ys, here.lower)
+            y = per_sample.choose(here, ys, jnp.argmin(values, axis=0))
+        fx, _ = oracles.upper_gradients(here.problem, state.x, y, here.upper)
+        x, step = state.step(state.x, fx)
+        return State(problem.x_set.project(x), per_sample.put_back(problem, state.y, batch, y), step, upper), Info(
+            norm(fx), norm(y)
+        )
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        K = self.num_starts
+        return OracleCount(upper_gradients=1, lower_values=K if K > 1 else 0, lower_gradients=K * self.num_lower_steps)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return refuse_unsampled_set(self, problem)

@@ -1,0 +1,314 @@
+"""The one loop of the solvers for problems of `irl.to_control`. Step k:
+
+    lower     num_env_steps steps in the environment with pi_y into the memory, and num_lower_steps updates of y by
+              SAC on transitions drawn from it, their rewards labelled anew with the reward of x_k
+    upper     num_rollouts whole episodes of the new policy against all demonstrations: x moves
+
+Solvers differ in the reward and in how x moves. The driver is `bilevel.solve`; its record has the fields of `Info` as
+columns beside its own.
+"""
+
+import functools
+from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from bilevel.backend.tree import norm
+from bilevel.problem import BilevelProblem
+from bilevel.record import OracleCount, Status
+from bilevel.solver import Solver
+from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.struct import invalid, static, struct
+from irl.deep import control, rollouts
+from irl.deep.environments import Environment
+from irl.deep.rollouts import Lanes, Memory, Practice, Steps
+from irl.deep.sac import Learner, Weights
+
+PyTree = Any
+
+
+class State(NamedTuple):
+    """x; y = the agent's weights; Adam's moments of the agent; memory and environments; the rule for x.
+
+    extra: what a method has beside, a discriminator for one. env_steps: how many so far, rollouts among them.
+    """
+
+    x: PyTree
+    y: Weights
+    moments: tuple[PyTree, PyTree, PyTree]
+    memory: Memory
+    lanes: Lanes
+    step_x: Stepper
+    extra: PyTree
+    env_steps: Array
+
+
+class Info(NamedTuple):
+    """What people look at, scalars. Lhat: E_expert sum of w r - E V(s0), the surrogate of the likelihood.
+
+    direction: |the direction of x|. policy_change: root mean square of log pi_{k+1} - log pi_k at the demonstrations.
+    returns, length: of the rollouts, by the true reward. reward_expert, reward_agent: weighted means of the learned
+    reward. reward_std: over the demonstrations. critic: the last update's error. entropy, temperature: of pi.
+    env_steps: in all. told_apart: the share of steps that the discriminator gives to the right side, 1/2 by chance and
+    NaN where there is none. overlap: whether it is below `SURE`; above, its reward is nearly constant on each side.
+    """
+
+    Lhat: Array
+    direction: Array
+    policy_change: Array
+    returns: Array
+    length: Array
+    reward_expert: Array
+    reward_agent: Array
+    reward_std: Array
+    critic: Array
+    entropy: Array
+    temperature: Array
+    env_steps: Array
+    told_apart: Array
+    overlap: Array
+
+
+SURE = 0.99
+
+
+class Pair(NamedTuple):
+    """The agent's and the expert's steps, flat, with weights whose sum is 1 for an episode that runs to the end."""
+
+    agent: Steps
+    agent_weights: Array
+    expert: Steps
+    expert_weights: Array
+    num_agent: int
+    num_expert: int
+
+    def gap(self, values: Callable[[Steps], Array]) -> Array:
+        """Mean over episodes of the weighted sum of values, the agent's minus the expert's, []."""
+        agent = jnp.sum(self.agent_weights * values(self.agent)) / self.num_agent
+        return agent - jnp.sum(self.expert_weights * values(self.expert)) / self.num_expert
+
+
+def default_rule(learning_rate: float, decay: float) -> optax.GradientTransformation:
+    """Adam with weight decay as part of the gradient."""
+    return optax.chain(optax.add_decayed_weights(decay), optax.adam(learning_rate))
+
+
+@struct
+class Imitation(Solver):
+    """The loop of this file's docstring; a solver overrides `reward` and `move`, or more.
+
+    Args:
+        upper_step_size: for x: a > 0, an optax schedule or an optax transformation. Default: Adam, `learning_rate`,
+            with weight decay 1e-3.
+        occupancy_discount: weights discount^t of an episode's steps in the upper level, in (0, 1]. 1, the default, is
+            what implementations use: every visited state counts the same.
+        num_env_steps: steps in the environment each step. num_lower_steps: updates of the agent each step.
+        num_rollouts: whole episodes each step; they do not go into the memory.
+        num_upper_steps: moves of x each step, on the same episodes.
+        block: environment steps between two batches of updates. lanes: environments that step together.
+        capacity: transitions in memory. num_random: uniform actions before the first step.
+    """
+
+    upper_step_size: Any = None
+    occupancy_discount: float = 1.0
+    num_env_steps: int = static(default=1000)
+    num_lower_steps: int = static(default=1000)
+    num_rollouts: int = static(default=5)
+    num_upper_steps: int = static(default=1)
+    block: int = static(default=50)
+    lanes: int = static(default=1)
+    capacity: int = static(default=200_000)
+    num_random: int = static(default=1000)
+    learning_rate: float = static(default=1e-3)
+
+    referee = staticmethod(control.measure)
+    full_batch = True
+    assumptions = MappingProxyType({"overlap": f"the discriminator is right at less than {SURE:.0%} of the steps"})
+    warnings = MappingProxyType({"overlap": Status.SATURATED})
+
+    def __post_init__(self) -> None:
+        """Accept numbers, schedules and transformations; check the loop lengths."""
+        rule = default_rule(self.learning_rate, 1e-3)
+        if self.upper_step_size is None:
+            object.__setattr__(self, "upper_step_size", rule)
+        step_sizes(self, "upper_step_size")
+        per, name = self.block * self.lanes, type(self).__name__
+        if self.num_env_steps < per or self.num_env_steps % per:
+            do = f"block * lanes = {per} environment steps are taken at a time."
+            invalid(f"num_env_steps ({name})", self.num_env_steps, f"a multiple of {per}", do)
+        if self.num_lower_steps < self.num_env_steps // per or self.num_lower_steps % (self.num_env_steps // per):
+            do = "Every block of environment steps is followed by the same number of updates."
+            want = f"a multiple of {self.num_env_steps // per}, the number of blocks"
+            invalid(f"num_lower_steps ({name})", self.num_lower_steps, want, do)
+
+    def init(self, problem: BilevelProblem, key: Array) -> State:
+        task = problem.lower_data.full()
+        key_x, key_practice, key_extra = jax.random.split(key, 3)
+        x, y = problem.init(key_x)
+        sizes = {"num_lanes": self.lanes, "capacity": self.capacity, "num_random": self.num_random}
+        practice = rollouts.begin(task.environment, task.agent, key_practice, **sizes)
+        moments = practice.learner[1:]
+        rule, extra = stepper(self.upper_step_size, None, x), self.init_extra(problem, key_extra)
+        return State(x, y, moments, practice.memory, practice.lanes, rule, extra, practice.memory.count)
+
+    def init_extra(self, problem: BilevelProblem, key: Array) -> PyTree:
+        """What the method keeps beside x and y."""
+        return ()
+
+    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+        """The reward that the agent is trained on, at flat transitions, [b]."""
+        return problem.lower_data.full().rewards(state.x, steps)
+
+    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array | None:
+        """The discriminator's logit that flat steps are the expert's, [b]; None where the method has none."""
+        return None
+
+    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        """(state with x moved, the norm of its direction); here x stays."""
+        return state, jnp.zeros(())
+
+    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+        key_lower, key_episodes, key_upper, key_value = jax.random.split(key, 4)
+        task, expert = problem.lower_data.full(), problem.upper_data.full().steps
+        environment, agent = task.environment, task.agent
+        before = state.y
+        state, losses = self.lower(problem, state, key_lower)
+
+        act = functools.partial(agent.sample, state.y)
+        seen = rollouts.episodes(environment, act, key_episodes, self.num_rollouts)
+        pair = self.pair(environment, seen, expert)
+        state = state._replace(env_steps=state.env_steps + jnp.sum(seen.inside))
+        V = agent.soft_value(state.y, state.y.critics, expert.observation[:, 0], key_value)
+        labels = self.reward(problem, state, pair.expert), self.reward(problem, state, pair.agent)
+
+        def moves(k: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
+            return self.move(problem, carry[0], pair, jax.random.fold_in(key_upper, k))
+
+        state, direction = lax.fori_loop(0, self.num_upper_steps, moves, (state, jnp.zeros(())))
+
+        flat = expert.flat
+        count = jnp.sum(flat.inside, dtype=float)
+        change = agent.log_prob(state.y, flat.observation, flat.action)
+        change = change - agent.log_prob(before, flat.observation, flat.action)
+        mean = lambda w, r: jnp.sum(w * r) / jnp.maximum(jnp.sum(w), 1e-12)  # noqa: E731
+        means = mean(pair.agent_weights, labels[1]), mean(pair.expert_weights, labels[0])
+        spread = jnp.sqrt(jnp.sum(jnp.where(flat.inside, (labels[0] - means[1]) ** 2, 0)) / count)
+        discounted = rollouts.weights(environment, expert, agent.discount).reshape(-1)
+        Lhat = jnp.sum(discounted * labels[0]) / len(V) - jnp.mean(V)
+        moved = jnp.sqrt(jnp.sum(jnp.where(flat.inside, change**2, 0)) / count)
+        length = jnp.sum(seen.inside, dtype=float) / self.num_rollouts
+        sides = self.logit(problem, state, pair.agent), self.logit(problem, state, pair.expert)
+        right = jnp.full((), jnp.nan)
+        if sides[0] is not None and sides[1] is not None:
+            right = mean(pair.agent_weights, (sides[0] < 0).astype(float))
+            right = (right + mean(pair.expert_weights, (sides[1] > 0).astype(float))) / 2
+        return state, Info(
+            Lhat, direction, moved, jnp.mean(seen.returns), length, means[1], means[0], spread, losses.critic,
+            losses.entropy, jnp.exp(state.y.log_temperature), state.env_steps, right, ~(right >= SURE),
+        )  # fmt: skip
+
+    def pair(self, environment: Environment, seen: Steps, expert: Steps) -> Pair:
+        """Episodes of both sides with their weights."""
+        discount = jnp.asarray(self.occupancy_discount, expert.reward.dtype)
+        whole = jnp.sum(jnp.power(discount, jnp.arange(environment.max_steps, dtype=expert.reward.dtype)))
+        weigh = lambda steps: rollouts.weights(environment, steps, discount).reshape(-1) / whole  # noqa: E731
+        return Pair(seen.flat, weigh(seen), expert.flat, weigh(expert), len(seen.reward), len(expert.reward))
+
+    def lower(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Any]:
+        """Steps in the environment and updates of the agent, in turns."""
+        task = problem.lower_data.full()
+
+        def update(learner: Learner, memory: Memory, key: Array) -> tuple[Learner, Any]:
+            return self.update(problem, state._replace(y=learner.weights, memory=memory), learner, key)
+
+        practice = Practice(Learner(state.y, *state.moments), state.memory, state.lanes)
+        sizes = {"num_steps": self.num_env_steps, "num_updates": self.num_lower_steps, "block": self.block}
+        practice, losses = rollouts.practise(task.environment, task.agent, practice, key, update, **sizes)
+        learner, memory, lanes = practice
+        env_steps = state.env_steps + self.num_env_steps
+        return state._replace(
+            y=learner.weights, moments=learner[1:], memory=memory, lanes=lanes, env_steps=env_steps
+        ), losses  # fmt: skip
+
+    def update(self, problem: BilevelProblem, state: State, learner: Learner, key: Array) -> tuple[Learner, Any]:
+        """One update of the agent on transitions drawn from the memory, labelled with the reward of now."""
+        agent = problem.lower_data.full().agent
+        key_draw, key_update = jax.random.split(key)
+        batch = state.memory.draw(key_draw, agent.batch_size)
+        return agent.update(learner, batch._replace(reward=self.reward(problem, state, batch)), key_update)
+
+    def cost(self, problem: BilevelProblem) -> OracleCount:
+        return OracleCount(upper_gradients=self.num_upper_steps, lower_gradients=self.num_lower_steps)
+
+    def unsupported(self, problem: BilevelProblem) -> str | None:
+        return control.refuse_other_problems(self, problem)
+
+
+def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
+    """The logistic loss of logits that say expert, [], both sides counting the same."""
+    agent = jnp.sum(pair.agent_weights * jax.nn.softplus(logit(pair.agent))) / jnp.sum(pair.agent_weights)
+    expert = jnp.sum(pair.expert_weights * jax.nn.softplus(-logit(pair.expert))) / jnp.sum(pair.expert_weights)
+    return agent + expert
+
+
+def gradient_penalty(logit: Callable[[Steps], Array], pair: Pair, scale: Array, key: Array, num: int = 256) -> Array:
+    """Mean of (|grad logit| - 1)^2 at `num` random points between the agent's steps and the expert's, [].
+
+    The gradient is by observations in units of scale [d], and by the action; whether a step ended is the agent's. A
+    logit that is cut off has no slope beyond the cut, nor this a derivative there.
+
+    Reference: Gulrajani, Ahmed, Arjovsky, Dumoulin, Courville. Improved training of Wasserstein GANs. NeurIPS 2017,
+        arXiv:1704.00028, equation 3; for imitation: Kostrikov et al. ICLR 2019, arXiv:1809.02925.
+    """
+    key_agent, key_expert, key_between = jax.random.split(key, 3)
+    at_agent = jax.random.choice(key_agent, len(pair.agent_weights), (num,), p=pair.agent_weights)
+    at_expert = jax.random.choice(key_expert, len(pair.expert_weights), (num,), p=pair.expert_weights)
+    agent = jax.tree.map(lambda leaf: leaf[at_agent], pair.agent)
+    expert = jax.tree.map(lambda leaf: leaf[at_expert], pair.expert)
+    share = jax.random.uniform(key_between, (num, 1), agent.observation.dtype)
+    inputs = lambda steps: (steps.observation, steps.next_observation, steps.action)  # noqa: E731
+    between = jax.tree.map(lambda a, e: share * a + (1 - share) * e, inputs(agent), inputs(expert))
+
+    def total(here: Array, there: Array, action: Array) -> Array:
+        return jnp.sum(logit(agent._replace(observation=here, next_observation=there, action=action)))
+
+    here, there, action = jax.grad(total, argnums=(0, 1, 2))(*between)
+    slopes = jnp.concatenate([here * scale[None, :], there * scale[None, :], action], axis=1)
+    size = jnp.sqrt(jnp.sum(slopes**2, axis=1) + 1e-12)  # a ReLU network can be flat, where a norm has no derivative
+    return jnp.mean((size - 1) ** 2)
+
+
+@struct
+class Adversarial(Imitation):
+    """`Imitation` whose x moves by a discriminator's loss.
+
+    Args: as of `Imitation`, and
+        gradient_penalty: c >= 0, the weight of `imitation.gradient_penalty`; 10 is usual. 0, the default: none.
+    """
+
+    gradient_penalty: float = static(default=0.0)
+
+    def __post_init__(self) -> None:
+        """Check the penalty's weight."""
+        super().__post_init__()
+        if not self.gradient_penalty >= 0:
+            name = f"gradient_penalty ({type(self).__name__})"
+            invalid(name, self.gradient_penalty, "a number >= 0", "10 is usual, 0 is none.")
+
+    def loss(
+        self, logit: Callable[[Steps], Array], sloped: Callable[[Steps], Array], pair: Pair, scale: Array, key: Array
+    ) -> Array:
+        """The logistic loss of `logit` plus c times the penalty on the slope of `sloped`, its part that learns, []."""
+        fit, c = classify(logit, pair), self.gradient_penalty
+        return fit + c * gradient_penalty(sloped, pair, scale, key) if c else fit
+
+
+def step_x(problem: BilevelProblem, state: State, direction: PyTree) -> tuple[State, Array]:
+    """(state with x one projected step against the direction, the direction's norm)."""
+    x, rule = state.step_x(state.x, direction)
+    return state._replace(x=problem.x_set.project(x), step_x=rule), norm(direction)
