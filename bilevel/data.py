@@ -207,7 +207,7 @@ class PerSample(Minibatch):
 
     @staticmethod
     def put(y: PyTree, batch: PyTree, rows: PyTree) -> PyTree:
-        """Y with `rows` at the batch's samples."""
+        """The whole y, with `rows` in the places of the batch's samples."""
         return jax.tree.map(lambda leaf, new: leaf.at[batch[0]].set(new), y, rows)
 
     @staticmethod

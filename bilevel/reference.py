@@ -113,7 +113,7 @@ def hypergradient(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[float,
 
 
 def objective(problem: BilevelProblem, y: PyTree) -> Callable[[PyTree], float]:
-    """X -> F(x) by `solve_lower` from y."""
+    """The function x -> F(x), which solves the lower level by `solve_lower` from y."""
     return lambda x: float(_upper(problem, x, solve_lower(problem, x, y))[0])
 
 

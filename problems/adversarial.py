@@ -1,4 +1,4 @@
-"""Adversarial training of an image classifier: attacks within an l-infinity ball; Hessian-free bilevel methods
+"""Adversarial training of an image classifier: attacks within an l-infinity ball; Hessian-free bilevel methods.
 
 x: the parameters of a small convolutional network; y = delta [n, h, w, c]: an attack on each training image Z_i,
 

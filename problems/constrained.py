@@ -1,4 +1,4 @@
-"""Linearly constrained lower levels: a kink with known smoothing, quadratics with global optima, random active sets
+"""Linearly constrained lower levels: a kink with known smoothing, quadratics with global optima, random active sets.
 
     min over x in X of f(x, y(x)),   y(x) = argmin of g(x, y) over A y + B x <= b, lo <= y <= hi.
 

@@ -1,4 +1,4 @@
-"""Deep control: a reward from few episodes of an expert, in an environment that can only be stepped; networks
+"""Deep control: a reward from few episodes of an expert, in an environment that can only be stepped; networks.
 
 The expert is trained by soft actor-critic on the true reward, once in a run, and shows `trajectories` episodes of its
 best actions. The problem is `irl.to_control`: x the reward's network, y policy and soft values, f the negative

@@ -1,4 +1,4 @@
-"""Gridworld: inverse reinforcement learning, a known linear reward recovered from demonstrations on a slippery grid
+"""Gridworld: inverse reinforcement learning, a known linear reward recovered from demonstrations on a slippery grid.
 
 A size x size grid; the actions are up, right, down, left and stay. With probability 1 - slip the move is the action's,
 else it is one of the five, drawn evenly; moves off the grid stay. The first state is uniform. Four random cells are

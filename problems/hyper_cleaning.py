@@ -1,4 +1,4 @@
-"""Data hyper-cleaning on digits: learn which training labels to trust from a clean validation set
+"""Data hyper-cleaning on digits: learn which training labels to trust from a clean validation set.
 
     g(x, w) = mean_i sigmoid(x_i) CE_i(w) + ridge |w|^2  on training samples of which a part has wrong labels,
     f(w) = mean CE(w)  on clean validation samples,

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on digits, with one penalty per class, per feature, or one for all
+"""Multinomial logistic regression on digits, with one penalty per class, per feature, or one for all.
 
     g(x, W) = mean CE(Z W, labels) + sum_jk exp(x_jk) W_jk^2/2  on training rows,      f(W) = mean CE(Z W, labels)  on
     others,

@@ -1,4 +1,4 @@
-"""Objectworld: inverse reinforcement learning with a reward that is not linear in the features
+"""Objectworld: inverse reinforcement learning with a reward that is not linear in the features.
 
 A slippery grid as in `gridworld` with coloured objects on random cells, each with an outer and an inner colour. The
 reward is +strength within 3 cells of outer colour 0 and 2 cells of outer colour 1, -strength within 3 cells of outer

@@ -1,4 +1,4 @@
-"""Random quadratics with closed-form hypergradient and optimum, deterministic or as a finite sum
+"""Random quadratics with closed-form hypergradient and optimum, deterministic or as a finite sum.
 
     f(x, y) = y'P y/2 + x'Q y + x'S x/2 + p'y + s'x,        g(x, y) = y'H y/2 + x'G y + h'y,        H positive definite.
 

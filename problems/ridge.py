@@ -1,4 +1,4 @@
-"""Ridge regression with one penalty per feature, on the diabetes data
+"""Ridge regression with one penalty per feature, on the diabetes data.
 
     g(x, w) = |Z w - t|^2/(2 n) + sum_i exp(x_i) w_i^2/2  on n training rows,     f(w) = |Z w - t|^2/(2 n_val)  on
     others,

@@ -1,4 +1,4 @@
-"""Image classifiers robust to rotation and shift: for each image the worst of a box of three numbers; non-convex
+"""Image classifiers robust to rotation and shift: for each image the worst of a box of three numbers; non-convex.
 
 x: the parameters of a small convolutional network; y [n, 3] in [-1, 1]^3: for each training image Z_i an angle, a shift
 to the right and one down, in units of `angle` and of `shift`; W(Z, y) the image turned around its centre and shifted,

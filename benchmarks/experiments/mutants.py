@@ -66,7 +66,7 @@ def longer(make: Callable[..., Any], name: str, factor: float = 3.0) -> Callable
 
 
 def _adjoint(change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """X moves with a changed adjoint; y and v move rightly."""
+    """The step moves x with a changed adjoint; y and v move rightly."""
 
     def step(true: Callable, problem: Any, state: Any, key: Any) -> Any:
         wrong = true(problem, state._replace(v=change(state.v)), key)[0]
@@ -296,7 +296,7 @@ def normalised_momentum() -> Iterator[Mutant]:
 
 
 def _added_up(true: Callable, problem: Any, state: Any, key: Any) -> Any:
-    """M + beta m + (1 - beta) g in place of beta m + (1 - beta) g."""
+    """The momentum becomes m + beta m + (1 - beta) g in place of beta m + (1 - beta) g."""
     after = true(problem, state, key)[0]
     return after._replace(m=after.m + state.m)
 

@@ -84,7 +84,7 @@ def fraction_within(values: Array, limits: Array) -> Array:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for several tests: the i-th smallest becomes max_{j <= i} min(1, (m - j + 1) p_(j)).
+    """The p-values adjusted for several tests: the i-th smallest becomes max_{j <= i} min(1, (m - j + 1) p_(j)).
 
     Reference:
         S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6 (1979)

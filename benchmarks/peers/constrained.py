@@ -90,7 +90,7 @@ def make_problem(data: dict, rows: tuple, g: Callable = lower, dim_x: int = DIM_
 
 
 def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Grad F from the dense KKT system on the rows that y holds with equality."""
+    """The gradient of F from the dense KKT system on the rows that y holds with equality."""
     A, B, b = map(np.asarray, rows)
     active = np.abs(A @ y + B @ x - b) <= 1e-9
     A, B = A[active], B[active]

@@ -92,7 +92,7 @@ def upper_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 def upper_value_and_gradients(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 ) -> tuple[Array, tuple[PyTree, PyTree]]:
-    """F and (f_x, f_y) in one sweep; counted as one gradient."""
+    """The value f and the gradients (f_x, f_y) in one sweep; counted as one gradient."""
     _count(upper_gradients=1)
     return jax.value_and_grad(problem.upper, argnums=(0, 1))(x, y, batch)
 
@@ -157,7 +157,7 @@ def value_gap_gradients(
 def weighted_value_and_gradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, a: Array | float, b: Array | float, upper: PyTree, lower: PyTree
 ) -> tuple[Array, PyTree]:
-    """H = a f + b g at (x, y) and its gradient in y, in one sweep; counted as a gradient of each."""
+    """The value of a f + b g at (x, y) and its gradient in y, in one sweep; counted as a gradient of each."""
     assert isinstance(problem.lower, Minimize)
     _count(upper_gradients=1, lower_gradients=1)
     f, g = problem.upper, problem.lower.g
@@ -285,7 +285,7 @@ def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, d: PyTree, batc
 def hvp_operator(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
 ) -> Callable[[PyTree], PyTree]:
-    """V -> R_y v (or R_y' v) with the residual's forward sweep done once: for many products at one point."""
+    """The map v -> R_y v (or R_y' v), the residual's forward sweep done once: for many products at one point."""
     diagonal = lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
         return lambda v: jax.tree.map(operator.mul, diagonal, v)

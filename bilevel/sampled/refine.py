@@ -88,7 +88,7 @@ def multipliers(view: Blocks, x: PyTree, y: Array, gradients: Array) -> Array:
     """lam [K, R] with |gradient + J' lam| least for each of `gradients` [K, m], lam >= 0 on inequalities.
 
     Of the rows of the coupling, those active at y have one, the others 0.
-    """  # noqa: D403
+    """
     c, J, equality = sample_oracles.coupling_rows(view.problem, x, view.unpack(y))
     reach = 1e-6 * (1 + jnp.linalg.norm(y)) * jnp.linalg.norm(J, axis=1)
     J = jnp.where((equality | (c >= -reach))[:, None], J, 0)

@@ -209,7 +209,7 @@ class SAC:
         return self._tune(learner, entropy, -weights.actor[-1].bias.size / 2), entropy
 
     def _tune(self, learner: Learner, entropy: Array, default: float) -> Learner:
-        """Alpha grows while the entropy is below the target: the gradient in log alpha is entropy - target."""
+        """Raise alpha while the entropy is below the target: the gradient in log alpha is entropy - target."""
         if not self.tuned:
             return learner
         target = default if self.target_entropy is None else self.target_entropy

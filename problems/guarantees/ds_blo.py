@@ -84,7 +84,7 @@ def step(
     key: Array, h: Array, slope: Array, mu: Array, sigma: Array, near: Array, right: Array, beta: Array, gamma1: Array,
     gamma2: Array, length: Array,
 ) -> Step:  # fmt: skip
-    """X within near sigma/h of the kink at 0, or at 1 where `right`; |m| = length."""
+    """A step from x within near sigma/h of the kink at 0, or at 1 where `right`; |m| = length."""
     key_x, key_m, key_alpha = jax.random.split(key, 3)
     x = jnp.where(right, 1.0, 0.0) + near * sigma / h * jax.random.uniform(key_x, (SIZE,), float, -1, 1)
     kink = Kink(h, slope, jax.random.uniform(key_alpha, (), float), mu)

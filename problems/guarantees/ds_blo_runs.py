@@ -96,7 +96,7 @@ def start(
     key: Array, h: Array, slope: Array, share: Array, mu: Array, sigma: Array, x: Array, beta: Array, gamma1: Array,
     gamma2: Array, radius: Array,
 ) -> Run:  # fmt: skip
-    """Alpha = share min(slope, mu)."""
+    """A run on a kink with alpha = share min(slope, mu)."""
     alpha = share * jnp.minimum(slope, mu)
     L = jnp.maximum(alpha, slope - alpha) + mu
     first = slope * (jnp.clip(x, 0, 1) + 0.8 * sigma / h) - alpha * x + mu * (jnp.sqrt(1 + x**2) - 1)

@@ -39,7 +39,7 @@ from problems.guarantees.single_loop import HORIZON, quadratics
 
 
 def gradient_step(problem: BilevelProblem, x: Array, y: Array, step: Array) -> tuple[Array, Array]:
-    """X - step grad F(x), and y(x) for the next start."""
+    """The point x - step grad F(x), and y(x) for the next start."""
     h = hypergradient(problem, x, y, estimate=False)
     return x - step * h.gradient, h.y
 
@@ -242,7 +242,7 @@ def projected(move: Callable = projected_step) -> Guarantee:
 
 
 def momentum(mu: Any, L: Any) -> Any:
-    """B = (sqrt(L) - sqrt(mu))/(sqrt(L) + sqrt(mu))."""
+    """Nesterov's constant (sqrt(L) - sqrt(mu))/(sqrt(L) + sqrt(mu))."""
     return (jnp.sqrt(L) - jnp.sqrt(mu)) / (jnp.sqrt(L) + jnp.sqrt(mu))
 
 

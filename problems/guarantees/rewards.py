@@ -168,7 +168,7 @@ class Network(NamedTuple):
 def network(
     key: Array, discount: Array, sharp: Array, radius: Array, scale: Array, far: Array, near: Array, aligned: Array
 ) -> Network:  # fmt: skip
-    """X and x2 are projections on the ball of points about `far` radii away; x is along the units where `aligned`."""
+    """A network with x, x2 projected on the ball from about `far` radii away; x is along the units where `aligned`."""
     keys = iter(jax.random.split(key, 8))
     S, A, d = 4, 3, 4
     P = jax.nn.softmax(sharp * normal(next(keys), S, A, S), axis=-1)

@@ -136,7 +136,7 @@ def test_proxf2sa():
 
 
 def test_bvfsm():
-    """Y is minimised by SciPy instead; the solver gets enough steps to reach the same point."""
+    """SciPy minimises over y instead; the solver gets enough steps to reach the same point."""
     mu, theta, s0 = 0.5, 0.1, 0.3
 
     def by_hand(k, x, y, z):

@@ -176,7 +176,7 @@ def test_the_scale_of_g_changes_nothing(settings, scale):
 
 @MODES
 def test_large_offsets_end_at_rounding_level(settings):
-    """G near 1e8: its differences say nothing at the end, and the loop must not hang on them."""
+    """Values of g near 1e8: its differences say nothing at the end, and the loop must not hang on them."""
 
     def offset(x, y, batch):
         return logistic(x, y, batch) + 1e8

@@ -79,7 +79,7 @@ jitted_gradient = jax.jit(gradient)
 
 
 def dense_gradient(data, rows, x, y, active):
-    """Y and grad F from the dense KKT system on the rows `active`, in NumPy."""
+    """The solution y and grad F from the dense KKT system on the rows `active`, in NumPy."""
     H, G, c, t, Q = (np.asarray(data[name], float) for name in ("H", "G", "c", "t", "Q"))
     A, B, b = (np.asarray(part, float) for part in rows)
     A, B, b = A[active], B[active], b[active]
