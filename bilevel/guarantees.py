@@ -1,12 +1,14 @@
 """Executable theorems: a claim with its explicit bound, and a search that tries to break it.
 
 A `Guarantee` says: for every instance that fulfils the assumptions, measure(instance, horizon) <= bound(constants, k)
-at each k of the horizon. `search` draws instances with Hypothesis, steers it towards large measured/bound by
-`hypothesis.target`, and shrinks what breaks the claim. That a search finds nothing is evidence, not a proof.
+at each k of the horizon. `search` draws instances with Hypothesis, steers the draws towards a large quotient of what is
+measured and its bound by `hypothesis.target`, and shrinks what breaks the claim to a few simple numbers. That a search
+finds nothing is evidence, not a proof.
 
-An instance is a pytree with a field `constants`, itself a pytree: everything that the bound may use. `instances` draws
-`Recipe`s, a traced function of a seed and a few numbers, so that one compilation serves all draws and each draw is
-checked at many seeds by `vmap`; a strategy that draws finished instances works as well, one by one.
+An instance is a pytree with a field `constants`, itself a pytree: everything that the bound may use. The strategy
+`Guarantee.instances` best draws `Recipe`s: a traced function with a seed and a few numbers for its arguments. One
+compilation then serves all draws, and each draw is checked at many seeds by `vmap`. A strategy that draws finished
+instances works as well, one by one.
 """
 
 import dataclasses
@@ -33,11 +35,14 @@ SLACK = 1e-9  # relative, for rounding in the bound itself
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How an instance is made: build(key, **numbers), pure and traced, with `key` from `seed`."""
+    """How to make an instance."""
 
     build: Callable[..., Any]
+    """build(key, **numbers) -> instance: pure, and traced."""
     seed: int
+    """The key is `jax.random.key(seed)`."""
     numbers: Mapping[str, float]
+    """The other arguments by name."""
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{name}={value!r}" for name, value in self.numbers.items())
@@ -53,12 +58,16 @@ def _arrays(numbers: Mapping[str, float]) -> dict[str, Array]:
 
 
 class Trial(NamedTuple):
-    """What one instance gave: measured, bound [horizon, …]; allowance for rounding []; assumption margins by name."""
+    """What one instance gave, or many of them, with a leading axis [lanes]."""
 
     measured: Array
+    """What the guarantee's `measure` returned, shape [horizon, …]."""
     bound: Array
+    """The bound of each of these numbers, same shape."""
     allowance: Array
+    """What rounding may add to a measured number, shape []."""
     margins: dict[str, Array]
+    """The margin of each assumption by its name, shape []: negative where it does not hold."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,15 +75,21 @@ class Guarantee:
     """A theorem that can be executed.
 
     Attributes:
-        name: a word or two; how `bilevax verify` calls it. source: paper and theorem, or "ours" with the place of the
-            proof. statement: one line, what is measured and what bounds it.
-        assumptions: functions instance -> margin [], >= 0 where the assumption holds; see `bilevel.theory.assumptions`.
+        name: a word or two, by which `bilevax verify` is asked for it.
+        source: paper and theorem; or "ours", with the place of the proof.
+        assumptions: functions of an instance, each with a margin [] that is >= 0 where the assumption holds;
+            `bilevel.theory.assumptions` has the usual ones.
         instances: a Hypothesis strategy of `Recipe`s, or of instances.
-        measure: (instance, horizon) -> [len(horizon), …], pure and traced. bound: (constants, k) -> […] at one k.
-        horizon: the k's, whole numbers.
-        rounding: constants -> [], what floating point may add to a measured value.
-        rate: "geometric" (measured ~ q^k), "power" (k^p) or "" where k is no time.
-        lanes: instances of a recipe that are tried at once; fewer where measuring takes long.
+        measure: measure(instance, horizon) -> [len(horizon), …], pure and traced.
+        bound: bound(constants, k) -> […]: what the row of `measure` for this k must not exceed.
+        horizon: the values of k to look at, increasing whole numbers >= 0.
+        rounding: rounding(constants) -> []: what floating point may add to a measured value.
+        statement: one line that says what is measured and what bounds it.
+        rate: "geometric" where the measured values fall like q^k, "power" where like k^p, "" where k is no time.
+        lanes: how many instances of a recipe are tried at once; fewer where measuring takes long.
+
+    Raises:
+        InvalidInput: for a horizon or a rate that is none of these.
     """
 
     name: str
@@ -97,11 +112,15 @@ class Guarantee:
             invalid("rate (Guarantee)", repr(self.rate), "'geometric', 'power' or ''", "Leave it out without a rate.")
 
     def margins(self, instance: Any) -> dict[str, Array]:
-        """The assumptions' margins by name; pure."""
+        """The margin of each assumption by the name of its function; pure."""
         return {check.__name__: jnp.asarray(check(instance), float) for check in self.assumptions}
 
     def trial(self, instance: Any, margins: dict[str, Array]) -> Trial:
-        """Measure one instance; pure."""
+        """Measure one instance and work out its bound; pure.
+
+        Raises:
+            InvalidInput: where `measure` and `bound` differ in shape.
+        """
         measured = self.measure(instance, self.horizon)
         bound = jnp.stack([jnp.asarray(self.bound(instance.constants, k), float) for k in self.horizon])
         if measured.shape != bound.shape:
@@ -110,7 +129,10 @@ class Guarantee:
         return Trial(measured, bound, jnp.asarray(self.rounding(instance.constants), float), margins)
 
     def try_on(self, drawn: Any, lanes: int | None = None) -> Trial:
-        """Trials of a recipe at the seeds seed, …, seed + lanes - 1, or of one instance; leading axis [lanes]."""
+        """Trials of a recipe at the seeds seed, …, seed + lanes - 1, or of one finished instance, as NumPy arrays.
+
+        Every array has a leading axis [lanes], of length one for an instance. By default as many as `self.lanes`.
+        """
         lanes = self.lanes if lanes is None else lanes
         if isinstance(drawn, Recipe):
             trial = _many(self, drawn.build, jnp.arange(lanes) + drawn.seed, _arrays(drawn.numbers))
@@ -137,7 +159,10 @@ def _one(guarantee: Guarantee, instance: Any) -> Trial:
 
 
 def ratios(trial: Trial) -> np.ndarray:
-    """Measured/(bound + allowance), shape [lanes, horizon], the largest over further axes; NaN counts as infinite."""
+    """How close each lane comes to its bound at each k: measured/(bound + allowance), shape [lanes, horizon].
+
+    It is the largest over further axes, and infinite where something is NaN: above one the claim is broken.
+    """
     measured, bound, allowance = np.asarray(trial.measured), np.asarray(trial.bound), np.asarray(trial.allowance)
     allowed = bound + allowance.reshape(-1, *[1] * (bound.ndim - 1))
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -148,27 +173,31 @@ def ratios(trial: Trial) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """One instance against the bound: what was drawn (its recipe has the instance's own seed), ratio [horizon], and the
-
-    component with the largest ratio, measured and bound [horizon].
-    """
+    """One instance against its bound."""
 
     drawn: Any
+    """What was drawn. A recipe has the seed of this very instance."""
     horizon: tuple[int, ...]
+    """The values of k."""
     ratio: np.ndarray
+    """See `ratios`, shape [horizon]: the largest over all components at each k."""
     measured: np.ndarray
+    """The measured values of the component with the largest ratio of all, shape [horizon]."""
     bound: np.ndarray
+    """The bounds of that component, shape [horizon]."""
     allowance: float
+    """What rounding may add to a measured value."""
 
     @property
     def worst(self) -> float:
-        """The largest measured/bound on the path."""
+        """The largest ratio on the path."""
         return float(self.ratio.max())
 
     def fit(self, rate: str, of_bound: bool = False) -> tuple[float, float] | None:
-        """(rate, half-width of its 95% interval): q of q^k ("geometric") or p of k^p ("power").
+        """(rate, half-width of its 95% interval) of the measured values, or of their bounds.
 
-        None where fewer than three values are clear of rounding, or nothing is to fit.
+        The rate is q of q^k ("geometric") or p of k^p ("power"). None where no rate is asked for, or where fewer than
+        three values are clear of rounding.
         """
         values, k = self.bound if of_bound else self.measured, np.asarray(self.horizon, float)
         clear = (values > 30 * self.allowance) & (values > 0) & np.isfinite(values) & (k > 0)
@@ -183,30 +212,39 @@ class Path:
 
 @dataclasses.dataclass(frozen=True)
 class Counterexample:
-    """The shrunk path that breaks a claim; `broken` is "bound" or the name of an assumption that does not hold."""
+    """What breaks a claim, after shrinking."""
 
     path: Path
+    """The instance against its bound."""
     broken: str
+    """"bound", or the name of an assumption that the instance does not fulfil."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a search found: draws, instances tried, the tightest path, and a counterexample or None.
-
-    steady: the path with the largest ratio at its last k, for fitting a rate: the tightest may be so at k = 1 only.
-    """
+    """What a search found."""
 
     guarantee: Guarantee
+    """The claim."""
     draws: int
+    """How many draws of Hypothesis were tried."""
     instances: int
+    """How many instances they were, several for each recipe."""
     tightest: Path | None
+    """The path with the largest ratio; None where nothing was tried."""
     steady: Path | None
+    """The path with the largest ratio at its last k, to fit a rate to: the tightest may be so at k = 1 only."""
     counterexample: Counterexample | None
+    """What breaks the claim, or None."""
     seconds: float
+    """How long the search took."""
 
     @property
     def verdict(self) -> str:
-        """Holds, broken, bad instances (an assumption fails: the strategy is wrong), or not tried."""
+        """In words: "holds", "broken", "bad instances" or "not tried".
+
+        Bad instances do not fulfil an assumption: the strategy that draws them is wrong, and the claim was not tested.
+        """
         if self.counterexample is not None:
             return "broken" if self.counterexample.broken == "bound" else "bad instances"
         return "holds" if self.instances else "not tried"
@@ -217,7 +255,7 @@ class _Broken(Exception):
 
 
 def ended(trial: Trial) -> np.ndarray:
-    """Which lanes end clear of rounding, in each component, shape [lanes]."""
+    """Whether each lane's last values are all clear of rounding, shape [lanes]."""
     last, allowance = np.asarray(trial.measured)[:, -1], np.asarray(trial.allowance)
     return np.min(last.reshape(len(last), -1), axis=1) > 30 * allowance
 
@@ -236,7 +274,7 @@ def path_of(guarantee: Guarantee, drawn: Any, trial: Trial, lane: int) -> Path:
 
 
 def judge(guarantee: Guarantee, drawn: Any, trial: Trial) -> tuple[Path, Counterexample | None]:
-    """(the worst path of a trial, whether it is a counterexample)."""
+    """(the worst path of a trial, the counterexample that it is, or None)."""
     for name, margin in trial.margins.items():
         if not (np.asarray(margin) >= 0).all():
             lane = int(np.argmax(~(np.asarray(margin) >= 0)))
@@ -314,7 +352,16 @@ def search(
 def run_path(
     problem: Any, solver: Solver, state: PyTree, key: Array, horizon: tuple[int, ...], look: Callable[[PyTree], Array]
 ) -> Array:
-    """Look(state) after each k of the horizon, shape [len(horizon), …]: for measures of solvers. Pure."""
+    """What `look` sees of a solver's states along a run, shape [len(horizon), …]: a measure of solvers is made of it.
+
+    Args:
+        problem: what is solved.
+        solver: what solves it.
+        state: before the first step.
+        key: of the run; step k gets fold_in(key, k), as under `solve`.
+        horizon: the numbers of steps after which to look, increasing.
+        look: state -> […], pure.
+    """
 
     def segment(carry: tuple[PyTree, Array], k: Array) -> tuple[tuple[PyTree, Array], Array]:
         state, at = carry

@@ -1,7 +1,8 @@
-"""Checks of what theorems assume, each a function of an instance with a margin: >= 0 where the assumption holds.
+"""Checks of what theorems assume. Each gives a margin, shape []: >= 0 where the assumption holds, < 0 where not.
 
-They are pointwise, dense and exact up to rounding: a quadratic is checked everywhere by one point, other functions at
-the points given. The margin is relative, with SLACK = 1e-9 added, so that constants that are attained pass.
+They look at single points, with dense matrices, and are exact up to rounding: one point checks a quadratic everywhere,
+other functions are checked at the points given. The margin is relative, with SLACK = 1e-9 added, so that constants that
+are attained pass.
 """
 
 from collections.abc import Callable

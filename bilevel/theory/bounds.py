@@ -23,8 +23,7 @@ q_b, and v+ - v(x) = (I - b R_y)(v - v(x)) + b (f_y(y) - f_y(y(x)) - (R_y(y) - R
 These are three linear inequalities z+ <= M z with a matrix M >= 0, hence z_k <= M^k z_0 in every component: an explicit
 bound at each k, linear convergence where the spectral radius of M is below one, as it is for small c.
 
-Batches: noise of mean zero adds in quadrature, |E-part|^2 + c^2 Var, and Minkowski's inequality in L^2 carries the same
-recursion over to e = (E|x - x*|^2)^(1/2) and so on. See `expected_step`.
+With batches the same recursion holds for roots of mean squares: `bilevel.theory.batches`.
 
 **AID** takes T lower steps and j iterations of CG, with u in the energy norm |.|_H of H = R_y (g quadratic):
 
@@ -45,32 +44,47 @@ HALVINGS = 48  # of the upper step: a contraction is within reach at any conditi
 
 
 class Errors(NamedTuple):
-    """e = |x - x*|, d = |y - y(x)|, u = |v - v(x)|, each []; in expectation, roots of mean squares."""
+    """How far an iterate (x, y, v) is off, each a number; for random iterates the roots of mean squares."""
 
     e: Any
+    """|x - x*|: the upper variable from the minimiser of F."""
     d: Any
+    """|y - y(x)|: the lower variable from the lower solution at x."""
     u: Any
+    """|v - v(x)|: the adjoint from the one at the lower solution."""
 
 
 class Steps(NamedTuple):
-    """Step sizes: lower a, linear b, upper c."""
+    """The step sizes of a single loop, each a number > 0."""
 
     lower: Any
+    """The step a of y."""
     linear: Any
+    """The step b of the adjoint v."""
     upper: Any
+    """The step c of x."""
 
 
 class Sensitivity(NamedTuple):
-    """X, Y, l_y, l_v of the module's docstring."""
+    """How far errors of one variable move another: the constants X, Y, l_y, l_v of the module's docstring."""
 
     X: Any
+    """An error d of y changes the direction in x by at most X d."""
     Y: Any
+    """An error d of y changes the direction in v by at most Y d."""
     l_y: Any
+    """A Lipschitz constant of x -> y(x)."""
     l_v: Any
+    """A Lipschitz constant of x -> v(x)."""
 
 
 def sensitivity(constants: Constants, v_bound: Any = 0.0) -> Sensitivity:
-    """How far errors of one level move the other; v_bound = V >= sup |v(x)|."""
+    """The constants X, Y, l_y and l_v of a problem.
+
+    Args:
+        constants: of f and g.
+        v_bound: V >= sup |v(x)|; 0 will do where g is quadratic in (x, y), since V is then multiplied by zeros.
+    """
     k, V = constants, v_bound
     l_y = k.C_gxy / k.mu
     l_v = (k.L_fx + k.L_fy * l_y + (k.L_gxy + k.L_gyy * l_y) * V) / k.mu
@@ -78,16 +92,23 @@ def sensitivity(constants: Constants, v_bound: Any = 0.0) -> Sensitivity:
 
 
 def contraction(step: Any, mu: Any, L: Any) -> Array:
-    """Max(|1 - step mu|, |1 - step L|): the Lipschitz constant of z - step grad h(z), h mu-convex and L-smooth."""
+    """The Lipschitz constant of z -> z - step grad h(z) for a mu-strongly convex and L-smooth h.
+
+    It is max(|1 - step mu|, |1 - step L|), below one where 0 < step < 2/L.
+    """
     return jnp.maximum(jnp.abs(1 - step * mu), jnp.abs(1 - step * L))
 
 
 def chebyshev(condition: Any, k: Any) -> Array:
-    """1/T_k((condition + 1)/(condition - 1)) = 2 p^k/(1 + p^2k), p = (sqrt(condition) - 1)/(sqrt(condition) + 1).
+    """What k Krylov iterations leave of the first error, by Chebyshev's polynomial of degree k.
 
-    The error of k CG iterations in the energy norm, and the residual of k MINRES or GMRES iterations, on a symmetric
-    positive definite matrix, are at most this times the first one; itself at most 2 p^k. Saad, Iterative methods for
-    sparse linear systems, SIAM 2003, Section 6.11.
+    On a symmetric positive definite matrix of this condition number, the error of CG in the energy norm and the
+    residual of MINRES or GMRES after k iterations are at most
+
+        1/T_k((condition + 1)/(condition - 1)) = 2 p^k/(1 + p^2k),   p = (sqrt(condition) - 1)/(sqrt(condition) + 1),
+
+    times the first one, which is itself at most 2 p^k. Saad, Iterative methods for sparse linear systems, SIAM 2003,
+    Section 6.11.
     """
     root = jnp.sqrt(condition)
     p = (root - 1) / (root + 1)
@@ -95,10 +116,17 @@ def chebyshev(condition: Any, k: Any) -> Array:
 
 
 def aid_bias(constants: Constants, d: Any, linear_error: Any, v_norm: Any) -> Any:
-    """The error of f_x - R_x' v at |y - y(x)| <= d, |v - R_y^-T f_y| <= linear_error (both at y), |v(x)| <= v_norm.
+    """A bound of |f_x - R_x' v - grad F(x)|, the error of an implicit gradient at an inexact (y, v).
 
-    R_y^-T f_y at y differs from v(x) by R_y^-T (f_y - f_y(y(x)) + (R_y(y(x)) - R_y)' v(x)), at most
-    (L_fy + L_gyy |v(x)|) d/mu. Our derivation, with the constants explicit; the same order as Grazzi et al., ICML 2020.
+    The exact adjoint at y, R_y^-T f_y, differs from v(x) by R_y^-T (f_y - f_y(y(x)) + (R_y(y(x)) - R_y)' v(x)), which
+    is at most (L_fy + L_gyy |v(x)|) d/mu. Our derivation, with the constants explicit; the same order as Grazzi et
+    al., ICML 2020.
+
+    Args:
+        constants: of f and g.
+        d: >= |y - y(x)|.
+        linear_error: >= |v - R_y^-T f_y|, with R_y and f_y at y.
+        v_norm: >= |v(x)|.
     """
     k = constants
     u = linear_error + (k.L_fy + k.L_gyy * v_norm) * d / k.mu
@@ -108,9 +136,18 @@ def aid_bias(constants: Constants, d: Any, linear_error: Any, v_norm: Any) -> An
 def single_loop_matrix(
     constants: Constants, mu_F: Any, L_F: Any, steps: Steps, v_bound: Any = 0.0, projected: bool = False
 ) -> Array:
-    """Rows of (e, d, u)+ and of |x+ - x| as multiples of (e, d, u), shape [4, 3]; the first three are M.
+    """The comparison matrix of a single-loop step, shape [4, 3]: errors after it from those before it.
 
-    With `projected`, X is any closed convex set, and |x+ - x| <= |x+ - x*| + e.
+    Rows bound e, d, u after the step and the way |x+ - x|, as combinations of e, d, u before it; the first three rows
+    are M of the module's docstring.
+
+    Args:
+        constants: of f and g.
+        mu_F: strong convexity of F.
+        L_F: Lipschitz constant of grad F.
+        steps: of y, v and x.
+        v_bound: >= sup |v(x)|; needed only where g is not quadratic.
+        projected: whether x is projected on a closed convex set X. The way is then bounded by |x+ - x*| + e only.
     """
     a, b, c = steps
     X, Y, l_y, l_v = sensitivity(constants, v_bound)
@@ -131,7 +168,19 @@ def single_loop_matrix(
 def aid_matrix(
     constants: Constants, mu_F: Any, L_F: Any, lower: Any, upper: Any, num_lower_steps: int, num_products: int
 ) -> Array:
-    """As `single_loop_matrix` for AID with CG on a quadratic g: u in the energy norm of R_y; y+ and v+ come first."""
+    """The comparison matrix of a step of AID with CG on a quadratic g, shape [4, 3], as `single_loop_matrix`.
+
+    Here u is the error of v in the energy norm of R_y, and x moves last, by the new y and v.
+
+    Args:
+        constants: of f and g, with L_gxy = L_gyy = 0.
+        mu_F: strong convexity of F.
+        L_F: Lipschitz constant of grad F.
+        lower: the step a of y.
+        upper: the step c of x.
+        num_lower_steps: T >= 1, steps in y.
+        num_products: j >= 1, iterations of CG.
+    """
     k, c = constants, upper
     X, _, l_y, _ = sensitivity(k)
     root = jnp.sqrt(k.mu)
@@ -150,7 +199,10 @@ def _row(*entries: Any) -> Array:
 
 
 def growth(M: Array, squarings: int = 16) -> Array:
-    """|M^n|^(1/n) in the maximum row sum for n = 2^squarings: at least the spectral radius, and close to it."""
+    """An upper estimate of the spectral radius of a matrix M >= 0, shape [].
+
+    It is |M^n|^(1/n) in the maximum row sum for n = 2^squarings: never below the spectral radius, and close to it.
+    """
 
     def square(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         power, log_size = carry  # M^n = exp(log_size) power
@@ -163,8 +215,8 @@ def growth(M: Array, squarings: int = 16) -> Array:
     return jnp.exp(log_size / 2**squarings)
 
 
-def _halves(count: int) -> Array:
-    """1, 1/2, 1/4, …"""
+def halves(count: int) -> Array:
+    """The numbers 1, 1/2, 1/4, …, shape [count]."""
     return 0.5 ** jnp.arange(count, dtype=float)
 
 
@@ -173,9 +225,13 @@ def _best(steps: Array, growths: Array) -> Array:
 
 
 def single_loop_steps(constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 0.0) -> Steps:
-    """A = b = 2/(mu + L_g); c = 2/(mu_F + L_F) halved as often as makes M's growth smallest."""
+    """Steps for which `single_loop_matrix` contracts fastest.
+
+    The steps of y and v are a = b = 2/(mu + L_g), the best for each of them alone; c is 2/(mu_F + L_F), halved as often
+    as makes `growth` of M the smallest.
+    """
     a = jnp.asarray(2 / (constants.mu + constants.L_g), float)
-    uppers = jnp.asarray(2 / (mu_F + L_F), float) * _halves(HALVINGS)
+    uppers = jnp.asarray(2 / (mu_F + L_F), float) * halves(HALVINGS)
     rate = lambda c: growth(single_loop_matrix(constants, mu_F, L_F, Steps(a, a, c), v_bound)[:3])  # noqa: E731
     return Steps(a, a, _best(uppers, jax.vmap(rate)(uppers)))
 
@@ -183,146 +239,8 @@ def single_loop_steps(constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 
 def aid_steps(
     constants: Constants, mu_F: Any, L_F: Any, num_lower_steps: int, num_products: int
 ) -> tuple[Array, Array]:
-    """(a, c): a = 2/(mu + L_g), c as in `single_loop_steps` for AID's matrix."""
+    """The steps (a, c) of AID for which `aid_matrix` contracts fastest, found as in `single_loop_steps`."""
     a = jnp.asarray(2 / (constants.mu + constants.L_g), float)
-    uppers = jnp.asarray(2 / (mu_F + L_F), float) * _halves(HALVINGS)
+    uppers = jnp.asarray(2 / (mu_F + L_F), float) * halves(HALVINGS)
     rate = lambda c: growth(aid_matrix(constants, mu_F, L_F, a, c, num_lower_steps, num_products)[:3])  # noqa: E731
     return a, _best(uppers, jax.vmap(rate)(uppers))
-
-
-class Noise(NamedTuple):
-    """Of n_f blocks of f and n_g blocks of g, quadratic. lipschitz_f: root mean square over blocks of |grad^2 f_j|;
-
-    lipschitz_g: of |[g_yy, g_yx]_i|. spread_f, spread_g: the same of the deviations from the mean; optimum_f,
-    optimum_g: of the deviations of (f_x, f_y)_j and (R, R_y' v, R_x' v)_i at (x*, y*, v*).
-    """
-
-    lipschitz_f: Any
-    lipschitz_g: Any
-    spread_f: Any
-    spread_g: Any
-    optimum_f: Any
-    optimum_g: Any
-    num_f: Any
-    num_g: Any
-
-
-class Tables(NamedTuple):
-    """Root mean squares over blocks of the distance of SABA's entries to the values at (x*, y*, v*)."""
-
-    f: Any
-    g: Any
-
-
-class Expected(NamedTuple):
-    """Bounds of roots of mean squares after a step: errors, SABA's tables, and |x+ - x|, |y+ - y|, |v+ - v|."""
-
-    errors: Errors
-    tables: Tables | None
-    moved: tuple[Array, Array, Array]
-
-
-def expected_step(
-    constants: Constants, mu_F: Any, L_F: Any, steps: Steps, noise: Noise, errors: Errors, tables: Tables | None
-) -> Expected:
-    """Bounds of (E|x+ - x*|^2)^(1/2), … after a step of SOBA (tables None) or SABA, on quadratics (our derivation).
-
-    There y(x) and v(x) are affine, so that y+ - y(x+) = (I - a H)(y - y(x)) - dy/dx (mean of x+ - x) plus noise of mean
-    zero, -a (noise of R) + dy/dx c (noise of the direction), and likewise v: means add up, noise adds in quadrature.
-    Deviations from the mean over blocks, in L^2: SOBA's are at most spread z + optimum, z the distance to (x*, y*) or
-    (x*, y*, v*). SABA's estimate new_i - old_i + mean has a variance of at most the mean of |new_i - old_i|^2, so the
-    deviation is at most lipschitz z + table. Its tables follow t+^2 = (1 - 1/n) t^2 + (lipschitz z)^2/n.
-    """
-    a, b, c = steps
-    e, d, u = errors
-    _, _, l_y, l_v = sensitivity(constants)
-    off_y, off_v = d + l_y * e, u + l_v * e
-    z_f = jnp.sqrt(e**2 + off_y**2)
-    z_g = jnp.sqrt(e**2 + off_y**2 + off_v**2)
-    if tables is None:
-        nu_f, nu_g = noise.spread_f * z_f + noise.optimum_f, noise.spread_g * z_g + noise.optimum_g
-    else:
-        nu_f, nu_g = noise.lipschitz_f * z_f + tables.f, noise.lipschitz_g * z_g + tables.g
-    both = jnp.sqrt(nu_f**2 + nu_g**2)  # f's block and g's are drawn independently
-    z = jnp.stack([jnp.asarray(part, float) for part in errors])
-    means = single_loop_matrix(constants, mu_F, L_F, steps) @ z
-    moved = jnp.hypot(means[3], c * both)
-    q_a, q_b = contraction(a, constants.mu, constants.L_g), contraction(b, constants.mu, constants.L_g)
-    after = Errors(
-        e=jnp.hypot(means[0], c * both),
-        d=jnp.hypot(q_a * d + l_y * means[3], a * nu_g + l_y * c * both),
-        u=jnp.hypot(q_b * u + b * constants.L_fy * d + l_v * means[3], (b + l_v * c) * both),
-    )
-    moved_y = a * jnp.hypot(constants.L_g * d, nu_g)
-    moved_v = b * jnp.hypot(constants.L_g * u + constants.L_fy * d, both)
-    if tables is not None:
-        tables = Tables(
-            jnp.sqrt((1 - 1 / noise.num_f) * tables.f**2 + (noise.lipschitz_f * z_f) ** 2 / noise.num_f),
-            jnp.sqrt((1 - 1 / noise.num_g) * tables.g**2 + (noise.lipschitz_g * z_g) ** 2 / noise.num_g),
-        )
-    return Expected(after, tables, (moved, moved_y, moved_v))
-
-
-def after_steps(
-    constants: Constants, mu_F: Any, L_F: Any, steps: Steps, noise: Noise, errors: Errors, tables: Tables | None,
-    num_steps: int | Array,
-) -> tuple[Errors, Tables | None]:  # fmt: skip
-    """Bounds of (E|x_k - x*|^2)^(1/2), … after k = num_steps steps.
-
-    `expected_step` holds given any state; its right-hand sides are lengths of vectors whose entries are linear in the
-    errors with coefficients >= 0, so that Minkowski's inequality in L^2 lets the roots of mean squares take the
-    errors' place: it may be iterated.
-    """
-    body = lambda _, carry: expected_step(constants, mu_F, L_F, steps, noise, *carry)[:2]  # noqa: E731
-    carry = jax.tree.map(lambda part: jnp.asarray(part, float), (errors, tables))
-    return jax.lax.fori_loop(0, num_steps, body, carry)
-
-
-def soba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, errors: Errors, num_steps: int) -> Steps:
-    """Of a = b = 8^-i 2/(mu + L_g), c = 4^-j 2/(mu_F + L_F): SOBA's with batches that make the bound of E|x - x*|^2
-
-    after `num_steps` steps least. With constant steps the bound ends at a level that the noise sets; with these it
-    falls with their number.
-    """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(18)[::3]
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(30)[::2]
-
-    def end(a: Array, c: Array) -> Array:
-        return after_steps(constants, mu_F, L_F, Steps(a, a, c), noise, errors, None, num_steps)[0].e
-
-    ends = jax.vmap(lambda a: jax.vmap(lambda c: end(a, c))(c))(a)
-    i, j = jnp.unravel_index(jnp.nanargmin(ends), ends.shape)
-    return Steps(a[i], a[i], c[j])
-
-
-def saba_steps(constants: Constants, mu_F: Any, L_F: Any, noise: Noise, rounds: int = 5) -> tuple[Steps, Array]:
-    """(steps, factor): of a = b = 8^-i 2/(mu + L_g), c = 16^-j 2/(mu_F + L_F) those whose `expected_step` grows least.
-
-    `expected_step` is a monotone, convex and positively homogeneous map T: where T w <= factor w for a w > 0, all
-    errors and tables are below factor^k times a multiple of w. w is found by policy iteration: the dominant eigenvector
-    of T's derivative at the last w. A factor of one or more: no contraction was found.
-    """
-    a = jnp.asarray(2 / (constants.mu + constants.L_g), float) * _halves(24)[::3]
-    c = jnp.asarray(2 / (mu_F + L_F), float) * _halves(48)[::4]
-
-    def factor(a: Array, c: Array) -> Array:
-        def T(w: Array) -> Array:
-            errors, tables = Errors(*w[:3]), Tables(*w[3:])
-            errors, tables, _ = expected_step(constants, mu_F, L_F, Steps(a, a, c), noise, errors, tables)
-            assert tables is not None
-            return jnp.stack([*errors, *tables])
-
-        def improve(_: Array, w: Array) -> Array:
-            def square(_: Array, M: Array) -> Array:
-                M = M @ M
-                return M / jnp.maximum(jnp.max(M), 1e-300)
-
-            w = jax.lax.fori_loop(0, 14, square, jax.jacfwd(T)(w)) @ w
-            return w / jnp.max(w) + 1e-9
-
-        w = jax.lax.fori_loop(0, rounds, improve, jnp.ones(5))
-        return jnp.max(T(w) / w)
-
-    factors = jax.vmap(lambda a: jax.vmap(lambda c: factor(a, c))(c))(a)
-    i, j = jnp.unravel_index(jnp.nanargmin(factors), factors.shape)
-    return Steps(a[i], a[i], c[j]), factors[i, j]

@@ -63,31 +63,54 @@ def constrained_bias(
 
 
 class Momentum(NamedTuple):
-    """DS-BLO's beta, gamma1, gamma2; K, a whole number; rho, the longest step."""
+    """The settings of DS-BLO's momentum, as the module's docstring names them, each a number."""
 
     beta: Any
+    """In (0, 1): how much of the last momentum is kept."""
     gamma1: Any
+    """> 0; a step is m/(gamma1 |m| + gamma2)."""
     gamma2: Any
+    """> 0, likewise."""
     K: Any
+    """A whole number: beta^K is what is left of the momentum after K steps."""
     rho: Any
+    """The length that no step exceeds, L/(gamma1 L + gamma2)."""
 
 
 def potential(size: Any, gamma1: Any, gamma2: Any) -> Array:
-    """The function phi at |m| = size."""
+    """The potential phi of the module's docstring, part (2), at |m| = size, shape []."""
     t = gamma1 * size / gamma2
     series = t**2 / 2 - t**3 / 3  # of t - log(1 + t), where the difference would cancel
     return gamma2 / gamma1**2 * jnp.where(t < 1e-4, series, t - jnp.log1p(t))
 
 
 def mean_momentum(L: Any, gap: Any, first: Any, settings: Momentum, num_steps: Any) -> Array:
-    """The bound (2) of the mean over T = num_steps of E eta |m|^2; gap >= F(x_1) - inf F, first = |m_1|."""
+    """The bound (2) of the mean of E eta |m|^2 over T steps, shape [].
+
+    Args:
+        L: of F, |grad F| <= L.
+        gap: >= F(x_1) - inf F.
+        first: |m_1|, the momentum at the start.
+        settings: of the momentum.
+        num_steps: T.
+    """
     a = 1 - settings.beta
     start = gap + potential(first, settings.gamma1, settings.gamma2) / a
     return start / num_steps + 2 * a * L**2 / settings.gamma2
 
 
 def goldstein_distance(L: Any, gap: Any, deviation: Any, settings: Momentum, num_steps: Any) -> Array:
-    """The bound (3) of the mean over x_1, …, x_{T-K} of the expected distance at radius K rho; deviation = v."""
+    """The bound (3) of the mean over x_1, …, x_{T-K} of the expected distance at radius K rho, shape [].
+
+    It is infinite where num_steps <= K.
+
+    Args:
+        L: of F, |grad F| <= L.
+        gap: >= F(x_1) - inf F.
+        deviation: v, v^2 >= E|g - grad F(xbar)|^2.
+        settings: of the momentum.
+        num_steps: T.
+    """
     beta, K = settings.beta, settings.K
     squares = (settings.gamma1 * L + settings.gamma2) * mean_momentum(L, gap, L, settings, num_steps)
     left = jnp.maximum(num_steps - K, 1e-9)
@@ -98,9 +121,16 @@ def goldstein_distance(L: Any, gap: Any, deviation: Any, settings: Momentum, num
 
 
 def momentum_settings(L: Any, gap: Any, deviation: Any, radius: Any, num_steps: Any) -> Momentum:
-    """Beta, gamma1 and gamma2 with K rho = radius for which `goldstein_distance` is least, of 40 values of beta.
+    """The settings with K rho = radius for which `goldstein_distance` is least, of 40 values of beta.
 
-    beta^K = T^(-1/2) up to K's rounding, and gamma1 L = gamma2/10.
+    The other numbers follow from beta: K is where beta^K = T^(-1/2), rounded up, and gamma1 L = gamma2/10.
+
+    Args:
+        L: of F, |grad F| <= L.
+        gap: >= F(x_1) - inf F.
+        deviation: v, v^2 >= E|g - grad F(xbar)|^2.
+        radius: of the Goldstein subdifferential, > 0.
+        num_steps: T.
     """
 
     def at(a: Array) -> Momentum:
