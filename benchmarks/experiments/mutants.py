@@ -19,7 +19,6 @@ import bilevel
 import irl
 from bilevel import AID, CG, GMRES, MINRES, SABA, SOBA, Neumann, hypergradient
 from bilevel.guarantees import Guarantee, search
-from irl.tabular import soft
 from problems.guarantees import (
     certified,
     constrained,
@@ -33,10 +32,10 @@ from problems.guarantees import (
     sampled,
     sets,
     single_loop,
+    soft,
     stochastic,
     stochastic_rates,
 )  # fmt: skip
-from problems.guarantees import soft as soft_guarantees
 
 
 class Mutant(NamedTuple):
@@ -239,22 +238,22 @@ def soft_programs() -> Iterator[Mutant]:
         return r + mdp.discount * mdp.expect(jnp.max(Q, axis=-1))
 
     def undiscounted(mdp: Any, r: Any, Q: Any) -> Any:
-        return r + mdp.expect(soft.value(Q))
+        return r + mdp.expect(irl.soft.value(Q))
 
     def boastful(*args: Any, **kw: Any) -> Any:
-        found = soft.value_iteration(*args, **kw)
+        found = irl.soft.value_iteration(*args, **kw)
         return found._replace(error=found.error * args[0].discount)
 
     def twice(mdp: Any, r: Any) -> Any:
-        return soft.value_iteration(mdp, 2 * r)
+        return irl.soft.value_iteration(mdp, 2 * r)
 
-    yield Mutant("maximum for log-sum-exp", soft_guarantees.bellman(hard))
-    yield Mutant("discount left out", soft_guarantees.bellman(undiscounted))
-    yield Mutant("error understated by gamma", soft_guarantees.value_iteration(boastful))
-    yield Mutant("reward taken twice", soft_guarantees.reward_ball(twice))
-    yield Mutant("wrong sign", soft_guarantees.likelihood(lambda *a: -irl.likelihood_gradient(*a)))
+    yield Mutant("maximum for log-sum-exp", soft.bellman(hard))
+    yield Mutant("discount left out", soft.bellman(undiscounted))
+    yield Mutant("error understated by gamma", soft.value_iteration(boastful))
+    yield Mutant("reward taken twice", soft.reward_ball(twice))
+    yield Mutant("wrong sign", soft.likelihood(lambda *a: -irl.likelihood_gradient(*a)))
     alone = lambda mdp, c, reward, x: irl.likelihood_gradient(mdp, 0 * c, reward, x, mdp.start)  # noqa: E731
-    yield Mutant("dropped expert's term", soft_guarantees.likelihood(alone))
+    yield Mutant("dropped expert's term", soft.likelihood(alone))
 
 
 def _through(true: Callable, problem: Any, state: Any, key: Any) -> Any:
@@ -354,7 +353,7 @@ def learners() -> Iterator[Mutant]:
     late = lambda drawn, mdp: mdp.discount * drawn.occupancy(mdp)  # noqa: E731
     yield Mutant("demonstrations a step late", rewards.finite_sample(late))
     yield Mutant("discount left out of the shaping", rewards.shaping(_undiscounted_shaping))
-    yield Mutant("reward taken twice", rewards.network_ball(lambda mdp, r: soft.value_iteration(mdp, 2 * r)))
+    yield Mutant("reward taken twice", rewards.network_ball(lambda mdp, r: irl.soft.value_iteration(mdp, 2 * r)))
 
 
 def _half_penalty(*args: Any, **kw: Any) -> Any:
