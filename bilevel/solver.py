@@ -1,8 +1,9 @@
 """The protocol every solver follows. Read this page first; then copy docs/add-a-solver.md.
 
-A solver is a frozen dataclass (`@struct`) of settings: floats are leaves, loop lengths and choices are static. It
-defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solver file reads like the paper's algorithm
-box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import each other, nor `run`.
+A solver is a frozen dataclass (`@struct(kw_only=True)`) of settings that go by name: floats are leaves, loop lengths
+and choices are static. It defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solver file reads
+like the paper's algorithm box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import
+each other, nor `run`.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,6 +27,9 @@ class Solver:
 
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
+
+    renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Settings by the names that they had in the last version: {old: new}. Old ones work, with a DeprecationWarning."""
 
     many_minimisers: ClassVar[bool] = False
     """True where g(x, .) on a set may have many minimisers: `solve` then judges y by its true lower gap."""

@@ -5,9 +5,11 @@ choices, functions. Instances compare by identity, because equality of arrays is
 """
 
 import dataclasses
+import functools
 import operator
-from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, dataclass_transform
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
 
 import jax
 
@@ -19,26 +21,53 @@ def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True}, **kwargs)
 
 
+@overload
 @dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
-def struct(cls: type[T]) -> type[T]:
-    """Make `cls` a frozen dataclass registered as a pytree."""
-    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
-    names = [(field.name, field.metadata.get("static", False)) for field in dataclasses.fields(cls)]  # pyright: ignore[reportArgumentType]
+def struct(cls: type[T], /) -> type[T]: ...
+
+
+@overload
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+def struct(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]: ...
+
+
+def struct(cls: type[T] | None = None, /, *, kw_only: bool = False) -> Any:
+    """Make `cls` a frozen dataclass registered as a pytree.
+
+    With `kw_only` its arguments go by name: the settings of a solver, whose order nobody should have to know.
+    """
+    if cls is None:
+        return functools.partial(_make, kw_only=kw_only)
+    return _make(cls, kw_only=kw_only)
+
+
+def _make(cls: type[T], kw_only: bool) -> type[T]:
+    cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only)(cls)
+    fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    if fields and all(field.kw_only for field in fields):
+        _accept_old(cls)
+    _register(cls)
+    return cls
+
+
+def _register(cls: type) -> None:
+    """Register the dataclass `cls` as a pytree."""
+    names = [(field.name, field.metadata.get("static", False)) for field in dataclasses.fields(cls)]
     data = tuple(name for name, is_static in names if not is_static)
     meta = tuple(name for name, is_static in names if is_static)
     keys = tuple(map(jax.tree_util.GetAttrKey, data))
 
     of_data, of_meta = _getter(data), _getter(meta)
 
-    def flatten(instance: T) -> tuple[tuple, tuple]:
+    def flatten(instance: Any) -> tuple[tuple, tuple]:
         fields = vars(instance)
         return of_data(fields), of_meta(fields)
 
-    def flatten_with_keys(instance: T) -> tuple[tuple, tuple]:
+    def flatten_with_keys(instance: Any) -> tuple[tuple, tuple]:
         children, constants = flatten(instance)
         return tuple(zip(keys, children, strict=True)), constants
 
-    def unflatten(constants: tuple, children: tuple) -> T:
+    def unflatten(constants: tuple, children: Iterable[Any]) -> Any:
         instance = object.__new__(cls)
         fields = vars(instance)
         fields.update(zip(data, children, strict=True))
@@ -48,7 +77,46 @@ def struct(cls: type[T]) -> type[T]:
     # Not jax.tree_util.register_dataclass: to it two classes with the same fields are the same structure (jaxlib 0.10.2
     # to 0.12.0.1), so that jit may take a compiled SOBA for SABA whenever their hashes collide.
     jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
-    return cls
+
+
+def _accept_old(cls: type) -> None:
+    """Let `cls` take its arguments as version 0.1.0 did, by position and by old names, with a `DeprecationWarning`.
+
+    Old names are in its class attribute `renamed`, {old: new}; they are attributes of the instances, too.
+    """
+    init: Any = cls.__init__
+    order = tuple(field.name for field in dataclasses.fields(cls))
+    renamed: Mapping[str, str] = getattr(cls, "renamed", {})
+
+    @functools.wraps(init)  # inspect.signature then sees the arguments that are keyword-only
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:
+        if len(args) > len(order):
+            raise TypeError(f"{cls.__name__} has {len(order)} settings, all by name; got {len(args)} by position.")
+        by_position = dict(zip(order, args, strict=False))
+        if twice := by_position.keys() & settings.keys():
+            raise TypeError(f"{cls.__name__} got {', '.join(sorted(twice))} twice, by position and by name.")
+        if by_position:
+            _deprecated(f"{cls.__name__} takes its settings by name: {', '.join(f'{name}=' for name in by_position)}.")
+        by_old_name = {renamed[name]: settings.pop(name) for name in renamed if name in settings}
+        for old, new in renamed.items():
+            if new in by_old_name:
+                _deprecated(f"{cls.__name__}.{old} is {new} now.")
+        # The old name wins: `dataclasses.replace(solver, old=...)` hands over the present value under the new one.
+        init(self, **by_position, **{**settings, **by_old_name})
+
+    cls.__init__ = __init__
+    for old, new in renamed.items():
+        setattr(cls, old, property(functools.partial(_old_attribute, old=old, new=new)))
+
+
+def _old_attribute(instance: Any, old: str, new: str) -> Any:
+    _deprecated(f"{type(instance).__name__}.{old} is {new} now.")
+    return getattr(instance, new)
+
+
+def _deprecated(what: str) -> None:
+    """Warn in the caller's caller's name."""
+    warnings.warn(f"{what} The old way goes in the next version.", DeprecationWarning, stacklevel=3)
 
 
 def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple]:

@@ -45,7 +45,7 @@ def test_commands_in_the_pages_parse():
     """Each `bilevax …` line names a command and options that exist."""
     from typer.main import get_command
 
-    from benchmarks.cli import app
+    from benchmarks.cli.main import app
 
     commands = get_command(app).commands
     lines = [line for name in TEXT for _, code in blocks(name, "sh") for line in code.splitlines()]

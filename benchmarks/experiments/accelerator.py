@@ -72,7 +72,9 @@ def perturbed(num: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
 
 def neural(width: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
     """The 5 x 5 gridworld of `benchmarks.experiments.neural_irl`."""
-    return neural_irl.make_run(neural_irl.world(), 0, width).train, irl.NeuralIRL(0.2, 0.6, averaging=3.0, width=width)
+    return neural_irl.make_run(neural_irl.world(), 0, width).train, irl.NeuralIRL(
+        lower_step_size=0.2, upper_step_size=0.6, averaging=3.0, width=width
+    )
 
 
 def methods() -> Makers:
@@ -95,7 +97,9 @@ def many() -> Makers:
     """Of data, states and seeds."""
 
     def cleaning() -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
-        return problems.make("hyper_cleaning").problem, bilevel.SOBA(0.5, 0.5, 0.1)
+        return problems.make("hyper_cleaning").problem, bilevel.SOBA(
+            lower_step_size=0.5, linear_step_size=0.5, upper_step_size=0.1
+        )
 
     return {
         "AID, 1e6 samples of 10 features": partial(of_solver, partial(scaled, "samples", "AID", 1_000_000)),

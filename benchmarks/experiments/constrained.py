@@ -39,7 +39,7 @@ from bilevel.report import save_figure
 SIZES = ((10, 5), (50, 10), (200, 50))
 GAP = 1e-3
 SOLVERS: dict[str, tuple[Callable[[float], bilevel.Solver], tuple[float, ...]]] = {
-    "DSBLO": (lambda g: bilevel.DSBLO(sigma=1e-3, gamma1=g, gamma2=g), (3.0, 10.0, 30.0, 100.0)),
+    "DSBLO": (lambda g: bilevel.DSBLO(sigma=1e-3, gamma_1=g, gamma_2=g), (3.0, 10.0, 30.0, 100.0)),
     "SSIGD": (lambda s: bilevel.SSIGD(upper_step_size=s), (0.03, 0.1, 0.3, 1.0)),
     "PIGD": (lambda s: bilevel.PIGD(upper_step_size=s), (0.03, 0.1, 0.3, 1.0)),
     "BLOCC": (lambda c: bilevel.BLOCC(penalty=c), (10.0, 30.0, 100.0, 300.0)),

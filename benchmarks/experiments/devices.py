@@ -79,11 +79,12 @@ def examples() -> dict[str, tuple[Any, Any]]:
     rows = bilevel.LinearCoupling(jnp.ones((1, 10)), jnp.zeros((1, 10)), jnp.full(1, 0.5))
     near = bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x) ** 2))
     penalty = bilevel.SampledPenalty(num_samples=64, num_slots=2, num_starts=1, num_ladders=1)
+    soba = bilevel.SOBA(lower_step_size=0.3, linear_step_size=0.3, upper_step_size=0.1)
     grid = problems.make("gridworld", size=4, trajectories=64, length=20, batch_size=16).problem
     return {
-        "SOBA, 800 samples of 50 features, all of them a step": (squares(800, 50), bilevel.SOBA(0.3, 0.3, 0.1)),
-        "AID, the same": (squares(800, 50), bilevel.AID(0.1, 0.1)),
-        "SOBA, batches of 16": (squares(800, 50, 16), bilevel.SOBA(0.3, 0.3, 0.1)),
+        "SOBA, 800 samples of 50 features, all of them a step": (squares(800, 50), soba),
+        "AID, the same": (squares(800, 50), bilevel.AID(lower_step_size=0.1, upper_step_size=0.1)),
+        "SOBA, batches of 16": (squares(800, 50, 16), soba),
         "SampledPenalty, 64 samples, x and y of 10": (bent, penalty),
         "DSBLO, 8 perturbations, x and y of 10, one row": (
             bilevel.BilevelProblem(bent.upper, near, coupling=rows, init=bent.init), bilevel.DSBLO(num_perturbations=8),
@@ -131,7 +132,7 @@ def measure(samples: int, features: int, steps: int, repeats: int) -> dict[int, 
     import bilevel
 
     problem = squares(samples, features)
-    solver = bilevel.SOBA(0.3, 0.3, 0.1)
+    solver = bilevel.SOBA(lower_step_size=0.3, linear_step_size=0.3, upper_step_size=0.1)
     counts = [n for n in (2**k for k in range(10)) if n <= jax.device_count()]
     calls: dict[int, Any] = {}
     for count in counts:

@@ -276,7 +276,7 @@ def normalised_momentum() -> Iterator[Mutant]:
     yield Mutant("q never passed on", ds_blo.lemmas(_without_noise))
     yield Mutant("q 3x too large", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))))
     yield Mutant("step 3x", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {
-        "gamma1": kw["gamma1"] / 3, "gamma2": kw["gamma2"] / 3}))))  # fmt: skip
+        "gamma_1": kw["gamma_1"] / 3, "gamma_2": kw["gamma_2"] / 3}))))  # fmt: skip
     yield Mutant("stale momentum", ds_blo.lemmas(faulty(bilevel.DSBLO, _kept("m"))))
     yield Mutant("wrong sign of the step", ds_blo.lemmas(faulty(bilevel.DSBLO, _through)))
 
@@ -287,7 +287,7 @@ def normalised_momentum() -> Iterator[Mutant]:
     }.items():  # fmt: skip
         yield Mutant(fault, ds_blo_runs.law(make))
     yield Mutant("step 3x", ds_blo_runs.momentum(lambda **kw: bilevel.DSBLO(**(kw | {
-        "gamma1": kw["gamma1"] / 3, "gamma2": kw["gamma2"] / 3}))))  # fmt: skip
+        "gamma_1": kw["gamma_1"] / 3, "gamma_2": kw["gamma_2"] / 3}))))  # fmt: skip
     yield Mutant("gradients added up, not averaged", ds_blo_runs.momentum(faulty(bilevel.DSBLO, _added_up)))
     yield Mutant("wrong sign of the momentum", ds_blo_runs.momentum(faulty(bilevel.DSBLO, _flipped)))
     yield Mutant("wrong sign of the step", ds_blo_runs.goldstein(faulty(bilevel.DSBLO, _through)))

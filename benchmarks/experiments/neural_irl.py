@@ -132,7 +132,12 @@ def solver(width: int, eta: float = ETA, alpha: float = ALPHA, decay: float = 0.
     numbers = {"upper_decay": decay, "weight_decay": settings.pop("weight_decay", 0.0), "averaging": 3.0}
     arrays = {name: jnp.asarray(number) for name, number in numbers.items()}
     return irl.NeuralIRL(
-        jnp.asarray(eta), jnp.asarray(alpha), radius=jnp.asarray(50.0), width=width, **arrays, **settings
+        lower_step_size=jnp.asarray(eta),
+        upper_step_size=jnp.asarray(alpha),
+        radius=jnp.asarray(50.0),
+        width=width,
+        **arrays,
+        **settings,
     )
 
 

@@ -108,7 +108,10 @@ def states(size: int) -> Runs:
     """A gridworld of isqrt(size)^2 states."""
     side = math.isqrt(size)
     problem = problems.make("gridworld", size=side, trajectories=0, discount=0.9).problem
-    return {"MLIRL": (problem, irl.MLIRL()), "SOBA": (problem, bilevel.SOBA(0.5, 0.5, 0.1))}
+    return {
+        "MLIRL": (problem, irl.MLIRL()),
+        "SOBA": (problem, bilevel.SOBA(lower_step_size=0.5, linear_step_size=0.5, upper_step_size=0.1)),
+    }
 
 
 CASES: dict[str, Callable[[int], Runs]] = {"unknowns": unknowns, "samples": samples, "states": states}

@@ -44,7 +44,7 @@ def by_hand(problem, x, y, num_steps: int):
 
 def measure(problem: bilevel.BilevelProblem, num_steps: int, repeats: int) -> dict[str, float]:
     """Median seconds of the hand-written scan, of `advance`, and of `solve` without and with measuring."""
-    solver, key = bilevel.SOBA(A, B, C), jax.random.key(0)
+    solver, key = bilevel.SOBA(lower_step_size=A, linear_step_size=B, upper_step_size=C), jax.random.key(0)
     arguments = {"key": key, "max_steps": num_steps, "every": num_steps // 10, "tol": 0.0, "progress": False}
     start = lanes.init(problem, solver, key, False)
     hand = jax.jit(by_hand, static_argnames="num_steps")

@@ -161,8 +161,9 @@ def build_solver(text: str) -> bilevel.Solver:
         raise nearest("solver", name, _solvers())
     cls = _solvers()[name]
     defaults = _solver_fields(cls)
-    _check_names(name, params, defaults)
-    values = {key: _setting(f"{name}: {key}", value, defaults[key]) for key, value in params.items()}
+    now = {key: cls.renamed.get(key, key) for key in params}
+    _check_names(name, {now[key]: value for key, value in params.items()}, defaults)
+    values = {key: _setting(f"{name}: {key}", value, defaults[now[key]]) for key, value in params.items()}
     try:
         return cls(**values)
     except (TypeError, ValueError) as error:

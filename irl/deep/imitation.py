@@ -98,7 +98,7 @@ def default_rule(learning_rate: float, decay: float) -> optax.GradientTransforma
     return optax.chain(optax.add_decayed_weights(decay), optax.adam(learning_rate))
 
 
-@struct
+@struct(kw_only=True)
 class Imitation(Solver):
     """The loop of this file's docstring; a solver overrides `reward` and `move`, or more.
 
@@ -283,7 +283,7 @@ def gradient_penalty(logit: Callable[[Steps], Array], pair: Pair, scale: Array, 
     return jnp.mean((size - 1) ** 2)
 
 
-@struct
+@struct(kw_only=True)
 class Adversarial(Imitation):
     """`Imitation` whose x moves by a discriminator's loss.
 

@@ -29,7 +29,7 @@ def potential(task: Task, x: PyTree, h: PyTree, steps: Any) -> Array:
     return task.rewards(x, steps) + task.agent.discount * jnp.where(steps.terminated, 0, there) - here
 
 
-@struct
+@struct(kw_only=True)
 class AIRL(Adversarial):
     """Adversarial inverse RL, for problems of `irl.to_control`: with f = r(s, a; x) + gamma h(s') - h(s) and
     D = exp(f/alpha)/(exp(f/alpha) + pi(a|s)) the chance that (s, a, s') is the expert's,

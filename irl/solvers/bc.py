@@ -14,7 +14,7 @@ from irl.deep.imitation import Imitation, State
 from irl.deep.sac import Learner, Losses
 
 
-@struct
+@struct(kw_only=True)
 class BC(Imitation):
     """Behavioural cloning, for problems of `irl.to_control`: no lower level, no reward; x stays where it is.
 

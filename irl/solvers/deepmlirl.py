@@ -8,7 +8,7 @@ from bilevel.struct import struct
 from irl.deep.imitation import Imitation, Pair, State, step_x
 
 
-@struct
+@struct(kw_only=True)
 class DeepMLIRL(Imitation):
     """ML-IRL, for problems of `irl.to_control`: the iteration of `MLIRL` with samples and networks in place of tables,
 

@@ -28,7 +28,7 @@ class Discriminator(NamedTuple):
     step: Stepper
 
 
-@struct
+@struct(kw_only=True)
 class FIRL(Imitation):
     """f-IRL, for problems of `irl.to_control`. With rho the visits of the agent, u = rho_E/rho, estimated by a
     discriminator whose logit is log u, and n episodes tau of the agent,

@@ -13,7 +13,7 @@ from irl.deep.imitation import Adversarial, Pair, State, step_x
 PyTree = Any
 
 
-@struct
+@struct(kw_only=True)
 class GAIL(Adversarial):
     """Generative adversarial imitation, for problems of `irl.to_control`: with D = sigmoid(-r(s, a; x)), the reward
     network as the logit that (s, a) is the expert's,

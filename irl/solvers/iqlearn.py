@@ -13,7 +13,7 @@ from irl.deep.imitation import Imitation, State
 from irl.deep.sac import Batch, Learner, Losses, Net
 
 
-@struct
+@struct(kw_only=True)
 class IQLearn(Imitation):
     """Inverse soft Q-learning, for problems of `irl.to_control`: no reward network, x stays where it is. With V_i the
     soft value of one critic Q_i and the policy, and r_i = Q_i - gamma V_i(s') the reward that it implies,

@@ -1,5 +1,6 @@
 """MCEIRL: maximum causal entropy inverse reinforcement learning, with exact soft dynamic programming in every step."""
 
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax import Array
@@ -29,7 +30,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class MCEIRL(Solver):
     """Maximum causal entropy IRL, on all of the demonstrations, for problems of `irl.to_bilevel`:
 
@@ -41,11 +42,11 @@ class MCEIRL(Solver):
 
     Assumptions: none on the MDP; rewards linear in x for the global optimum. Gradient descent on a convex smooth F:
     F - F* falls like 1/k with a <= 1/L.
-    Cost per step: 1 upper gradient (in closed form, with one occupancy), `num_sweeps` lower gradients at most.
+    Cost per step: 1 upper gradient (in closed form, with one occupancy), `max_sweeps` lower gradients at most.
 
     Args:
         upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
-        num_sweeps: most soft value iteration sweeps of a step, from the last Q; it stops at rounding error before. With
+        max_sweeps: most soft value iteration sweeps of a step, from the last Q; it stops at rounding error before. With
             a horizon T sweeps always.
 
     Reference: Ziebart, Bagnell, Dey. Modeling interaction via the principle of maximum causal entropy. ICML 2010.
@@ -54,8 +55,9 @@ class MCEIRL(Solver):
     """
 
     upper_step_size: Any = None
-    num_sweeps: int = static(default=1000)
+    max_sweeps: int = static(default=1000)
     full_batch = True
+    renamed = MappingProxyType({"num_sweeps": "max_sweeps"})
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
@@ -68,7 +70,7 @@ class MCEIRL(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         (mdp, reward), x = problem.lower_data.full(), state.x
-        y = soft.value_iteration(mdp, reward.table(x), state.y, max_sweeps=self.num_sweeps).Q
+        y = soft.value_iteration(mdp, reward.table(x), state.y, max_sweeps=self.max_sweeps).Q
         c = spec.expert_batch(mdp, problem.upper_data.full())
         d = soft.occupancy(mdp, soft.policy(y), spec.agent_start(problem, mdp, c))
         direction = spec.match(reward, x, d, c)
@@ -82,7 +84,7 @@ class MCEIRL(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         horizon = problem.lower_data.full().mdp.horizon
-        return OracleCount(upper_gradients=1, lower_gradients=self.num_sweeps if horizon is None else horizon)
+        return OracleCount(upper_gradients=1, lower_gradients=self.max_sweeps if horizon is None else horizon)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return spec.refuse_other_problems(self, problem)

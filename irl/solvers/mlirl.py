@@ -36,7 +36,7 @@ class Info(NamedTuple):
     policy_change: Array
 
 
-@struct
+@struct(kw_only=True)
 class MLIRL(Solver):
     """ML-IRL, for problems of `irl.to_bilevel`: with one batch of demonstrations per step,
 

@@ -54,7 +54,7 @@ class Info(NamedTuple):
     distance: Array
 
 
-@struct
+@struct(kw_only=True)
 class NeuralIRL(Solver):
     """Two-timescale single-loop IRL with overparameterised networks, for problems of `irl.to_bilevel`. With
 

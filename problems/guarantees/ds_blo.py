@@ -106,7 +106,7 @@ def lemmas(make: Callable[..., Any] = DSBLO) -> Guarantee:
     def measure(instance: Step, horizon: tuple[int, ...]) -> Array:
         known, problem, x = instance.constants, instance.problem, instance.x
         kink = known.kink
-        settings = {"beta": known.beta, "gamma1": known.gamma1, "gamma2": known.gamma2, "sigma": known.sigma}
+        settings = {"beta": known.beta, "gamma_1": known.gamma1, "gamma_2": known.gamma2, "sigma": known.sigma}
 
         def states(distribution: str) -> tuple[Any, Array, Array]:
             """(the states after a step from each key, where y is inside of (0, 1), xbar as grad F_q says)."""

@@ -128,7 +128,7 @@ def paths(
     """(x_1, …, x_{T+1}; m_1, …, m_{T+1}) of runs, shapes [runs, T + 1], and y_1, …."""
     known = instance.constants
     solver = make(
-        beta=settings.beta, gamma1=settings.gamma1, gamma2=settings.gamma2, sigma=known.sigma, option="I",
+        beta=settings.beta, gamma_1=settings.gamma1, gamma_2=settings.gamma2, sigma=known.sigma, option="I",
         num_lower_steps=1,
     )  # fmt: skip
     problem = dataclasses.replace(instance.problem, init=lambda key: (instance.x, jnp.zeros(1)))

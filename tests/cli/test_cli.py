@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import bilevel
 import irl
 import problems
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 from benchmarks.show import report
 from benchmarks.study import files, registry, runner
 from problems.quadratic import closed_form

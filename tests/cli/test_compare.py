@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
 from benchmarks.show.compare import compare

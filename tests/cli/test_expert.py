@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 import irl
-from benchmarks import cli
+from benchmarks.cli import main as cli
 from benchmarks.experiments import control, expert
 from benchmarks.study import files
 

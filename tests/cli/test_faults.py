@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 from benchmarks.study import files, runner
 from bilevel.backend.files import write_atomically
 

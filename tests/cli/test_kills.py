@@ -18,7 +18,7 @@ COMMON = """
 import os, pathlib, random, shutil, signal, sys, time, warnings
 warnings.simplefilter("ignore")
 import bilevel, jax, numpy, problems
-from benchmarks import cli
+from benchmarks.cli import main as cli
 from benchmarks.show import compare
 from benchmarks.study import files, runner, sweep, tuning
 from benchmarks.show import html, report

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 
 STUDY = [
     "run", "-p", "quadratic[batch_size=4,dim_x=2,dim_y=2,num_samples=8]",

@@ -32,7 +32,10 @@ def test_a_row_for_each_problem_and_solver(tmp_path):
 def test_what_a_run_has_compiled_before_is_compiled_again():
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
-    problem, solver = problems.make("quadratic", dim_x=2, dim_y=2).problem, bilevel.SOBA(0.1, 0.1, 0.1)
+    problem, solver = (
+        problems.make("quadratic", dim_x=2, dim_y=2).problem,
+        bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1),
+    )
     key = jax.random.key(0)
     bilevel.solve(problem, solver, key=key, max_steps=2, progress=False)
     lanes.init(problem, solver, key, False)
@@ -47,7 +50,10 @@ def test_exponents_are_slopes():
 
 
 def test_a_device_is_measured_on_the_steps_of_a_solve(key):
-    problem, solver = problems.make("quadratic", dim_x=2, dim_y=3).problem, bilevel.SOBA(0.1, 0.1, 0.1)
+    problem, solver = (
+        problems.make("quadratic", dim_x=2, dim_y=3).problem,
+        bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1),
+    )
     make = functools.partial(accelerator.of_solver, lambda: (problem, solver))
     step, first, reached = accelerator.on(jax.devices("cpu")[0], make, 7, 1)
     assert 0 <= step < first

@@ -13,7 +13,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
 from benchmarks.study import files, registry, sweep
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 import bilevel
 import problems
-from benchmarks.cli import app
+from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
 from benchmarks.study import files, registry, runner, tuning
 from benchmarks.study.registry import Cell, Search

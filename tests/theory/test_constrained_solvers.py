@@ -36,7 +36,7 @@ def test_ds_blo_on_the_kink_finds_the_minimiser_of_the_smoothed_objective():
 
     @jax.jit
     def mean_x(sigma):
-        solver = bilevel.DSBLO(beta=0.9, gamma1=10 / sigma, gamma2=10 / sigma, sigma=sigma, num_lower_steps=1)
+        solver = bilevel.DSBLO(beta=0.9, gamma_1=10 / sigma, gamma_2=10 / sigma, sigma=sigma, num_lower_steps=1)
 
         def body(k, carry):
             state, total = carry
@@ -70,7 +70,7 @@ def test_line_search_stops_on_the_ridge_and_fresh_perturbations_do_not():
     assert (np.abs(x[:, 0]) <= 1e-3).all()
     assert (np.abs(x[:, 1] - 3) > 0.5).sum() >= 3
     np.testing.assert_allclose(distance, np.abs(x[:, 1] - 3), atol=0.05)
-    x, distance = end(bilevel.DSBLO(sigma=0.01, gamma1=100.0, gamma2=100.0), 3000)
+    x, distance = end(bilevel.DSBLO(sigma=0.01, gamma_1=100.0, gamma_2=100.0), 3000)
     np.testing.assert_allclose(x, [[0, 3]] * 4, atol=0.05)
     assert (distance <= 0.1).all()
 
@@ -80,7 +80,7 @@ def test_line_search_stops_on_the_ridge_and_fresh_perturbations_do_not():
     [
         bilevel.PIGD(upper_step_size=0.1),
         bilevel.SSIGD(upper_step_size=0.1, sigma=1e-4),
-        bilevel.DSBLO(sigma=1e-4, gamma1=0.5, gamma2=10.0),
+        bilevel.DSBLO(sigma=1e-4, gamma_1=0.5, gamma_2=10.0),
         bilevel.DSIGD(sigma=1e-4),
     ],
     ids=lambda solver: type(solver).__name__,
@@ -142,7 +142,7 @@ def test_theory_constants_of_ds_blo():
     solver = bilevel.DSBLO.from_theory(1.0, 0.1, 0.5)
     gap = 0.01 / (960 * 6)
     K = np.log(1280.0) / -np.log(1 - gap)
-    np.testing.assert_allclose([1 - solver.beta, solver.gamma1, solver.gamma2], [gap, 2 * K, 32 * K], rtol=1e-9)
+    np.testing.assert_allclose([1 - solver.beta, solver.gamma_1, solver.gamma_2], [gap, 2 * K, 32 * K], rtol=1e-9)
 
 
 def test_several_perturbations_average(key):

@@ -40,7 +40,7 @@ def test_second_moments_are_means_over_all_paths():
     """Two steps on two blocks a level: 16 paths, each by hand in NumPy."""
     instance = small()
     mean, (a, b, c) = instance.mean, (0.3, 0.2, 0.1)
-    solver = bilevel.SOBA(a, b, c)
+    solver = bilevel.SOBA(lower_step_size=a, linear_step_size=b, upper_step_size=c)
     state = solver.init(instance.problem(0, 0), jax.random.key(0))
 
     def step(pair, z):
@@ -69,7 +69,7 @@ def test_second_moments_are_means_over_all_paths():
 
 def test_keys_draw_every_pair_of_blocks():
     instance, pairs = small(), []
-    solver = bilevel.SABA(0.3, 0.2, 0.1)
+    solver = bilevel.SABA(lower_step_size=0.3, linear_step_size=0.2, upper_step_size=0.1)
 
     @jax.jit
     def replaced(keys):
@@ -144,7 +144,7 @@ def test_momentum_settings_keep_their_radius_and_their_bound_falls_like_the_four
         np.testing.assert_allclose(s.K * 1.5 / (s.gamma1 * 1.5 + s.gamma2), 0.3, rtol=1e-12)
         assert s.beta**s.K <= 1e-3**0.5 * 1.001
     solver = bilevel.DSBLO.for_steps(1.5, 0.8, 0.3, 10**5, deviation=0.5, sigma=0.02)
-    assert (solver.beta, solver.gamma1, solver.gamma2) == tuple(map(float, settings[1][:3]))
+    assert (solver.beta, solver.gamma_1, solver.gamma_2) == tuple(map(float, settings[1][:3]))
     assert solver.option == "I"
     assert bounds[0] < 1.5  # says something after a thousand steps
     ratios = np.array(bounds[1:]) / bounds[:-1]

@@ -67,7 +67,9 @@ def begin(problem, solver):
 
 
 def test_f2sa_step(instance):
-    solver = bilevel.F2SA(a, c, penalty=optax.linear_schedule(7.0, 9.0, 2), num_lower_steps=3)
+    solver = bilevel.F2SA(
+        lower_step_size=a, upper_step_size=c, penalty=optax.linear_schedule(7.0, 9.0, 2), num_lower_steps=3
+    )
     state, x, y, z = begin(instance.problem, solver)
     m = Matrices(instance.problem)
     for lam in (7.0, 8.0):
@@ -83,7 +85,7 @@ def test_f2sa_step(instance):
 
 
 def test_f2sa_default_penalty_grows_without_bound(instance):
-    solver, problem = bilevel.F2SA(a, c), instance.problem
+    solver, problem = bilevel.F2SA(lower_step_size=a, upper_step_size=c), instance.problem
     state = solver.init(problem, KEY)
     for lam in (10.0, 11.0, 12.0):
         state, info = solver.step(problem, state, KEY)
@@ -92,7 +94,7 @@ def test_f2sa_default_penalty_grows_without_bound(instance):
 
 def test_vpbgd_step(instance):
     lam = 7.0
-    solver = bilevel.VPBGD(a, c, lam, num_lower_steps=3)
+    solver = bilevel.VPBGD(lower_step_size=a, upper_step_size=c, penalty=lam, num_lower_steps=3)
     state, x, y, w = begin(instance.problem, solver)
     new, info = solver.step(instance.problem, state, KEY)
     m = Matrices(instance.problem)
@@ -105,7 +107,7 @@ def test_vpbgd_step(instance):
 
 def test_gpbgd_step(instance):
     lam = 7.0
-    solver = bilevel.GPBGD(c, lam)
+    solver = bilevel.GPBGD(upper_step_size=c, penalty=lam)
     state, x, y, _ = begin(instance.problem, solver)
     new, info = solver.step(instance.problem, state, KEY)
     m = Matrices(instance.problem)
@@ -120,7 +122,7 @@ def test_bome_step_with_and_without_correction(instance):
     """Descent on f alone lets the gap fall fast enough or not, depending on eta: both branches are met."""
     m, multipliers = Matrices(instance.problem), []
     for eta in (0.01, 5.0):
-        solver = bilevel.BOME(a, c, eta, num_lower_steps=3)
+        solver = bilevel.BOME(lower_step_size=a, upper_step_size=c, decrease=eta, num_lower_steps=3)
         state, x, y, _ = begin(instance.problem, solver)
         new, info = solver.step(instance.problem, state, KEY)
         w = m.descend(x, y, 3)
@@ -142,7 +144,7 @@ def test_bome_at_a_solved_lower_level_is_finite():
         lambda x, y, batch: jnp.sum(x * y), bilevel.Minimize(lambda x, y, batch: jnp.sum(y**2)),
         init=lambda key: (jnp.ones(2), jnp.zeros(2)),
     )  # fmt: skip
-    solver = bilevel.BOME(0.1, 0.1)
+    solver = bilevel.BOME(lower_step_size=0.1, upper_step_size=0.1)
     state, info = solver.step(problem, solver.init(problem, KEY), KEY)
     assert (info.multiplier, info.gap_gradient) == (0.0, 0.0)
     np.testing.assert_allclose(state.y, -0.1 * np.ones(2), rtol=1e-14)
@@ -188,7 +190,7 @@ def test_f2sa_noise_does_not_grow_with_the_penalty():
     instance = problems.make("quadratic", seed=3, dim_x=4, dim_y=4, num_samples=16, batch_size=2, noise=0.3)
     ends = []
     for lam in (1e3, 1e5):
-        solver = bilevel.F2SA(0.2, 0.02, penalty=lam, num_lower_steps=5)
+        solver = bilevel.F2SA(lower_step_size=0.2, upper_step_size=0.02, penalty=lam, num_lower_steps=5)
         solution = bilevel.solve(instance.problem, solver, key=KEY, max_steps=4000, every=100, tol=0.0)
         ends.append(np.mean(solution.record["hypergradient"][-20:]))
     assert max(ends) < 0.3
@@ -199,7 +201,7 @@ def test_bome_neighbourhood_shrinks_with_its_step(instance):
     """A constant step a ends within O(a) of the optimum; the gap is measured by the closed-form F."""
     distances = []
     for step in (0.1, 0.025):
-        solver = bilevel.BOME(1.0, step, num_lower_steps=60)
+        solver = bilevel.BOME(lower_step_size=1.0, upper_step_size=step, num_lower_steps=60)
         solution = bilevel.solve(instance.problem, solver, key=KEY, max_steps=8000, every=8000, tol=0.0)
         distances.append(np.linalg.norm(solution.x - instance.truth.x))
     assert distances[1] < 0.45 * distances[0]
@@ -222,7 +224,7 @@ def test_bome_on_a_lower_level_with_a_line_of_minimisers(start):
     problem = bilevel.BilevelProblem(
         degenerate_upper, bilevel.Minimize(degenerate_lower), init=lambda key: (jnp.array([x]), jnp.array(y))
     )
-    solver = bilevel.BOME(0.5, 0.1, num_lower_steps=30)
+    solver = bilevel.BOME(lower_step_size=0.5, upper_step_size=0.1, num_lower_steps=30)
     state, _ = bilevel.advance(problem, solver, solver.init(problem, KEY), KEY, 0, 2000)
     assert degenerate_upper(state.x, state.y, None) < 1e-6
     np.testing.assert_allclose([state.x[0], *state.y], 1.0, atol=2e-3)
@@ -262,7 +264,7 @@ def toy_minima():
 
 def test_vpbgd_on_the_papers_toy():
     """With g not convex in y every start ends near a local minimum of F, and each minimum is found."""
-    x, y = toy_runs(bilevel.VPBGD(0.1, 0.005, 20.0))
+    x, y = toy_runs(bilevel.VPBGD(lower_step_size=0.1, upper_step_size=0.005, penalty=20.0))
     reached = np.abs(x[:, None] - toy_minima()).argmin(axis=1)
     np.testing.assert_allclose(x, toy_minima()[reached], atol=0.05)
     np.testing.assert_allclose(y, -x, atol=0.05)
@@ -271,7 +273,7 @@ def test_vpbgd_on_the_papers_toy():
 
 def test_gpbgd_on_the_papers_toy():
     """Ends are local minima of F, or stationary points of |g_y|^2 with g_y != 0, which its assumptions exclude."""
-    x, y = toy_runs(bilevel.GPBGD(0.0005, 10.0))
+    x, y = toy_runs(bilevel.GPBGD(upper_step_size=0.0005, penalty=10.0))
     residual = np.abs(2 * (x + y) + x * np.sin(2 * (x + y)))
     curvature = 2 + 2 * x * np.cos(2 * (x + y))
     solved = residual < 0.1

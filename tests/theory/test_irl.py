@@ -104,7 +104,9 @@ def test_every_iterate_is_in_its_ball(seed, eta, alpha, B, B_r):
     reward = irl.TwoLayerReward.of(np.random.default_rng(seed).normal(size=(S, 4)), 6, key, A)
     c = irl.occupancy(mdp, jnp.full((S, A), 1 / A).at[:, 0].add(0.2).at[:, 1].add(-0.2))
     problem = irl.to_bilevel(mdp, c, reward, x_set=bilevel.Ball(jnp.asarray(B_r)))
-    lengths, finite, ordered = path(problem, irl.NeuralIRL(eta, alpha, radius=B, width=6), key)
+    lengths, finite, ordered = path(
+        problem, irl.NeuralIRL(lower_step_size=eta, upper_step_size=alpha, radius=B, width=6), key
+    )
     assert finite.all()
     assert ordered.all()
     assert (lengths[:, :2] <= B * (1 + 1e-12)).all()

@@ -90,7 +90,7 @@ def test_meha():
         y = in_y(y - b * (f.y(new, y) / ck + g.y(new, y) - (y - w) / gamma))
         return {"x": new, "y": y, "w": w}
 
-    solver = bilevel.MEHA(a, b, penalty=optax.linear_schedule(3.0, 5.0, 2), gamma=gamma)
+    solver = bilevel.MEHA(lower_step_size=a, upper_step_size=b, penalty=optax.linear_schedule(3.0, 5.0, 2), gamma=gamma)
     compare(SIMPLE, solver, by_hand, w=w)
 
 
@@ -119,7 +119,7 @@ def test_meha_with_a_non_smooth_part():
         upper, bilevel.Minimize(lambda x, y, batch: lower(x, y, batch) + nonsmooth(x, y)),
         x_set=X, init=init,
     )  # fmt: skip
-    solver = bilevel.MEHA(a, b, penalty=3.0, gamma=0.4, nonsmooth=nonsmooth, prox=prox)
+    solver = bilevel.MEHA(lower_step_size=a, upper_step_size=b, penalty=3.0, gamma=0.4, nonsmooth=nonsmooth, prox=prox)
     compare(problem, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]))
 
 
@@ -131,7 +131,9 @@ def test_proxf2sa():
             y = in_y(y - a * (sigma * f.y(x, y) + g.y(x, y)))
         return {"x": in_x(x - b * (f.x(x, y) + (g.x(x, y) - g.x(x, z)) / sigma)), "y": y, "z": z}
 
-    solver = bilevel.ProxF2SA(a, b, penalty=optax.linear_schedule(4.0, 6.0, 2), num_lower_steps=3)
+    solver = bilevel.ProxF2SA(
+        lower_step_size=a, upper_step_size=b, penalty=optax.linear_schedule(4.0, 6.0, 2), num_lower_steps=3
+    )
     compare(SIMPLE, solver, by_hand, z=np.array([0.2, 0.1, -0.3, 0.5]))
 
 
@@ -157,7 +159,16 @@ def test_bvfsm():
         dx = f.x(x, y) + s / (v - float(lower(x, y, None))) * (g.x(x, y) - g.x(x, z))
         return {"x": in_x(x - b * dx), "y": y, "z": z}
 
-    solver = bilevel.BVFSM(a, b, mu, theta, s0, decay=lambda k: 1 / (1 + k), num_lower_steps=3, num_penalty_steps=300)
+    solver = bilevel.BVFSM(
+        lower_step_size=a,
+        upper_step_size=b,
+        regularisation=mu,
+        penalty_regularisation=theta,
+        barrier=s0,
+        decay=lambda k: 1 / (1 + k),
+        num_lower_steps=3,
+        num_penalty_steps=300,
+    )
     compare(SIMPLE, solver, by_hand, tol=1e-5, z=np.array([0.2, 0.1, -0.3, 0.5]))
 
 
@@ -175,7 +186,7 @@ def test_sflcb():
         alpha, beta = slacks(alpha - a * -p), slacks(beta + a * q)
         return {"x": in_x(x - b * dx), "y": y - a * dy, "z": z + a * dz, "u": u, "v": v, "alpha": alpha, "beta": beta}
 
-    solver = bilevel.SFLCB(a, e, b, delta=delta, rho=rho)
+    solver = bilevel.SFLCB(lower_step_size=a, dual_step_size=e, upper_step_size=b, delta=delta, rho=rho)
     start = {"z": np.array([0.2, 0.1, -0.3, 0.5]), "u": np.array([0.3, -0.1, -0.2]), "v": np.array([0.0, 0.5, 0.4])}
     start |= {"alpha": np.array([-0.2, 0.0, 0.0]), "beta": np.array([0.0, -0.7, 0.0])}
     compare(dataclasses.replace(COUPLED, y_set=bilevel.Reals()), solver, by_hand, **start)
@@ -201,7 +212,9 @@ def test_blocc(primal):
         x = in_x(x - b * (f.x(x, y) + ck * (g.x(x, y) + B.T @ m - g.x(x, z) - B.T @ n)))
         return {"x": x, "y": y, "m": m, "z": z, "n": n}
 
-    solver = bilevel.BLOCC(a, r, b, penalty=ck, num_lower_steps=3, num_primal_steps=primal)
+    solver = bilevel.BLOCC(
+        lower_step_size=a, dual_step_size=r, upper_step_size=b, penalty=ck, num_lower_steps=3, num_primal_steps=primal
+    )
     start = {"m": np.array([0.3, 0.0, -0.2]), "z": np.array([0.2, 0.1, -0.3, 0.5]), "n": np.array([0.0, 0.5, 0.4])}
     compare(COUPLED, solver, by_hand, **start)
 
@@ -217,7 +230,9 @@ def test_bicgaffa():
         z = multipliers(z - e * (-(z - lam) / g2 - rows(x, w)), most)
         return {"x": in_x(x - b * dx), "y": in_y(y - b * dy), "w": w, "z": z}
 
-    solver = bilevel.BiCGAFFA(a, b, e, penalty=ck, gamma_1=g1, gamma_2=g2, bound=most)
+    solver = bilevel.BiCGAFFA(
+        lower_step_size=a, upper_step_size=b, dual_step_size=e, penalty=ck, gamma_1=g1, gamma_2=g2, bound=most
+    )
     compare(COUPLED, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]), z=np.array([0.3, 0.1, -0.44]))
 
 
@@ -243,7 +258,9 @@ def test_lvhba():
         x, y = nearest(x - b * dx, y - b * dy)
         return {"x": x, "y": y, "w": w, "lam": lam, "z": multipliers(z + e * (lam - z) / g2, most)}
 
-    solver = bilevel.LVHBA(a, b, e, penalty=ck, gamma_1=g1, gamma_2=g2, bound=most)
+    solver = bilevel.LVHBA(
+        lower_step_size=a, upper_step_size=b, dual_step_size=e, penalty=ck, gamma_1=g1, gamma_2=g2, bound=most
+    )
     w, lam, z = np.array([0.2, 0.1, -0.3, 0.5]), np.array([0.4, 0.0, -0.5]), np.array([0.2, 0.1, -0.24])
     compare(COUPLED, solver, by_hand, tol=1e-7, w=w, lam=lam, z=z)  # the tolerance is cvxpy's
 
@@ -256,7 +273,10 @@ def test_lvhba_without_a_coupling_projects_on_each_set():
         dx, dy = f.x(x, y) / 4 + g.x(x, y) - g.x(x, w), f.y(x, y) / 4 + g.y(x, y) - (y - w) / 0.8
         return {"x": in_x(x - b * dx), "y": in_y(y - b * dy), "w": w, "lam": lam, "z": z}
 
-    solver, nothing = bilevel.LVHBA(a, b, 0.04, penalty=4.0, gamma_1=0.8), np.zeros(0)
+    solver, nothing = (
+        bilevel.LVHBA(lower_step_size=a, upper_step_size=b, dual_step_size=0.04, penalty=4.0, gamma_1=0.8),
+        np.zeros(0),
+    )
     compare(SIMPLE, solver, by_hand, w=np.array([0.2, 0.1, -0.3, 0.5]), lam=nothing, z=nothing)
 
     def many(x, y, batch):
@@ -293,7 +313,11 @@ def test_aipod():
         slope = f.x(x, y) - mixed @ v - D.T @ inverse.T @ (f.y(x, y) - hessian @ v)
         return {"x": in_x(x - b * slope), "y": y}
 
-    compare(EQUAL, bilevel.AiPOD(a, e, b, num_lower_steps=3, num_linear_steps=4), by_hand)
+    compare(
+        EQUAL,
+        bilevel.AiPOD(lower_step_size=a, linear_step_size=e, upper_step_size=b, num_lower_steps=3, num_linear_steps=4),
+        by_hand,
+    )
 
 
 def multiplier_steps(x, y, m, gradient, project):
@@ -313,7 +337,7 @@ def test_f2cba_with_equalities_alone():
         slope = f.x(x, y) + (g.x(x, y) + B.T @ m - g.x(x, z) - B.T @ n) / d
         return {"x": in_x(x - b * slope), "y": y, "z": z, "m": m[1:], "n": n[1:]}
 
-    solver = bilevel.F2CBA(a, 0.07, b, alpha=0.3, num_lower_steps=3)
+    solver = bilevel.F2CBA(lower_step_size=a, dual_step_size=0.07, upper_step_size=b, alpha=0.3, num_lower_steps=3)
     start = {"z": np.array([0.2, 0.1, -0.3, 0.5]), "m": np.array([0.3, -0.2]), "n": np.array([0.0, 0.4])}
     compare(EQUAL, solver, by_hand, **start)
 
@@ -341,7 +365,15 @@ def test_f2cba_with_inequalities(radius):
         ahead = ahead * min(1, radius / np.linalg.norm(ahead))
         return {"x": in_x(old + move), "y": y, "z": z, "n": n, "move": ahead}
 
-    solver = bilevel.F2CBA(a, 0.07, b, alpha=0.5, radius=radius, num_lower_steps=3, num_penalty_steps=200)
+    solver = bilevel.F2CBA(
+        lower_step_size=a,
+        dual_step_size=0.07,
+        upper_step_size=b,
+        alpha=0.5,
+        radius=radius,
+        num_lower_steps=3,
+        num_penalty_steps=200,
+    )
     start = {
         "z": np.array([0.2, 0.1, -0.3, 0.5]),
         "n": np.array([0.3, 0.0, -0.2]),

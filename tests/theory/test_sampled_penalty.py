@@ -188,7 +188,9 @@ def test_counted_cost_equals_declared_with_renewed_samples(form):
     """Traced without jit, where loops run in Python: nothing is computed, and every call is counted."""
     problem, _, _ = wave_problem(0)
     for size in (None, 0.1):
-        solver = bilevel.SampledPenalty(size, form=form, num_samples=16, num_slots=2, num_starts=2, num_ladders=1)
+        solver = bilevel.SampledPenalty(
+            upper_step_size=size, form=form, num_samples=16, num_slots=2, num_starts=2, num_ladders=1
+        )
         state = jax.eval_shape(solver.init, problem, KEY)
         with jax.disable_jit(), oracles.counting() as count:
             jax.eval_shape(solver.step, problem, state, KEY)

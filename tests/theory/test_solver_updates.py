@@ -83,7 +83,9 @@ def test_itd_step_is_the_derivative_of_the_unrolled_map(instance):
 
 def test_stocbio_step_is_the_truncated_series(instance):
     T, Q = 3, 4
-    solver = bilevel.StocBiO(a, b, c, num_lower_steps=T, num_linear_steps=Q)
+    solver = bilevel.StocBiO(
+        lower_step_size=a, linear_step_size=b, upper_step_size=c, num_lower_steps=T, num_linear_steps=Q
+    )
     state, x, y, _ = start(instance.problem, solver)
     new, _ = solver.step(instance.problem, state, jax.random.key(0))
     m = Matrices(instance.problem)
@@ -96,7 +98,9 @@ def test_stocbio_step_is_the_truncated_series(instance):
 
 def test_amigo_step(instance):
     T, Q = 3, 4
-    solver = bilevel.AmIGO(a, b, c, num_lower_steps=T, num_linear_steps=Q)
+    solver = bilevel.AmIGO(
+        lower_step_size=a, linear_step_size=b, upper_step_size=c, num_lower_steps=T, num_linear_steps=Q
+    )
     state, x, y, v = start(instance.problem, solver)
     new, _ = solver.step(instance.problem, state, jax.random.key(0))
     m = Matrices(instance.problem)
@@ -109,7 +113,7 @@ def test_amigo_step(instance):
 
 def test_saba_against_tables_kept_by_hand():
     problem = problems.make("quadratic", seed=5, dim_x=2, dim_y=3, num_samples=6, batch_size=2).problem
-    solver = bilevel.SABA(a, b, c)
+    solver = bilevel.SABA(lower_step_size=a, linear_step_size=b, upper_step_size=c)
     state = solver.init(problem, jax.random.key(1))
     x, y, v = (np.asarray(part) for part in (state.x, state.y, state.iterates.v))
 

@@ -1,6 +1,8 @@
 """Frozen pytree dataclasses and the one error for bad input."""
 
 import dataclasses
+import inspect
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 
 import bilevel
+import irl
 from bilevel.struct import InvalidInput, invalid, static, struct
 
 
@@ -72,6 +75,68 @@ def test_static_fields_are_the_compilation_key():
 
 def test_vmap_over_leaves():
     np.testing.assert_array_equal(jax.vmap(lambda p: p.a * p.power)(Point(jnp.arange(3.0), jnp.zeros(3))), [0, 3, 6])
+
+
+@struct(kw_only=True)
+class Settings:
+    """Arguments by name; one of them had another name before."""
+
+    first: Any = 1.0
+    second: int = static(default=2)
+    renamed = MappingProxyType({"zweite": "second"})
+
+
+@struct(kw_only=True)
+class More(Settings):
+    """One more, as solvers inherit them."""
+
+    third: Any = 3.0
+
+
+@struct
+class Plain(Settings):
+    """A subclass without fields, as tests have them."""
+
+
+def test_keyword_only_as_signatures_say():
+    assert [p.kind for p in inspect.signature(More).parameters.values()] == [inspect.Parameter.KEYWORD_ONLY] * 3
+    more = More(third=5.0, first=4.0)
+    assert (more.first, more.second, more.third) == (4.0, 2, 5.0)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'fourth'"):
+        More(fourth=1)
+
+
+def test_positions_work_with_a_warning_at_the_callers_line():
+    with pytest.warns(DeprecationWarning, match="More takes its settings by name: first=, second=, third=") as caught:
+        more = More(4.0, 5, 6.0)
+    assert caught[0].filename == __file__
+    assert (more.first, more.second, more.third) == (4.0, 5, 6.0)
+    with pytest.warns(DeprecationWarning, match="Plain takes its settings by name: first="):
+        assert Plain(4.0).first == 4.0
+    with pytest.raises(TypeError, match="More got first twice"):
+        More(1.0, first=2.0)
+    with pytest.raises(TypeError, match="More has 3 settings, all by name; got 4 by position"):
+        More(1.0, 2, 3.0, 4.0)
+
+
+def test_old_names_work_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"More\.zweite is second now") as caught:
+        more = More(zweite=7)
+    assert caught[0].filename == __file__
+    with pytest.warns(DeprecationWarning, match=r"More\.zweite is second now"):
+        assert more.zweite == more.second == 7
+    with pytest.warns(DeprecationWarning, match=r"More\.zweite is second now"):
+        assert dataclasses.replace(more, zweite=8).second == 8
+
+
+ALL_SOLVERS = {**bilevel.solvers.ALL, **irl.solvers.ALL}
+
+
+@pytest.mark.parametrize("name", ALL_SOLVERS)
+def test_settings_of_every_solver_go_by_name(name):
+    parameters = inspect.signature(ALL_SOLVERS[name]).parameters.values()
+    assert {p.kind for p in parameters} == {inspect.Parameter.KEYWORD_ONLY}
+    assert set(ALL_SOLVERS[name].renamed.values()) <= {p.name for p in parameters}
 
 
 def test_the_error_says_four_things():

@@ -40,7 +40,7 @@ class Info(NamedTuple):
     violation: Array
 
 
-@struct
+@struct(kw_only=True)
 class BiCGAFFA(Solver):
     """Bilevel constrained gap function based first-order algorithm, on all of the data, with h(x, y) <= 0 below and
     c = c_k = penalty of this step:

@@ -38,7 +38,7 @@ class Info(NamedTuple):
     violation: Array
 
 
-@struct
+@struct(kw_only=True)
 class BLOCC(Solver):
     """Bilevel optimisation with coupled constraints, on all of the data, with h(x, y) <= 0 below and c = penalty:
 

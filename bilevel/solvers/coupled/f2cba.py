@@ -47,7 +47,7 @@ class Info(NamedTuple):
     margin: Array
 
 
-@struct
+@struct(kw_only=True)
 class F2CBA(Solver):
     """Fully first-order constrained bilevel algorithm, on all of the data. With h(x, y) = A y + B x - b, d = alpha^2,
 

@@ -43,7 +43,7 @@ class Info(NamedTuple):
     multiplier_gap: Array
 
 
-@struct
+@struct(kw_only=True)
 class LVHBA(Solver):
     """Proximal Lagrangian value function based Hessian-free bilevel algorithm, on all of the data, with h(x, y) <= 0
     below and c = c_k = penalty of this step:

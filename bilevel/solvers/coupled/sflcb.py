@@ -45,7 +45,7 @@ class Info(NamedTuple):
     gap_z: Array
 
 
-@struct
+@struct(kw_only=True)
 class SFLCB(Solver):
     """Single-loop first-order algorithm for linearly constrained bilevel optimisation, on all of the data. With
     h(x, y) <= 0 below, slacks alpha, beta <= 0, and

@@ -27,7 +27,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class AID(Solver):
     """Approximate implicit differentiation, on all of the data:
 

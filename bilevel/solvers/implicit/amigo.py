@@ -23,7 +23,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class AmIGO(Solver):
     """AmIGO: with a fresh batch B of g wherever one is named, D of f,
 

@@ -21,7 +21,7 @@ class Info(NamedTuple):
     value: Array
 
 
-@struct
+@struct(kw_only=True)
 class ITD(Solver):
     """Iterative differentiation, on all of the data, from the last y held constant as y_0:
 

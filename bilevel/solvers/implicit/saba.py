@@ -43,7 +43,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class SABA(Solver):
     """SABA, single loop: draw block j of f and block i of g uniformly; S is the SAGA estimate of each mean,
 

@@ -22,7 +22,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class SOBA(Solver):
     """SOBA, single loop: with one batch of f and one of g per step,
 

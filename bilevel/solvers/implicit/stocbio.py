@@ -21,7 +21,7 @@ class Info(NamedTuple):
     direction: Array
 
 
-@struct
+@struct(kw_only=True)
 class StocBiO(Solver):
     """stocBiO: with a fresh batch B_j of g wherever one is named, D of f and g,
 

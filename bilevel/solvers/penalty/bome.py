@@ -39,7 +39,7 @@ class Info(NamedTuple):
     gap_gradient: Array
 
 
-@struct
+@struct(kw_only=True)
 class BOME(Solver):
     """BOME ("BO made easy"), on all of the data:
 

@@ -53,7 +53,7 @@ def barrier(slack: Array, cut: Array) -> tuple[Array, Array]:
     return -jnp.log(inside) - below + below**2 / 2, (below - 1) / inside
 
 
-@struct
+@struct(kw_only=True)
 class BVFSM(Solver):
     """Bilevel value-function-based sequential minimisation, on all of the data, with mu, theta, s times a decay d_k:
 

@@ -53,7 +53,7 @@ def _slow_growth(k: Array) -> Array:
     return 10.0 * (k + 1.0) ** (1 / 3)
 
 
-@struct
+@struct(kw_only=True)
 class F2SA(Solver):
     """F2SA: with fresh batches D of f and B of g wherever they are named, and lam = penalty of this step,
 
@@ -157,7 +157,7 @@ class F2SA(Solver):
         return refuse_without_value(self, problem)
 
 
-@struct
+@struct(kw_only=True)
 class ProxF2SA(F2SA):
     """Prox-F2SA: F2SA on a set Y, with sigma = 1/penalty of this step,
 

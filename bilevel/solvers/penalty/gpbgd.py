@@ -34,7 +34,7 @@ class Info(NamedTuple):
     residual: Array
 
 
-@struct
+@struct(kw_only=True)
 class GPBGD(Solver):
     """Gradient-norm penalty-based bilevel gradient descent, on all of the data, with c = penalty:
 

@@ -41,7 +41,7 @@ class Info(NamedTuple):
     proximal_gap: Array
 
 
-@struct
+@struct(kw_only=True)
 class MEHA(Solver):
     """Moreau envelope based Hessian-free algorithm, on all of the data, with c = c_k = penalty of this step:
 

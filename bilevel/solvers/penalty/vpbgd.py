@@ -39,7 +39,7 @@ class Info(NamedTuple):
     direction_y: Array
 
 
-@struct
+@struct(kw_only=True)
 class VPBGD(Solver):
     """Value-gap penalty-based bilevel gradient descent, on all of the data, with c = penalty:
 

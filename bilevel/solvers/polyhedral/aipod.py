@@ -51,7 +51,7 @@ def _matrix(problem: BilevelProblem, y: PyTree) -> Array:
     return jnp.zeros((0, flat.size), flat.dtype)
 
 
-@struct
+@struct(kw_only=True)
 class AiPOD(Solver):
     """Alternating implicit projected SGD, for A y + B x = b below. With A+ the pseudo-inverse, P = I - A+ A, a fresh
     batch E of g wherever one is named and D of f,

@@ -1,6 +1,7 @@
 """DSBLO: normalised momentum on doubly perturbed implicit gradients of a linearly constrained lower level."""
 
 import math
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -47,11 +48,11 @@ class Info(NamedTuple):
     strict: Array
 
 
-@struct
+@struct(kw_only=True)
 class DSBLO(Solver):
     """Doubly stochastically perturbed algorithm for linearly constrained bilevel optimisation. With m the momentum,
 
-        x+ = Proj_X(x - eta m),                  eta = 1/(gamma1 |m| + gamma2),
+        x+ = Proj_X(x - eta m),                  eta = 1/(gamma_1 |m| + gamma_2),
         xbar = x + s (x+ - x),                   one s ~ U[0, 1] for the whole step,
         g = grad F_q(xbar),                      q random, F_q(x) = f(x, y_q(x)), y_q = argmin g(x, y) + q'y,
         m+ = beta m + (1 - beta) g.
@@ -66,7 +67,7 @@ class DSBLO(Solver):
         `PerSample` data all on one batch.
 
     Args:
-        beta: momentum in [0, 1). gamma1, gamma2: > 0; 1/gamma1 bounds the length of a step, 1/gamma2 eta.
+        beta: momentum in [0, 1). gamma_1, gamma_2: > 0; 1/gamma_1 bounds the length of a step, 1/gamma_2 eta.
         sigma: > 0, the size of q: standard deviation ("gaussian") or radius ("sphere", "ball").
         distribution: of q. option: "I" uses all of f's data in every step, "II" a batch.
         num_lower_steps: SQP steps per perturbation; one solves a quadratic g exactly.
@@ -80,8 +81,8 @@ class DSBLO(Solver):
     """
 
     beta: Any = 0.9
-    gamma1: Any = 10.0
-    gamma2: Any = 10.0
+    gamma_1: Any = 10.0
+    gamma_2: Any = 10.0
     sigma: Any = 0.01
     distribution: str = static(default="gaussian")
     option: str = static(default="II")
@@ -89,6 +90,7 @@ class DSBLO(Solver):
     num_perturbations: int = static(default=1)
     guarantees = ("ds-blo", "ds-blo-accuracy", "ds-blo-goldstein", "ds-blo-implicit", "ds-blo-law", "ds-blo-momentum")
     assumptions = tracking.ASSUMPTIONS
+    renamed = MappingProxyType({"gamma1": "gamma_1", "gamma2": "gamma_2"})
 
     def __post_init__(self) -> None:
         """Check what is not an array."""
@@ -97,8 +99,8 @@ class DSBLO(Solver):
             invalid("DSBLO.option", repr(self.option), "'I' or 'II'", "II takes batches of the upper data.")
         for name, low, high in (
             ("beta", 0, 1),
-            ("gamma1", 0, math.inf),
-            ("gamma2", 0, math.inf),
+            ("gamma_1", 0, math.inf),
+            ("gamma_2", 0, math.inf),
             ("sigma", 0, math.inf),
         ):
             value = getattr(self, name)
@@ -111,7 +113,8 @@ class DSBLO(Solver):
     ) -> "DSBLO":
         """The paper's constants for mean dist(0, Goldstein subdifferential) <= accuracy at `radius`.
 
-            beta = 1 - e^2/(960 (d^2 + 2 L_F^2)),  K = ln(32 c/e)/ln(1/beta),  gamma1 = K/radius,  gamma2 = 4 gamma1 c,
+            beta = 1 - e^2/(960 (d^2 + 2 L_F^2)),  K = ln(32 c/e)/ln(1/beta),
+            gamma_1 = K/radius,  gamma_2 = 4 gamma_1 c,
 
         e = accuracy, c = d + 2 L_F; d = 2 L_F (option I) or d^2 = sigma_F^2 + 4 L_F^2 (II). 1 - beta is tiny and the
         number of steps of order e^-4/radius.
@@ -128,7 +131,7 @@ class DSBLO(Solver):
         c = d + 2 * L_F
         gap = accuracy**2 / (960 * (d**2 + 2 * L_F**2))
         K = math.log(32 * c / accuracy) / -math.log1p(-gap)
-        return cls(beta=1 - gap, gamma1=K / radius, gamma2=4 * K / radius * c, option=option, **more)
+        return cls(beta=1 - gap, gamma_1=K / radius, gamma_2=4 * K / radius * c, option=option, **more)
 
     @classmethod
     def for_steps(
@@ -149,7 +152,7 @@ class DSBLO(Solver):
         """
         spread = L_F if deviation is None else deviation
         found = momentum_settings(L_F, gap, spread, radius, float(num_steps))
-        return cls(beta=found.beta, gamma1=found.gamma1, gamma2=found.gamma2, option="I", **more)
+        return cls(beta=found.beta, gamma_1=found.gamma1, gamma_2=found.gamma2, option="I", **more)
 
     def _gradient(
         self, problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, key: Array, upper: PyTree
@@ -185,8 +188,8 @@ class DSBLO(Solver):
         key_batch, key_s, key_q = jax.random.split(key, 3)
         size = norm(state.m)
         dtype = size.dtype
-        beta, gamma1, gamma2 = (jnp.asarray(part, dtype) for part in (self.beta, self.gamma1, self.gamma2))
-        eta = 1 / (gamma1 * size + gamma2)
+        beta, gamma_1, gamma_2 = (jnp.asarray(part, dtype) for part in (self.beta, self.gamma_1, self.gamma_2))
+        eta = 1 / (gamma_1 * size + gamma_2)
         x = problem.x_set.project(jax.tree.map(lambda a, m: a - eta * m, state.x, state.m))
         s = jax.random.uniform(key_s, (), dtype)
         xbar = jax.tree.map(lambda a, b: a + s * (b - a), state.x, x)

@@ -41,7 +41,7 @@ class Info(NamedTuple):
     strict: Array
 
 
-@struct
+@struct(kw_only=True)
 class DSIGD(Solver):
     """Deterministic smoothed implicit gradient descent, on all of the data: with one q, drawn at the start and kept,
     F_q(x) = f(x, y_q(x)), y_q(x) = argmin g(x, y) + q'y over the constraints,

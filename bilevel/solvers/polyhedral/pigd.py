@@ -26,7 +26,7 @@ class State(NamedTuple):
     step: Stepper
 
 
-@struct
+@struct(kw_only=True)
 class PIGD(Solver):
     """Projected implicit gradient descent, on all of the data: y = y(x) by the active-set method, and
 

@@ -33,7 +33,7 @@ class State(NamedTuple):
     upper: PyTree
 
 
-@struct
+@struct(kw_only=True)
 class SSIGD(Solver):
     """Stochastic smoothed implicit gradient descent: with one q, drawn at the start and kept, batches of f, and
 

@@ -35,7 +35,7 @@ class Info(NamedTuple):
     attack: Array
 
 
-@struct
+@struct(kw_only=True)
 class AT(Solver):
     """Adversarial training, on a batch of f a step: from K = num_starts points of Y, T = num_lower_steps steps each,
 

@@ -41,7 +41,7 @@ class Info(NamedTuple):
     penalty: Array
 
 
-@struct
+@struct(kw_only=True)
 class PerSamplePenalty(Solver):
     """`SampledPenalty`'s lifted form, for each sample i of a batch with candidates y_ik of its own:
 

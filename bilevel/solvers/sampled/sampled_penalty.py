@@ -68,7 +68,7 @@ class Info(NamedTuple):
     gap: Array
 
 
-@struct
+@struct(kw_only=True)
 class SampledPenalty(Solver):
     """Gradient descent on f plus rho times the lower gap, with v(x) = min g(x, .) taken over samples y_i of Y:
 

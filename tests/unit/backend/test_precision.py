@@ -36,7 +36,7 @@ def constrained():
 
 
 def run():
-    solver, key = bilevel.AID(0.1, 0.1), jax.random.key(0)
+    solver, key = bilevel.AID(lower_step_size=0.1, upper_step_size=0.1), jax.random.key(0)
     state, _ = bilevel.advance(PROBLEM, solver, lanes.init(PROBLEM, solver, key, False), key, 0, 2)
     return lanes.measure_lanes(PROBLEM, *solver.output(PROBLEM, state), False, diagnostics.measure)
 

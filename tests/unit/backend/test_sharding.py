@@ -42,7 +42,7 @@ def solved(problem, solver):
 for bits, tolerance in ((64, 1e-12), (32, 1e-6)):
     with jax.enable_x64(bits == 64):
         problem = problems.make("quadratic", dim_x=3, dim_y=4, num_samples=64, batch_size=16).problem
-        one, eight = solved(problem, bilevel.SOBA(0.1, 0.1, 0.01))
+        one, eight = solved(problem, bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.01))
         close((one.x, one.y), (eight.x, eight.y), tolerance)
         close(one.record["value"], eight.record["value"], tolerance)
         assert eight.x.sharding.is_fully_replicated
@@ -117,7 +117,8 @@ for problem, solver in ((penalised, sampled), (kinked, bilevel.DSBLO(num_perturb
 
 # keys over devices: the same numbers, and nothing moves
 problem = problems.make("quadratic", dim_x=3, dim_y=4, num_samples=64, batch_size=16).problem
-keys, solver = jax.random.split(jax.random.key(0), 16), bilevel.SOBA(0.1, 0.1, 0.01)
+keys = jax.random.split(jax.random.key(0), 16)
+solver = bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.01)
 settings = dict(keys=keys, max_steps=12, every=6, tol=0.0, progress=False, measure=measure)
 vmapped, spread = (bilevel.solve_many(problem, solver, mesh=m, **settings) for m in (None, mesh))
 for a, b in zip(vmapped, spread, strict=True):

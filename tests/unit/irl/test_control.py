@@ -166,7 +166,7 @@ class TestDirections:
         """With r = x . (s, a): the direction is the difference of the episodes' mean sums over the time limit, 6."""
         linear = irl.DeepReward(1e6, hidden=())
         p = irl.to_control(Corridor(), demonstrations(), linear, agent=TINY)
-        task, solver = p.lower_data.full(), irl.DeepMLIRL(1.0, **SHORT)
+        task, solver = p.lower_data.full(), irl.DeepMLIRL(upper_step_size=1.0, **SHORT)
         seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
         state = solver.init(p, key)
         after, _ = solver.move(p, state, pair, key)
@@ -184,7 +184,7 @@ class TestDirections:
     def test_discriminators_descend_the_logistic_loss(self, key):
         """GAIL's direction against finite differences of the loss in NumPy."""
         p = problem()
-        task, solver = p.lower_data.full(), irl.GAIL(1.0, **SHORT)
+        task, solver = p.lower_data.full(), irl.GAIL(upper_step_size=1.0, **SHORT)
         _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
         state = solver.init(p, key)
 
@@ -197,14 +197,13 @@ class TestDirections:
             return -sum(np.sum(w * side) / np.sum(w) for w, side in zip(weights, sides, strict=True))
 
         after, _ = solver.move(p, state, pair, key)
-        np.testing.assert_allclose(
-            state.x[1].bias - after.x[1].bias, (loss(1e-5) - loss(-1e-5)) / 2e-5, rtol=1e-6
-        )  # fmt: skip
+        slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
+        np.testing.assert_allclose(state.x[1].bias - after.x[1].bias, slope, rtol=1e-6)
 
     def test_gradient_penalty_of_a_linear_logit_is_its_slope_less_one_squared(self, key):
         """Closed form at every point: |(w, v)| - 1 with w by standardised observations. A flat logit has penalty 1."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
-        task, solver = p.lower_data.full(), irl.GAIL(1.0, **SHORT)
+        task, solver = p.lower_data.full(), irl.GAIL(upper_step_size=1.0, **SHORT)
         _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
         x = solver.init(p, key).x
         slope = np.linalg.norm(np.asarray(x[0].weights))
@@ -226,7 +225,7 @@ class TestDirections:
     def test_discriminators_descend_the_gradient_penalty(self, kind, key):
         """What it adds for a linear reward, in closed form: for AIRL of r/alpha, whatever log pi is."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
-        task, solver = p.lower_data.full(), kind(1.0, **SHORT)
+        task, solver = p.lower_data.full(), kind(upper_step_size=1.0, **SHORT)
         _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
         state = solver.init(p, key)
         if kind is irl.AIRL:
@@ -248,7 +247,7 @@ class TestDirections:
         for divergence, h in {
             "fkl": lambda u: -u, "rkl": lambda u: -np.log(u) - 10, "js": lambda u: -np.log(1 + u)
         }.items():  # fmt: skip
-            solver = irl.FIRL(1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
+            solver = irl.FIRL(upper_step_size=1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
             seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
             state = solver.init(p, key)
             after, _ = solver.move(p, state, pair, key)
@@ -267,7 +266,7 @@ class TestDirections:
 
     def test_adversarial_reward_is_shaped_and_ends_without_a_future(self, key):
         p = problem()
-        solver, task = irl.AIRL(1.0, **SHORT), p.lower_data.full()
+        solver, task = irl.AIRL(upper_step_size=1.0, **SHORT), p.lower_data.full()
         state, steps = solver.init(p, key), task.expert
         h = lambda s: networks.mlp(state.extra.h, task.standard(s))[:, 0]  # noqa: E731
         exact = (
@@ -293,7 +292,7 @@ class TestDirections:
     @pytest.mark.parametrize("use_memory", [False, True])
     def test_inverse_soft_q_learning_is_the_formula(self, use_memory, key):
         p = problem()
-        solver = irl.IQLearn(1.0, use_memory=use_memory, **SHORT)
+        solver = irl.IQLearn(upper_step_size=1.0, use_memory=use_memory, **SHORT)
         state = solver.init(p, key)
         state = state._replace(y=state.y._replace(targets=jax.tree.map(lambda leaf: 0.5 * leaf, state.y.critics)))
         learner = sac.Learner(state.y, *state.moments)
@@ -347,7 +346,8 @@ class TestRuns:
         """Demonstrations far from where the agent can go: the logit's sign tells the sides apart."""
         far = irl.Demonstrations.of(np.full((1, 6, 1), 50.0), [[1] * 6], last=[[50.0]], terminated=[False])
         p = irl.to_control(Corridor(), far, irl.DeepReward(hidden=(4,)), agent=TINY)
-        solution = bilevel.solve(p, irl.GAIL(0.5, num_upper_steps=20, **SHORT), key=key, max_steps=2, every=1)
+        fast = irl.GAIL(upper_step_size=0.5, num_upper_steps=20, **SHORT)
+        solution = bilevel.solve(p, fast, key=key, max_steps=2, every=1)
         assert solution.record["told_apart"][-1] == 1
         assert solution.status == bilevel.Status.SATURATED
         assert "assumption failed at 2 of 2 steps: the discriminator is right" in str(solution)

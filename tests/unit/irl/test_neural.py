@@ -29,7 +29,9 @@ def network_problem(width, radius=50.0, **settings):
 def test_a_step_is_the_papers_in_numpy(key):
     """TD step with truncation and ball, policy, occupancy, reward step with decay, averages; written out."""
     problem = network_problem(6)
-    solver = irl.NeuralIRL(3.0, 0.4, 0.5, radius=1.5, weight_decay=0.1, width=6)
+    solver = irl.NeuralIRL(
+        lower_step_size=3.0, upper_step_size=0.4, upper_decay=0.5, radius=1.5, weight_decay=0.1, width=6
+    )
     start = jax.jit(solver.init)(problem, key)
     rng = np.random.default_rng(0)
     start = start._replace(
@@ -73,7 +75,7 @@ def test_a_step_is_the_papers_in_numpy(key):
 
 def test_it_finds_the_expert_and_its_policy_follows(key):
     problem = network_problem(64)
-    solver = irl.NeuralIRL(0.2, 0.6, averaging=3.0, width=64)
+    solver = irl.NeuralIRL(lower_step_size=0.2, upper_step_size=0.6, averaging=3.0, width=64)
     start = jax.jit(solver.init)(problem, key)
     assert (start.y == start.y[0, 0]).all()  # the soft Q of zero reward, to the bit
     np.testing.assert_allclose(start.y, 9 * np.log(5), rtol=1e-14)
@@ -104,7 +106,7 @@ def test_chains_visit_what_the_occupancy_says(key):
 
 def test_sampled_steps_are_finite_and_come_nearer(key):
     problem = network_problem(16, objective="surrogate")
-    solver = irl.NeuralIRL(0.2, 0.3, averaging=3.0, width=16, num_transitions=20)
+    solver = irl.NeuralIRL(lower_step_size=0.2, upper_step_size=0.3, averaging=3.0, width=16, num_transitions=20)
     state, _ = advance(problem, solver, jax.jit(solver.init)(problem, key), key, 0, 1000)
     best, start = POPULATION.truth.value, objective(problem, jnp.zeros((2, 8, 9)))
     assert objective(problem, state.mean.x) - best < 0.2 * (start - best)

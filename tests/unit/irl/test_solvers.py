@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import bilevel
 import irl
 import problems
-from benchmarks import cli
+from benchmarks.cli import main as cli
 from bilevel import oracles
 from irl.tabular import soft, spec
 from irl.tabular.diagnostics import objective
@@ -57,10 +57,10 @@ class TestOptimum:
         best = scipy.optimize.minimize(surrogate(problem), np.zeros(4), jac=True, method="BFGS", tol=1e-9)
         assert np.abs(best.jac).max() < 1e-7
         for solver, steps in (
-            (bilevel.SOBA(1.0, 1.0, 0.05), 20_000),
-            (bilevel.AID(1.0, 0.5, num_lower_steps=30), 3000),
-            (irl.MLIRL(0.4), 20_000),
-            (irl.MCEIRL(0.4), 5000),
+            (bilevel.SOBA(lower_step_size=1.0, linear_step_size=1.0, upper_step_size=0.05), 20_000),
+            (bilevel.AID(lower_step_size=1.0, upper_step_size=0.5, num_lower_steps=30), 3000),
+            (irl.MLIRL(upper_step_size=0.4), 20_000),
+            (irl.MCEIRL(upper_step_size=0.4), 5000),
         ):
             found = bilevel.solve(problem, solver, key=key, max_steps=steps, every=steps // 2, tol=1e-7)
             assert found.status == bilevel.Status.CONVERGED, found
@@ -87,7 +87,7 @@ class TestOptimum:
             return rho @ V - mu_E @ x, mu - mu_E
 
         best = scipy.optimize.minimize(match, np.zeros(4), jac=True, method="BFGS", tol=1e-9)
-        for solver in (irl.MLIRL(0.8), irl.MCEIRL(0.8)):
+        for solver in (irl.MLIRL(upper_step_size=0.8), irl.MCEIRL(upper_step_size=0.8)):
             start = solver.init(instance.problem, key)
             found = advance(instance.problem, solver, start, key, 0, 8000)[0]
             np.testing.assert_allclose(found.x, best.x, atol=1e-5)
@@ -95,7 +95,7 @@ class TestOptimum:
     def test_sampled_agents_come_near(self, key):
         """One demonstration against five rollouts a step, steps like k^-1/2, averaged over half of the path."""
         problem = gridworld.make(objective="surrogate", batch_size=1, **{**SIZES, "length": 40}).problem
-        solver = irl.MLIRL(lambda k: 0.1 / jnp.sqrt(k + 1.0), num_rollouts=5, rollout_length=40)
+        solver = irl.MLIRL(upper_step_size=lambda k: 0.1 / jnp.sqrt(k + 1.0), num_rollouts=5, rollout_length=40)
         exact = surrogate(problem)
         best = scipy.optimize.minimize(exact, np.zeros(4), jac=True, method="BFGS").fun
 
@@ -122,7 +122,7 @@ class TestSteps:
         """Implicit differentiation, to 1e-10, or central differences of F, for finitely many demonstrations."""
         problem = gridworld.make(**SIZES, **sizes).problem
         x = jnp.asarray(np.random.default_rng(0).normal(size=4))
-        solver = irl.MCEIRL(1.0)
+        solver = irl.MCEIRL(upper_step_size=1.0)
         state = solver.init(problem, key)._replace(x=x)
         after, info = jax.jit(solver.step)(problem, state, key)
         if "horizon" in sizes:
@@ -138,12 +138,12 @@ class TestSteps:
         problem = gridworld.make(**SIZES).problem
         mdp, reward = problem.lower_data.full()
         P, x = transitions(mdp), jnp.ones(4)
-        start = irl.MLIRL(0.1).init(problem, key)._replace(x=x, y=jax.random.normal(key, mdp.shape))
+        start = irl.MLIRL(upper_step_size=0.1).init(problem, key)._replace(x=x, y=jax.random.normal(key, mdp.shape))
         Q = np.asarray(start.y)
         pi = np.exp(Q - logsumexp(Q, axis=1, keepdims=True))
         for _ in range(3):
             Q = np.asarray(reward.table(x)) + 0.9 * P @ np.sum(pi * (Q - np.log(pi)), axis=1)
-        held = irl.MLIRL(0.1, num_lower_steps=3, policy_evaluation=True).step(problem, start, key)[0]
+        held = irl.MLIRL(upper_step_size=0.1, num_lower_steps=3, policy_evaluation=True).step(problem, start, key)[0]
         np.testing.assert_allclose(held.y, Q, atol=1e-12)
         np.testing.assert_allclose(
             soft.evaluate(mdp, reward.table(x), start.y, soft.log_policy(start.y)),
@@ -151,7 +151,7 @@ class TestSteps:
         )  # fmt: skip
 
     def test_jit_equals_eager_at_the_declared_cost(self, key):
-        problem, solver = gridworld.make(**SIZES).problem, irl.MLIRL(0.1, num_lower_steps=3)
+        problem, solver = gridworld.make(**SIZES).problem, irl.MLIRL(upper_step_size=0.1, num_lower_steps=3)
         state = jax.jit(solver.init)(problem, key)
         compiled = jax.jit(solver.step)(problem, state, key)
         with jax.disable_jit(), oracles.counting() as count:
@@ -164,7 +164,7 @@ class TestSteps:
 
     def test_a_second_instance_compiles_nothing(self, key):
         step = jax.jit(lambda problem, solver: solver.step(problem, solver.init(problem, key), key)[0].x)
-        found = [step(gridworld.make(seed=k, **SIZES).problem, irl.MLIRL(0.1 + k)) for k in range(3)]
+        found = [step(gridworld.make(seed=k, **SIZES).problem, irl.MLIRL(upper_step_size=0.1 + k)) for k in range(3)]
         assert step._cache_size() == 1
         assert not np.array_equal(found[0], found[1])
 
@@ -212,7 +212,7 @@ def test_adam_on_a_network_reward(key):
     sizes = {"size": 4, "objects": 4, "seed": 1}
     linear, network = (problems.make("objectworld", model=model, **sizes) for model in ("linear", "network"))
     unable = scipy.optimize.minimize(surrogate(linear.problem), np.zeros(4), jac=True, method="BFGS").fun
-    solver = irl.MLIRL(optax.adam(3e-3))
+    solver = irl.MLIRL(upper_step_size=optax.adam(3e-3))
     found = advance(network.problem, solver, solver.init(network.problem, key), key, 0, 2000)[0]
     expert = problems.make("objectworld", model="table", **sizes).truth.value  # the least that any reward can reach
     assert objective(network.problem, found.x) - expert < 0.2 * (unable - expert)

@@ -158,7 +158,7 @@ class TestSoftDynamicProgramming:
         """What XLA allocates for value iteration and for a step of SOBA; an S x S matrix would take 800 MB."""
         mdp = sparse(0, sizes=(10_000, 2, 3))
         problem = irl.to_bilevel(mdp, np.ones((10_000, 2)), irl.TableReward(10_000, 2))
-        solver = bilevel.SOBA(0.1, 0.1, 0.1)
+        solver = bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1)
         state = solver.init(problem, key)
         for function, arguments in ((irl.value_iteration, (mdp, state.y)), (solver.step, (problem, state, key))):
             memory = jax.jit(function).lower(*arguments).compile().memory_analysis()

@@ -48,7 +48,7 @@ class TestGridworld:
     def test_another_seed_compiles_nothing(self, key):
         @jax.jit
         def step(problem):
-            solver = bilevel.SOBA(0.1, 0.1, 0.1)
+            solver = bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1)
             return bilevel.advance(problem, solver, solver.init(problem, key), key, 0, 3)[0].x
 
         for batch_size in (None, 5):
@@ -62,7 +62,10 @@ class TestGridworld:
     def test_samples_recover_the_reward(self, key):
         """300 trajectories: closer to the expert than the policy of the counts, which knows no dynamics."""
         instance = problems.make("gridworld", seed=1, size=4, trajectories=300)
-        problem, solver = instance.problem, bilevel.SOBA(1.0, 1.0, 0.02)
+        problem, solver = (
+            instance.problem,
+            bilevel.SOBA(lower_step_size=1.0, linear_step_size=1.0, upper_step_size=0.02),
+        )
         state = bilevel.advance(problem, solver, solver.init(problem, key), key, 0, 5000)[0]
         numbers, cloned = instance.metrics(state.x, state.y), instance.baselines["behavioural cloning"]()
         assert numbers["reward_rank"] > 0.9

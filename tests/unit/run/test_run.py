@@ -22,6 +22,10 @@ from bilevel.struct import struct
 STEPS = {"lower_step_size": 0.5, "linear_step_size": 0.5, "upper_step_size": 0.2}
 
 
+def soba(lower, upper):
+    return SOBA(lower_step_size=lower, linear_step_size=lower, upper_step_size=upper)
+
+
 @pytest.fixture(scope="module")
 def instance():
     return problems.make("quadratic", seed=0, dim_x=3, dim_y=4)
@@ -64,7 +68,8 @@ def test_oracles_count_passes_over_the_data(key):
     problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=3, num_samples=8, batch_size=2).problem
     solution = bilevel.solve(problem, SOBA(**STEPS), key=key, max_steps=10, every=10, tol=0.0)
     assert solution.record["oracles"][-1] == 10 * 4 * (2 / 8)
-    full = bilevel.solve(problem, bilevel.AID(0.1, 0.1), key=key, max_steps=10, every=10, tol=0.0)
+    aid = bilevel.AID(lower_step_size=0.1, upper_step_size=0.1)
+    full = bilevel.solve(problem, aid, key=key, max_steps=10, every=10, tol=0.0)
     assert full.record["oracles"][-1] == 10 * (1 + 10 + 11 + 1)
 
 
@@ -179,7 +184,7 @@ def test_a_real_sigint_in_another_process(tmp_path):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
         import jax, bilevel, problems
         problem = problems.make("quadratic", seed=0, dim_x=3, dim_y=4).problem
-        solver = bilevel.SOBA(0.1, 0.1, 0.1)
+        solver = bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1)
         print("ready", flush=True)
         s = bilevel.solve(problem, solver, key=jax.random.key(0), max_steps=2_000_000_000, every=1000, tol=0.0,
                           checkpoint={str(tmp_path / "c")!r}, callback=lambda step, *_: print("step", step, flush=True))
@@ -258,7 +263,7 @@ def test_solve_many_with_a_lane_that_turns_non_finite():
         to_zero, bilevel.Minimize(nan_trap), init=lambda key: (4 * jax.random.uniform(key, (1,)), jnp.zeros(1))
     )
     keys = jax.random.split(jax.random.key(0), 8)
-    solver = SOBA(0.5, 0.5, 1e-3)
+    solver = soba(0.5, 1e-3)
     solutions = bilevel.solve_many(problem, solver, keys=keys, max_steps=100, every=50, tol=0.0)
     starts = np.array([float(problem.init(_init_key(key))[0][0]) for key in keys])
     assert {s.status for s in solutions} == {Status.NONFINITE, Status.MAX_STEPS}
@@ -272,7 +277,7 @@ def test_schedules_and_transformations(instance, key):
 
     schedule = optax.polynomial_schedule(0.5, 0.01, 1.0, 300)
     for upper in (schedule, optax.adam(0.05), optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.2))):
-        solver = SOBA(0.5, 0.5, upper)
+        solver = soba(0.5, upper)
         solution = bilevel.solve(instance.problem, solver, key=key, max_steps=2000, every=500, tol=0.0)
         assert np.linalg.norm(solution.x - instance.truth.x) < 1e-2
 
@@ -342,7 +347,7 @@ def test_a_small_set_does_not_hide_a_large_gradient():
 def test_a_flat_lower_objective_does_not_hide_a_wrong_y(key):
     """|R| <= tol everywhere for g ~ 1e-9, so the distance to the referee's y(x) has to be looked at."""
     problem = scaled_problem(1e-9, 1e-9, 1e5)
-    solution = bilevel.solve(problem, SOBA(0.1, 0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
+    solution = bilevel.solve(problem, soba(0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
     assert solution.record["lower_residual"][-1] > 1e-6 or solution.status == Status.MAX_STEPS
     assert solution.status == Status.MAX_STEPS
 
@@ -356,7 +361,7 @@ def test_an_unsolvable_lower_level_is_never_converged(key):
         bilevel.Minimize(unbounded),
         init=lambda key: (jnp.ones(1), jnp.zeros(1)),
     )
-    solution = bilevel.solve(problem, SOBA(0.1, 0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
+    solution = bilevel.solve(problem, soba(0.1, 0.1), key=key, max_steps=10, every=5, tol=1e-6)
     assert solution.status != Status.CONVERGED
 
 
@@ -378,9 +383,10 @@ def test_defaults_work_for_a_contraction_that_rotates(name, key):
 
 def test_saba_takes_every_batch_size_that_divides(key):
     problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=2, num_samples=49, batch_size=1).problem
-    assert bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem) is None
+    solver = bilevel.SABA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1)
+    assert solver.unsupported(problem) is None
     problem = problems.make("quadratic", seed=0, dim_x=2, dim_y=2, num_samples=49, batch_size=2).problem
-    assert "must divide" in bilevel.SABA(0.1, 0.1, 0.1).unsupported(problem)
+    assert "must divide" in solver.unsupported(problem)
 
 
 def test_a_solvers_own_numbers_never_replace_the_measured_ones():
