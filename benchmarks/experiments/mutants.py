@@ -274,13 +274,13 @@ def normalised_momentum() -> Iterator[Mutant]:
     """DSBLO."""
     yield Mutant("stale q", ds_blo.lemmas(faulty(bilevel.DSBLO, _same_noise)))
     yield Mutant("q never passed on", ds_blo.lemmas(_without_noise))
-    yield Mutant("q 3x too large", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))))
+    larger = lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))  # noqa: E731
+    yield Mutant("q 3x too large", ds_blo.lemmas(larger))
     yield Mutant("step 3x", ds_blo.lemmas(lambda **kw: bilevel.DSBLO(**(kw | {
         "gamma_1": kw["gamma_1"] / 3, "gamma_2": kw["gamma_2"] / 3}))))  # fmt: skip
     yield Mutant("stale momentum", ds_blo.lemmas(faulty(bilevel.DSBLO, _kept("m"))))
     yield Mutant("wrong sign of the step", ds_blo.lemmas(faulty(bilevel.DSBLO, _through)))
 
-    larger = lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))  # noqa: E731
     for fault, make in {
         "stale q": faulty(bilevel.DSBLO, _same_noise), "q never passed on": _without_noise, "q 3x too large": larger,
         "wrong sign of the step": faulty(bilevel.DSBLO, _through),
