@@ -4,12 +4,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.qp.active_set import Rows
-from bilevel.sets import Box, Polyhedron, Product, Reals, Set, Simplex
+from bilevel.sets import Product, Set
 
 PyTree = Any
 
@@ -24,37 +23,8 @@ def refuse(problem: BilevelProblem) -> str | None:
 
 
 def _refuse_set(y_set: Set) -> str | None:
-    if isinstance(y_set, Product):
-        return next(filter(None, map(_refuse_set, y_set.factors())), None)
-    if isinstance(y_set, Reals | Box | Simplex | Polyhedron):
-        return None
-    return f"y_set must be Reals, Box, Simplex, Polyhedron or a Product of them; got {type(y_set).__name__}"
-
-
-def _set_rows(y_set: Set, y: PyTree) -> list[tuple[Array, Array, Array]]:
-    """(C, lo, hi) of the set on the raveled y."""
-    flat, _ = ravel_pytree(y)
-    n, dtype = flat.size, flat.dtype
-    if isinstance(y_set, Box):
-        full = lambda bound: ravel_pytree(bound)[0]  # noqa: E731
-        return [(jnp.eye(n, dtype=dtype), *(full(end) for end in y_set.bounds(y)))]
-    if isinstance(y_set, Simplex):
-        scale = jnp.asarray(y_set.scale, dtype)[None]
-        positive = jnp.eye(n, dtype=dtype), jnp.zeros(n, dtype), jnp.full(n, jnp.inf, dtype)
-        return [(jnp.ones((1, n), dtype), scale, scale), positive]
-    if isinstance(y_set, Polyhedron):
-        A, b = jnp.asarray(y_set.A, dtype), jnp.asarray(y_set.b, dtype)
-        return [(A, jnp.full_like(b, -jnp.inf), b)]
-    if isinstance(y_set, Product):
-        blocks, offset = [], 0
-        for factor, part in zip(y_set.factors(), y_set.parts(y), strict=True):
-            size = ravel_pytree(part)[0].size
-            for C, lo, hi in _set_rows(factor, part):
-                wide = jnp.zeros((C.shape[0], n), dtype).at[:, offset : offset + size].set(C)
-                blocks.append((wide, lo, hi))
-            offset += size
-        return blocks
-    return []
+    wrong = next((type(one).__name__ for one in y_set.simple() if not one.polyhedral), None)
+    return wrong and f"y_set must be Reals, Box, Simplex, Polyhedron or a Product of them; got {wrong}"
 
 
 def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
@@ -73,7 +43,7 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
                 bound = b - B @ jnp.asarray(flat_x, dtype)
                 blocks.append((A, bound if equal else jnp.full_like(bound, -jnp.inf), bound))
                 by_x.append(B)
-    fixed = _set_rows(problem.y_set, y)
+    fixed = problem.y_set.rows(y)
     by_x += [jnp.zeros((C.shape[0], flat_x.size), dtype) for C, _, _ in fixed]
     nothing = jnp.zeros((0, flat_y.size), dtype), jnp.zeros(0, dtype), jnp.zeros(0, dtype)
     if not blocks and not fixed:  # one row that never binds, so that there always is one

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.checks import check_finite
 from bilevel.backend.sharding import split
 from bilevel.struct import invalid, static, struct
 
@@ -52,20 +53,6 @@ class Source:
         """Raise `InvalidInput`, naming `name`, where the data cannot be used."""
 
 
-def _check_finite(name: str, arrays: PyTree) -> None:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else np.asarray(leaf).dtype
-        if not any(jnp.issubdtype(dtype, kind) for kind in (jnp.number, jnp.bool_, jax.dtypes.extended)):
-            do = "Encode it in numbers, and pass them as arrays."
-            invalid(f"{name}{jax.tree_util.keystr(path)}", f"dtype {dtype}", "arrays of numbers or booleans", do)
-        if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
-            where = np.argwhere(~np.isfinite(np.asarray(leaf)))[0].tolist()
-            invalid(
-                f"{name}{jax.tree_util.keystr(path)}", f"a non-finite datum at index {where}", "finite numbers",
-                "Clean or drop the sample.",
-            )  # fmt: skip
-
-
 @struct
 class Full(Source):
     """All of `arrays` (any pytree, None where there is no data) as the batch of every step."""
@@ -79,7 +66,7 @@ class Full(Source):
         return self.arrays
 
     def validate(self, name: str) -> None:
-        _check_finite(name, self.arrays)
+        check_finite(name, self.arrays)
 
 
 @struct
@@ -180,7 +167,7 @@ class Minibatch(Source):
                 f"{name}.batch_size (Minibatch)", self.batch_size, f"a whole number in [1, {self.num_samples}]",
                 "Use Full for all of the data at once.",
             )  # fmt: skip
-        _check_finite(f"{name}.arrays", self.arrays)
+        check_finite(f"{name}.arrays", self.arrays)
 
 
 @struct

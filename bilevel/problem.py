@@ -18,7 +18,7 @@ from jax import Array
 
 from bilevel.backend import sharding
 from bilevel.data import Full, PerSample, Source
-from bilevel.sets import Box, Product, Reals, Set
+from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
 
 PyTree = Any
@@ -123,13 +123,13 @@ class BilevelProblem:
     @property
     def constrained_lower(self) -> bool:
         """Whether the lower level has a set or a coupling."""
-        return not isinstance(self.y_set, Reals) or self.coupling is not None
+        return not self.y_set.whole or self.coupling is not None
 
     @property
     def separable(self) -> bool:
         """Whether both objectives are `Separable`, Y is a product of intervals, and nothing is coupled."""
         lower = isinstance(self.lower, Minimize) and isinstance(self.lower.g, Separable)
-        return lower and isinstance(self.upper, Separable) and self.coupling is None and _intervals(self.y_set)
+        return lower and isinstance(self.upper, Separable) and self.coupling is None and self.y_set.intervals
 
     def on_full_data(self) -> "BilevelProblem":
         """The same problem with all of the data in every batch: what solvers that are not stochastic run on."""
@@ -193,10 +193,6 @@ class BilevelProblem:
             _check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
         _check_coupling(self.coupling, x, y)
         return self
-
-
-def _intervals(set: Set) -> bool:
-    return all(map(_intervals, set.factors())) if isinstance(set, Product) else isinstance(set, Box | Reals)
 
 
 def _check_callable(name: str, value: object, signature: str) -> None:

@@ -1,57 +1,55 @@
-"""Sets for x and y: project, violation, sample, active, validate.
+"""The closed convex sets that x and y may be confined to.
 
-Every set works on any pytree with the structure it was made for, and is itself a pytree, so that bounds can be traced.
-Projections come from `optax.projections` where it has them; the polyhedron's is a least-distance program solved
+A set projects, measures violations, draws points, says which of its constraints are active, and describes itself to
+the methods that need more: by bounds, by rows lo <= C z <= hi, by the net of points that `fill` spreads over it. Every
+set works on any pytree of the structure that it was made for, and is a pytree itself, so that bounds can be traced.
+Projections come from `optax.projections` where it has them; that of a polyhedron is a least-distance program, solved
 exactly.
 """
 
-import operator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import optax.projections
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend import draws
+from bilevel.backend.checks import check_numbers, check_prefix
+from bilevel.backend.tree import broadcast_like, norm
 from bilevel.qp.least_distance import least_distance
+from bilevel.qp.simplex import nearest_on_simplex
 from bilevel.struct import InvalidInput, invalid, struct
 
 PyTree = Any
-
-
-def _like(bound: PyTree, z: PyTree) -> PyTree:
-    """Broadcast `bound` (a prefix of z's structure) to z's leaves, in z's dtypes."""
-    full = jax.tree.broadcast(bound, z)
-    return jax.tree.map(lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), full, z)
-
-
-def _norm(z: PyTree) -> Array:
-    return jnp.linalg.norm(ravel_pytree(z)[0])
-
-
-def _check_prefix(name: str, bound: PyTree, like: PyTree) -> None:
-    try:
-        full = jax.tree.broadcast(bound, like)
-        jax.tree.map(lambda b, leaf: np.broadcast_to(np.asarray(b), np.shape(leaf)), full, like)
-    except ValueError:
-        got, want = (f"shapes {jax.tree.map(np.shape, tree)}" for tree in (bound, like))
-        invalid(name, got, f"a scalar or something that broadcasts to {want}", "Reshape the bound.")
-
-
-def _check_numbers(name: str, value: PyTree) -> None:
-    for leaf in jax.tree.leaves(value):
-        if not jnp.issubdtype(np.asarray(leaf).dtype, jnp.number):
-            invalid(name, type(leaf).__name__, "numbers", "Give one number, or an array of them.")
-        if np.isnan(np.asarray(leaf)).any():
-            invalid(name, "NaN", "numbers", "Remove the NaN; use infinity for a missing bound.")
 
 
 class Set:
     """A closed convex set. Subclasses define `project`, `sample`, `active`; `z` is a pytree of float arrays."""
 
     bounded: bool = True
+    """Whether the set is known to be bounded."""
+
+    unbounded: bool = False
+    """Whether the set is known to have an infinite direction; of a polyhedron neither is known. Not for traced
+    bounds.
+    """
+
+    whole: bool = False
+    """Whether the set is all of the space, so that it constrains nothing."""
+
+    intervals: bool = False
+    """Whether the set is one interval for each entry of z."""
+
+    polyhedral: bool = False
+    """Whether finitely many rows describe the set: `rows`."""
+
+    def simple(self) -> list["Set"]:
+        """The sets that this one is a product of, products of products taken apart: itself, where it is none."""
+        return [self]
 
     def project(self, z: PyTree) -> PyTree:
         """The Euclidean projection of `z`; same structure, shapes and dtypes."""
@@ -61,13 +59,32 @@ class Set:
         """A random point of the set, shaped like `like`. The distribution is stated by each set."""
         raise NotImplementedError
 
+    def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
+        """Points of the set shaped like `like`, stacked, one for each row of `uniform` [num, dim], numbers in (0, 1).
+
+        Bounded boxes, balls and simplices are filled uniformly, as evenly as the rows fill the cube. Sets that know no
+        such map take their points from `sample`, with `key`, and leave `uniform` alone.
+        """
+        return jax.vmap(lambda key: self.sample(key, like))(jax.random.split(key, len(uniform)))
+
+    def bounds(self, z: PyTree) -> tuple[PyTree, PyTree] | None:
+        """(lo, hi), shaped like z, of a set {z : lo <= z <= hi} that is known by its bounds; else None."""
+        return None
+
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        """Blocks (C [rows, n], lo [rows], hi [rows]) with the set {z : lo <= C z <= hi for each} on the raveled z.
+
+        Only for a set that is `polyhedral`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not described by rows")
+
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         """Which constraints hold with equality at `z` to within `tol`; booleans shaped as each set states."""
         raise NotImplementedError
 
     def violation(self, z: PyTree) -> Array:
         """Euclidean distance of `z` to the set, shape []."""
-        return _norm(jax.tree.map(operator.sub, z, self.project(z)))
+        return norm(optax.tree.sub(z, self.project(z)))
 
     def validate(self, name: str, like: PyTree) -> None:
         """Raise `InvalidInput`, naming `name`, if the set is empty or does not fit points shaped like `like`."""
@@ -78,6 +95,10 @@ class Reals(Set):
     """The whole space. Samples are standard normal; nothing is ever active."""
 
     bounded = False
+    unbounded = whole = intervals = polyhedral = True
+
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        return []
 
     def project(self, z: PyTree) -> PyTree:
         return z
@@ -103,47 +124,49 @@ class Box(Set):
 
     lo: PyTree
     hi: PyTree
+    intervals = polyhedral = True
+
+    @property
+    def unbounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether one of the bounds is infinite."""
+        return any(np.isinf(np.asarray(end)).any() for end in jax.tree.leaves((self.lo, self.hi)))
 
     def bounds(self, z: PyTree) -> tuple[PyTree, PyTree]:
         """(lo, hi), broadcast to z's leaves."""
-        return _like(self.lo, z), _like(self.hi, z)
+        return broadcast_like(self.lo, z), broadcast_like(self.hi, z)
 
     def project(self, z: PyTree) -> PyTree:
         return optax.projections.projection_box(z, *self.bounds(z))
 
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        lo, hi = (ravel_pytree(bound)[0] for bound in self.bounds(z))
+        return [(jnp.eye(lo.size, dtype=lo.dtype), lo, hi)]
+
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
-        lo, hi = ravel_pytree(_like(self.lo, like))[0], ravel_pytree(_like(self.hi, like))[0]
+        lo, hi = (ravel_pytree(bound)[0] for bound in self.bounds(like))
         uniform, normal = (draw(key, flat.shape, flat.dtype) for draw in (jax.random.uniform, jax.random.normal))
-        far = -jnp.log1p(-uniform)
-        finite_lo, finite_hi = jnp.isfinite(lo), jnp.isfinite(hi)
-        safe_lo, safe_hi = jnp.where(finite_lo, lo, 0), jnp.where(finite_hi, hi, 0)
-        within = jnp.clip(safe_lo + uniform * (safe_hi - safe_lo), safe_lo, jnp.maximum(safe_lo, safe_hi))
-        one_sided = jnp.where(finite_lo, safe_lo + far, jnp.where(finite_hi, safe_hi - far, normal))
-        return unravel(jnp.where(finite_lo & finite_hi, within, one_sided))
+        return unravel(draws.in_box(lo, hi, uniform, normal))
+
+    def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
+        """As stated by `Set.fill`; a coordinate with one infinite bound is exponential, with two it is logistic."""
+        lo, hi = (ravel_pytree(bound)[0][None] for bound in self.bounds(like))
+        logistic = jnp.log(uniform) - jnp.log1p(-uniform)  # the program of a normal one is ten times as long
+        return jax.vmap(ravel_pytree(like)[1])(draws.in_box(lo, hi, uniform, logistic))
 
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
-        return jax.tree.map(
-            lambda leaf, lo, hi: (leaf <= lo + tol) | (leaf >= hi - tol),
-            z,
-            _like(self.lo, z),
-            _like(self.hi, z),
-        )
+        return jax.tree.map(lambda leaf, lo, hi: (leaf <= lo + tol) | (leaf >= hi - tol), z, *self.bounds(z))
 
     def validate(self, name: str, like: PyTree) -> None:
         for end, bound in (("lo", self.lo), ("hi", self.hi)):
-            _check_numbers(f"{name}.{end}", bound)
-            _check_prefix(f"{name}.{end}", bound, like)
-        lo, hi = (np.asarray(ravel_pytree(_like(bound, like))[0]) for bound in (self.lo, self.hi))
+            check_numbers(f"{name}.{end}", bound)
+            check_prefix(f"{name}.{end}", bound, like)
+        lo, hi = (np.asarray(ravel_pytree(bound)[0]) for bound in self.bounds(like))
         wrong = np.flatnonzero((lo > hi) | (lo == np.inf) | (hi == -np.inf))
         if wrong.size:
             k = wrong[0]
-            invalid(
-                f"{name} (Box)",
-                f"lo = {lo[k]} and hi = {hi[k]} at flat index {k}",
-                "lo <= hi everywhere",
-                "Swap the bounds.",
-            )
+            got = f"lo = {lo[k]} and hi = {hi[k]} at flat index {k}"
+            invalid(f"{name} (Box)", got, "lo <= hi everywhere", "Swap the bounds.")
 
 
 @struct
@@ -157,17 +180,17 @@ class Ball(Set):
 
     def middle(self, z: PyTree) -> PyTree:
         """The center, broadcast to z's leaves."""
-        return _like(self.center, z)
+        return broadcast_like(self.center, z)
 
     def project(self, z: PyTree) -> PyTree:
         center = self.middle(z)
-        flat, unravel = ravel_pytree(jax.tree.map(operator.sub, z, center))
+        flat, unravel = ravel_pytree(optax.tree.sub(z, center))
         radius, largest = jnp.asarray(self.radius, flat.dtype), jnp.max(jnp.abs(flat))
         unit = flat / jnp.where(largest > 0, largest, 1)  # squares of far points would overflow
         length = jnp.sqrt(unit @ unit)
         outside = largest * length > radius
         inward = unit * (radius / jnp.where(outside, length, 1))
-        return jax.tree.map(operator.add, center, unravel(jnp.where(outside, inward, flat)))
+        return optax.tree.add(center, unravel(jnp.where(outside, inward, flat)))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -175,17 +198,22 @@ class Ball(Set):
         normal = jax.random.normal(direction, flat.shape, flat.dtype)
         uniform = jax.random.uniform(length, (), flat.dtype)
         scale = self.radius * uniform ** (1.0 / flat.size) / jnp.linalg.norm(normal)
-        return self.project(jax.tree.map(operator.add, self.middle(like), unravel(scale * normal)))
+        return self.project(optax.tree.add(self.middle(like), unravel(scale * normal)))
+
+    def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
+        flat, unravel = ravel_pytree(like)
+        offsets = jax.vmap(unravel)(draws.in_ball(jnp.asarray(self.radius, flat.dtype), uniform))
+        return jax.vmap(lambda offset: self.project(optax.tree.add(self.middle(like), offset)))(offsets)
 
     def active(self, z: PyTree, tol: float = 0.0) -> Array:
-        return _norm(jax.tree.map(operator.sub, z, self.middle(z))) >= self.radius - tol
+        return norm(optax.tree.sub(z, self.middle(z))) >= self.radius - tol
 
     def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
             do = "A negative radius is an empty set."
             invalid(f"{name}.radius (Ball)", self.radius, "one finite number >= 0", do)
-        _check_numbers(f"{name}.center", self.center)
-        _check_prefix(f"{name}.center", self.center, like)
+        check_numbers(f"{name}.center", self.center)
+        check_prefix(f"{name}.center", self.center, like)
 
 
 @struct
@@ -196,14 +224,28 @@ class Simplex(Set):
     """
 
     scale: Any = 1.0
+    polyhedral = True
 
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
-        return unravel(_on_simplex(flat, jnp.asarray(self.scale, flat.dtype)))
+        return unravel(nearest_on_simplex(flat, jnp.asarray(self.scale, flat.dtype)))
+
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        flat, _ = ravel_pytree(z)
+        n, dtype = flat.size, flat.dtype
+        scale = jnp.asarray(self.scale, dtype)[None]
+        positive = jnp.eye(n, dtype=dtype), jnp.zeros(n, dtype), jnp.full(n, jnp.inf, dtype)
+        return [(jnp.ones((1, n), dtype), scale, scale), positive]
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
         return unravel(self.scale * jax.random.dirichlet(key, jnp.ones(flat.shape, flat.dtype)))
+
+    def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
+        flat, unravel = ravel_pytree(like)
+        far = -jnp.log1p(-uniform)
+        points = jnp.asarray(self.scale, flat.dtype) * far / jnp.sum(far, axis=1, keepdims=True)
+        return jax.vmap(unravel)(points)
 
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return jax.tree.map(lambda leaf: leaf <= tol, z)
@@ -211,22 +253,6 @@ class Simplex(Set):
     def validate(self, name: str, like: PyTree) -> None:
         if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
             invalid(f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0.")
-
-
-@jax.custom_jvp
-def _on_simplex(flat: Array, scale: Array) -> Array:
-    flat = flat - jnp.max(flat)  # changes nothing but rounding: far points keep their digits
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes integer positions and floats, in its derivative as well
-        moved = jnp.asarray(optax.projections.projection_simplex(flat, scale), flat.dtype)
-    return jnp.where(moved > 8 * jnp.finfo(flat.dtype).eps * scale, moved, 0)  # rounding is no positive weight
-
-
-@_on_simplex.defjvp
-def _on_simplex_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
-    moved = _on_simplex(*primals)
-    free = (moved > 0).astype(moved.dtype)
-    change, by_scale = tangents
-    return moved, free * (change + (by_scale - jnp.sum(free * change)) / jnp.sum(free))
 
 
 @struct
@@ -237,46 +263,40 @@ class Polyhedron(Set):
     written as two inequalities leaves no chord and the sample is the projected point. `active` has shape [rows].
     """
 
-    bounded = False
+    bounded, polyhedral = False, True
     A: Any
     b: Any
 
-    def _rows(self, dtype: Any) -> tuple[Array, Array]:
+    def _sides(self, dtype: Any) -> tuple[Array, Array]:
+        """(A, b) in the dtype of a point."""
         return jnp.asarray(self.A, dtype), jnp.asarray(self.b, dtype)
+
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        A, b = self._sides(ravel_pytree(z)[0].dtype)
+        return [(A, jnp.full_like(b, -jnp.inf), b)]
 
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
-        A, b = self._rows(flat.dtype)
+        A, b = self._sides(flat.dtype)
         noise = 4 * jnp.finfo(flat.dtype).eps * (jnp.abs(b) + jnp.abs(A) @ jnp.abs(flat))  # of the subtraction below
         return unravel(flat + least_distance(A, b - A @ flat, noise))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
-        A, b = self._rows(flat.dtype)
+        A, b = self._sides(flat.dtype)
         start, walk = jax.random.split(key)
         point = ravel_pytree(self.project(unravel(jax.random.normal(start, flat.shape, flat.dtype))))[0]
-
-        def hit_and_run(point: Array, key: Array) -> tuple[Array, None]:
-            towards, along = jax.random.split(key)
-            direction = jax.random.normal(towards, flat.shape, flat.dtype)
-            direction = direction / jnp.linalg.norm(direction)
-            speed, slack = A @ direction, jnp.maximum(b - A @ point, 0)
-            reach = slack / jnp.where(speed == 0, 1, speed)
-            high = jnp.min(jnp.where(speed > 0, reach, 1e3), initial=1e3)
-            low = jnp.max(jnp.where(speed < 0, reach, -1e3), initial=-1e3)
-            return point + (low + jax.random.uniform(along, (), flat.dtype) * (high - low)) * direction, None
-
-        return unravel(jax.lax.scan(hit_and_run, point, jax.random.split(walk, 64))[0])
+        return unravel(draws.hit_and_run(walk, A, b, point))
 
     def active(self, z: PyTree, tol: float = 0.0) -> Array:
         flat = ravel_pytree(z)[0]
-        A, b = self._rows(flat.dtype)
+        A, b = self._sides(flat.dtype)
         return A @ flat >= b - tol
 
     def violation(self, z: PyTree) -> Array:
         """The distance to the farthest half-space, or 0: at most the distance to the set, and cheaper."""
         flat = ravel_pytree(z)[0]
-        A, b = self._rows(flat.dtype)
+        A, b = self._sides(flat.dtype)
         length = jnp.linalg.norm(A, axis=1)
         return jnp.max((A @ flat - b) / jnp.where(length > 0, length, 1), initial=0)
 
@@ -284,12 +304,8 @@ class Polyhedron(Set):
         size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
         A, b = np.asarray(self.A), np.asarray(self.b)
         if A.ndim != 2 or A.shape[1] != size:
-            invalid(
-                f"{name}.A (Polyhedron)",
-                f"shape {A.shape}",
-                f"[rows, {size}]",
-                "One column per entry of the raveled point.",
-            )
+            do = "One column per entry of the raveled point."
+            invalid(f"{name}.A (Polyhedron)", f"shape {A.shape}", f"[rows, {size}]", do)
         if b.shape != A.shape[:1]:
             invalid(f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A.")
         for part, value in (("A", A), ("b", b)):
@@ -297,12 +313,13 @@ class Polyhedron(Set):
                 do = "Leave out rows without a bound."
                 invalid(f"{name}.{part} (Polyhedron)", "a non-finite entry", "finite numbers", do)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
-            invalid(
-                f"{name} (Polyhedron)",
-                "an empty set",
-                "some z with A z <= b",
-                "Two of the rows contradict each other.",
-            )
+            do = "Two of the rows contradict each other."
+            invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", do)
+
+
+def _every(flag: str) -> Any:
+    """A property of products: whether `flag` holds for every factor."""
+    return property(lambda self: all(getattr(factor, flag) for factor in self.factors()))
 
 
 @struct
@@ -313,10 +330,15 @@ class Product(Set):
 
     sets: Any
 
+    bounded, intervals, polyhedral = map(_every, ("bounded", "intervals", "polyhedral"))
+
     @property
-    def bounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether every factor is bounded."""
-        return all(factor.bounded for factor in self.factors())
+    def unbounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether some factor is known to be unbounded."""
+        return any(factor.unbounded for factor in self.factors())
+
+    def simple(self) -> list[Set]:
+        return [one for factor in self.factors() for one in factor.simple()]
 
     def factors(self) -> list[Set]:
         """The sets, in the order of z's raveled entries."""
@@ -337,11 +359,29 @@ class Product(Set):
         keys = treedef.unflatten(list(jax.random.split(key, treedef.num_leaves)))
         return self._map(lambda factor, part, key: factor.sample(key, part), like, keys)
 
+    def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
+        factors, parts = self.factors(), self.parts(like)
+        ends = np.cumsum([ravel_pytree(part)[0].size for part in parts])[:-1]
+        given = jnp.split(uniform, ends, axis=1), jax.random.split(key, len(parts))
+        filled = [factor.fill(*args) for factor, *args in zip(factors, *given, parts, strict=True)]
+        return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(filled))
+
+    def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
+        flat, _ = ravel_pytree(z)
+        blocks, offset = [], 0
+        for factor, part in zip(self.factors(), self.parts(z), strict=True):
+            size = ravel_pytree(part)[0].size
+            for C, lo, hi in factor.rows(part):
+                wide = jnp.zeros((C.shape[0], flat.size), flat.dtype).at[:, offset : offset + size].set(C)
+                blocks.append((wide, lo, hi))
+            offset += size
+        return blocks
+
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return self._map(lambda factor, part: factor.active(part, tol), z)
 
     def violation(self, z: PyTree) -> Array:
-        return _norm(self._map(lambda factor, part: factor.violation(part), z))
+        return norm(self._map(lambda factor, part: factor.violation(part), z))
 
     def validate(self, name: str, like: PyTree) -> None:
         try:
@@ -354,11 +394,3 @@ class Product(Set):
 
 def _is_set(value: object) -> bool:
     return isinstance(value, Set)
-
-
-def unbounded(set: Set) -> bool:
-    """Whether the set is known to have an infinite direction; a polyhedron is taken at its word. Not for tracers."""
-    if isinstance(set, Product):
-        return any(map(unbounded, set.factors()))
-    ends = jax.tree.leaves((set.lo, set.hi)) if isinstance(set, Box) else []
-    return isinstance(set, Reals) or any(np.isinf(np.asarray(end)).any() for end in ends)

@@ -14,7 +14,6 @@ from jax import Array
 
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Status
-from bilevel.sets import unbounded
 
 PyTree = Any
 
@@ -98,7 +97,7 @@ def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
 
 def refuse_unbounded_set(solver: Solver, problem: BilevelProblem) -> str | None:
     """The reason for methods that draw points of a bounded set Y and compare values of g there or in Y(x)."""
-    if isinstance(problem.lower, Minimize) and unbounded(problem.y_set):
+    if isinstance(problem.lower, Minimize) and problem.y_set.unbounded:
         name, y_set = type(solver).__name__, type(problem.y_set).__name__
         return f"{name} draws points of Y, which must be bounded, below Minimize(g); got y_set = {y_set}, unbounded."
     return refuse_fixed_point(solver, problem)

@@ -1,4 +1,4 @@
-"""Random directions shaped like a pytree."""
+"""Random directions and points: of balls, of polyhedra."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
+from jax.scipy.special import erfinv, gammainc
 
 from bilevel.struct import invalid
 
@@ -31,3 +32,44 @@ def check_distribution(name: str, distribution: str) -> None:
     """Raise `InvalidInput` for an unknown distribution."""
     if distribution not in DISTRIBUTIONS:
         invalid(name, repr(distribution), f"one of {DISTRIBUTIONS}", "Choose the law of the perturbation q.")
+
+
+def in_box(lo: Array, hi: Array, uniform: Array, both: Array) -> Array:
+    """Points of {z : lo <= z <= hi}, shaped like `uniform`, numbers in (0, 1), with which the bounds broadcast.
+
+    Where one bound is infinite, points are exponential from the other one; where both are, they are `both`.
+    """
+    far = -jnp.log1p(-uniform)
+    finite_lo, finite_hi = jnp.isfinite(lo), jnp.isfinite(hi)
+    low, high = jnp.where(finite_lo, lo, 0), jnp.where(finite_hi, hi, 0)
+    within = jnp.clip(low + uniform * (high - low), low, jnp.maximum(low, high))
+    one_sided = jnp.where(finite_lo, low + far, jnp.where(finite_hi, high - far, both))
+    return jnp.where(finite_lo & finite_hi, within, one_sided)
+
+
+def in_ball(radius: Array, uniform: Array) -> Array:
+    """Points of the ball around 0, [num, dim], uniform in it where `uniform` [num, dim] is in the cube (0, 1)^dim."""
+    dim = uniform.shape[1]
+    normal = erfinv(2 * uniform - 1) * 2**0.5
+    square = jnp.sum(normal**2, axis=1, keepdims=True)
+    length = gammainc(dim / 2, square / 2) ** (1 / dim)  # uniform in the ball, given the direction
+    return radius * length * normal / jnp.sqrt(square)
+
+
+def hit_and_run(key: Array, A: Array, b: Array, point: Array, num_steps: int = 64) -> Array:
+    """The end of a random walk in {z : A z <= b} from `point` [n]: each step to a uniform point of a random chord.
+
+    Chords end at 1e3 from where they start.
+    """
+
+    def step(point: Array, key: Array) -> tuple[Array, None]:
+        towards, along = jax.random.split(key)
+        direction = jax.random.normal(towards, point.shape, point.dtype)
+        direction = direction / jnp.linalg.norm(direction)
+        speed, slack = A @ direction, jnp.maximum(b - A @ point, 0)
+        reach = slack / jnp.where(speed == 0, 1, speed)
+        high = jnp.min(jnp.where(speed > 0, reach, 1e3), initial=1e3)
+        low = jnp.max(jnp.where(speed < 0, reach, -1e3), initial=-1e3)
+        return point + (low + jax.random.uniform(along, (), point.dtype) * (high - low)) * direction, None
+
+    return jax.lax.scan(step, point, jax.random.split(key, num_steps))[0]

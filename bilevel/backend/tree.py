@@ -34,3 +34,9 @@ def join(*trees: PyTree) -> PyTree:
 def repeat(point: PyTree, num: int) -> PyTree:
     """`num` copies of one point, stacked."""
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), point)
+
+
+def broadcast_like(prefix: PyTree, z: PyTree) -> PyTree:
+    """`prefix`, of which one leaf may stand for many, broadcast to the structure, shapes and dtypes of z."""
+    full = jax.tree.broadcast(prefix, z)
+    return jax.tree.map(lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), full, z)

@@ -38,8 +38,9 @@ def view(problem: BilevelProblem, y: PyTree, upper: PyTree) -> View:
     if not isinstance(source, PerSample):
         return View(problem, y, upper, problem.lower_data.full(), 1)
     y_set = problem.y_set
-    if isinstance(y_set, Box):
-        y_set = Box(*(source.rows(end, upper) for end in y_set.bounds(y)))
+    bounds = y_set.bounds(y)
+    if bounds is not None:
+        y_set = Box(*(source.rows(end, upper) for end in bounds))
     batch = source.renumbered(upper)
     return View(dataclasses.replace(problem, y_set=y_set), source.rows(y, upper), batch, batch, len(upper[0]))
 

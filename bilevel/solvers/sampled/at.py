@@ -11,7 +11,6 @@ from bilevel.backend.tree import norm
 from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sets import Box
 from bilevel.solver import Solver, refuse_unsampled_set
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
@@ -91,8 +90,9 @@ class AT(Solver):
     def _attack(self, here: per_sample.View, x: PyTree, y: PyTree) -> PyTree:
         """T steps from y."""
         scale, default = jax.tree.map(jnp.ones_like, y), 0.1
-        if self.lower_step_size is None and isinstance(here.problem.y_set, Box):
-            lo, hi = here.problem.y_set.bounds(y)
+        bounds = here.problem.y_set.bounds(y)
+        if self.lower_step_size is None and bounds is not None:
+            lo, hi = bounds
             scale, default = jax.tree.map(lambda lo, hi: (hi - lo) / 2, lo, hi), 2.5 / max(self.num_lower_steps, 1)
 
         def body(_: int, carry: tuple[PyTree, Stepper]) -> tuple[PyTree, Stepper]:
