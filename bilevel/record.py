@@ -1,4 +1,4 @@
-"""What computations leave behind: Status, Hypergradient, OracleCount, Record, Solution."""
+"""What a computation leaves behind: how it ended, what it found, what it cost, and a table of how it went."""
 
 import enum
 import math
@@ -14,12 +14,16 @@ PyTree = Any
 
 
 class Status(enum.IntEnum):
-    """How a computation ended. Append-only: numbers never change meaning. `advice` is a sentence for the user."""
+    """How a computation ended: a number, and a sentence that says what it means and which argument to change.
+
+    Numbers are stored in checkpoints and results. They never change their meaning; new ones are added at the end.
+    """
 
     advice: str
+    """The sentence."""
 
     def __new__(cls, value: int, advice: str) -> "Status":
-        """An integer with a sentence."""
+        """Make a member from its number and sentence."""
         member = int.__new__(cls, value)
         member._value_ = value
         member.advice = advice
@@ -30,64 +34,69 @@ class Status(enum.IntEnum):
     TIME_LIMIT = 2, "The time limit came first. Raise time_limit, or loosen tol."
     NONFINITE = (
         3,
-        "A value became infinite or NaN; the last finite iterate is returned. Reduce the step size.",
+        "A value became infinite or NaN; the last finite iterate is returned. Reduce the solver's step sizes.",
     )
     INFEASIBLE_LOWER = (
         4,
-        "The lower level has no feasible point at this x. Restrict x_set, or relax the constraints.",
+        "No y fulfils the lower level's constraints at this x. Restrict x_set, or relax coupling or y_set.",
     )
     WEAKLY_ACTIVE = (
         5,
-        "A lower constraint is active with a multiplier near zero: F has a kink here. Look at active_margin.",
+        "A lower constraint is active with a multiplier near zero: F may have a kink here, and the gradient is that "
+        "of one side. Look at active_margin, the distance to a change of the active set; DSBLO and SSIGD smooth F.",
     )
     STALLED = (
         6,
-        "Progress stopped at rounding error before the tolerance. Loosen tol, rescale, or use float64.",
+        "Rounding error stopped progress before the tolerance was met. Loosen tol, rescale f and g, or use float64.",
     )
     INTERRUPTED = 7, "Interrupted from the keyboard; everything up to the interruption is returned."
-    ESTIMATED = 8, "Solved, with an error bound that is estimated, not proved. Pass constants= to certify it."
-    STOPPED = 9, "The callback asked to stop."
+    ESTIMATED = 8, "Solved, with an error that is estimated, not proved. Pass constants= of f and g to certify it."
+    STOPPED = 9, "The callback asked to stop; everything up to then is returned."
     SADDLE = (
         10,
-        "The lower level stopped where g_yy is not positive definite: g is not strongly convex there, and y no minimum "
-        "for certain. Start y elsewhere, or add a strongly convex term to g.",
+        "The lower level stopped where g_yy is not positive definite: g is not strongly convex there, and y may be a "
+        "saddle point or a maximum of it. Start y elsewhere, or add a strongly convex term to g.",
     )
     UNSOLVED_LINEAR = (
         11,
-        "The adjoint's linear system is unsolved, so the error is unknown. Raise max_iterations, or use Dense.",
+        "The adjoint's linear system R_y' v = f_y is not solved to its tolerance, so that the error is unknown. Raise "
+        "max_iterations of the linear solver, or use Dense().",
     )
     SATURATED = (
         13,
         "What is learned is saturated: the reward sits at its clamp on most demonstrations, or the discriminator is "
-        "right at nearly every step. Lower the upper step size, or raise weight decay.",
+        "right at nearly every step, so that gradients vanish. Lower the upper step size, or raise weight_decay.",
     )
-    UNCHECKED = 12, "Solved, but no error bound was computed. Use an implicit method with estimate=True, or constants=."
+    UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 
 @struct
 class Hypergradient:
-    """A hypergradient and how far to trust it.
-
-    value: f(x, y), shape []. gradient: shaped like x. y: the lower-level point used. lower_residual: |R(x, y)|.
-    linear_residual: |f_y - R_y' v| (NaN for `Unrolled`). error_bound: bound of |gradient - grad F(x)|, 2-norm:
-    rigorous in exact arithmetic, with an allowance for rounding, where `constants` were given, else estimated; infinite
-    where it is not known. active_margin: distance to a change of the active set, infinite without constraints.
-    status: a `Status` as an integer array: CONVERGED (bound proved from the constants), ESTIMATED, UNCHECKED (no bound
-    asked for), UNSOLVED_LINEAR, or why the lower level failed. v: the adjoint, a warm start.
-    """
+    """A hypergradient, and how far to trust it."""
 
     value: Array
+    """f(x, y), shape []: F(x), if y is y(x)."""
     gradient: PyTree
+    """The gradient of F at x, shaped like x; NaN where there is none, as below an infeasible lower level."""
     y: PyTree
+    """The lower-level point at which it was computed."""
     lower_residual: Array
+    """|R(x, y)|, shape []: how far y is from solving the lower level."""
     linear_residual: Array
+    """|f_y - R_y' v|, shape []: how far v is from solving the adjoint's linear system; NaN for `Unrolled`."""
     error_bound: Array
+    """A bound of |gradient - grad F(x)| in the 2-norm, shape []. Where `constants` were given it is rigorous in exact
+    arithmetic, with an allowance for rounding; elsewhere it is estimated. Infinite where it is not known."""
     active_margin: Array
+    """The distance to a change of the active set, shape []; infinite without constraints."""
     status: Array
+    """A `Status` as an integer array, shape []: CONVERGED (the bound is proved from the constants), ESTIMATED,
+    UNCHECKED (no bound was asked for), UNSOLVED_LINEAR, or why the lower level failed."""
     v: PyTree
+    """The adjoint, shaped like y: a warm start for the next call."""
 
     def __str__(self) -> str:
-        """Numbers and the status sentence."""
+        """The numbers in a line, and the status with its sentence in another."""
         status = Status(int(self.status))
         gradient = math.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(self.gradient)))
         return (
@@ -99,7 +108,11 @@ class Hypergradient:
 
 @struct
 class OracleCount:
-    """Oracle calls by kind. An HVP is g_yy v, a JVP the cross product g_xy v; for fixed points read I - T_y and T_x."""
+    """Numbers of oracle calls by kind.
+
+    An HVP is a product R_y v or R_y' v, and a JVP a product with R_x or R_x'; R_y is g_yy or I - T_y, R_x is g_yx or
+    -T_x.
+    """
 
     upper_values: int = static(default=0)
     upper_gradients: int = static(default=0)
@@ -109,7 +122,7 @@ class OracleCount:
     jvps: int = static(default=0)
 
     def as_dict(self) -> dict[str, int]:
-        """Calls by name."""
+        """The numbers by the name of their kind."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
 
     @property
@@ -118,29 +131,31 @@ class OracleCount:
         return sum(self.as_dict().values())
 
     def passes(self, upper_fraction: float, lower_fraction: float) -> float:
-        """Calls weighted by the part of the data that each touches: 1 is one oracle on all of the data.
+        """Calls weighted by the fraction of the data that each touches: 1 is one call on all of the data.
 
-        This is the unit in which stochastic and full-batch solvers compare.
+        In this unit stochastic and full-batch solvers can be compared.
         """
         upper = self.upper_values + self.upper_gradients
         return upper * upper_fraction + (self.total - upper) * lower_fraction
 
 
 class Measurement(NamedTuple):
-    """Scalars, shape []. value: F(x) = f(x, y(x)), y(x) solved here. hypergradient: |gradient mapping| of F at x.
-
-    error_bound: of the gradient behind it. lower_residual: |R(x, y)| at the given y; for a constrained lower level
-    |y - Proj(y - grad_y g)| on its feasible set. violation: distance of x to X plus that of y to Y plus the norm of the
-    coupling's violations. status: of the hypergradient. lower_distance: |y - y(x)|/(1 + |y(x)|) at the given y.
-    """
+    """What the referee finds at a solver's (x, y), all of shape []."""
 
     value: Array
+    """F(x) = f(x, y(x)), with y(x) solved by the referee."""
     hypergradient: Array
+    """The norm of the gradient mapping of F at x."""
     error_bound: Array
+    """A bound or an estimate of the error of the gradient behind it."""
     lower_residual: Array
+    """|R(x, y)| at the solver's y; for a constrained lower level |y - Proj(y - grad_y g)| on its feasible set."""
     violation: Array
+    """The distance of x to X, plus that of y to Y, plus the norm of the coupling's violations."""
     status: Array
+    """The status of the hypergradient."""
     lower_distance: Array | float = 0.0
+    """|y - y(x)|/(1 + |y(x)|) at the solver's y."""
 
 
 class Record:

@@ -1,9 +1,17 @@
-"""The protocol every solver follows. Read this page first; then copy docs/add-a-solver.md.
+"""The protocol that every solver follows. Read this page first; then copy the file in docs/add-a-solver.md.
 
-A solver is a frozen dataclass (`@struct(kw_only=True)`) of settings that go by name: floats are leaves, loop lengths
-and choices are static. It defines `init`, `step` and `cost`; `bilevel.solve` does everything else. A solver file reads
-like the paper's algorithm box. Argument order is always (problem, state, key) and (x, y, batch). Solvers never import
-each other, nor `run`.
+A solver is a frozen dataclass of settings that go by name, registered as a pytree by `@struct(kw_only=True)`. Numbers
+are its leaves, so that `vmap` runs a range of step sizes at once; lengths of loops and choices are static, part of what
+is compiled. It defines three functions,
+
+    init(problem, key) -> state                     the state before the first step
+    step(problem, state, key) -> (state, info)      one step of the method, as in the paper's algorithm box
+    cost(problem) -> OracleCount                    the oracle calls of a step
+
+and `bilevel.solve` does everything else: data, compiling, measuring, printing, checkpoints, stopping. All three are
+pure functions: `init` and `step` are traced by JAX, and randomness comes from `key` alone. The order of arguments is
+always (problem, state, key), and (x, y, batch) for the user's functions. Solvers import neither each other nor
+`bilevel.run`.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,10 +27,14 @@ PyTree = Any
 
 
 class Solver:
-    """One algorithm. The state is a NamedTuple with at least `.x` and `.y`: what the next step needs, and no more."""
+    """One algorithm: the base of all solvers.
+
+    Its state is a NamedTuple of arrays, with fields `x` and `y` at least. It holds what the next step needs and no
+    more; what people want to look at goes into `info`.
+    """
 
     full_batch: ClassVar[bool] = False
-    """True where every step uses all of the data (`source.full()`) instead of the sources' batches."""
+    """Whether every step uses all of the data, `source.full()`, in place of the sources' batches."""
 
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
@@ -31,46 +43,56 @@ class Solver:
     """Settings by the names that they had in the last version: {old: new}. Old ones work, with a DeprecationWarning."""
 
     many_minimisers: ClassVar[bool] = False
-    """True where g(x, .) on a set may have many minimisers: `solve` then judges y by its true lower gap."""
+    """Whether the method allows g(x, .) to have many minimisers on a set Y. A residual says little of y then, so that
+    `solve` judges y by its lower gap, g(x, y) - min g(x, .)."""
 
     referee: ClassVar[Callable | None] = None
-    """(problem, x, y) -> `diagnostics.Measurement`, where `solve` cannot judge by solving the lower level again."""
+    """A function (problem, x, y) -> `diagnostics.Measurement` by which `solve` judges this method's iterates where it
+    cannot solve the lower level again; None elsewhere."""
 
     assumptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
-    """What the steps see of the method's assumptions: the name of a boolean field of `info`, true where the assumption
-    holds, and a sentence that states it. `solve` counts the steps at which it failed, and the report says so."""
+    """The assumptions of the method that a step can check on its way. A key is the name of a boolean field of `info`,
+    true where the assumption holds; its value is a sentence that states the assumption. `solve` counts the steps at
+    which one failed, and the report says so."""
 
     warnings: ClassVar[Mapping[str, Status]] = MappingProxyType({})
-    """The status instead of MAX_STEPS of a run at half of whose steps or more an assumption of that name failed."""
+    """The status of a run that comes to its step limit after the assumption of that name failed at half of its steps or
+    more, in place of MAX_STEPS."""
 
     @property
     def least_steps(self) -> int:
-        """Steps before which a run is not called converged: a continuation that has not ended; default 0."""
+        """The number of steps before which no run is called converged; default 0.
+
+        A method whose penalty grows over the first steps solves another problem until then.
+        """
         return 0
 
     def init(self, problem: BilevelProblem, key: Array) -> Any:
-        """The state before the first step; pure, traced under jit."""
+        """The state before the first step, from `problem.init(key)`; pure, and traced by JAX."""
         raise NotImplementedError
 
     def step(self, problem: BilevelProblem, state: Any, key: Array) -> tuple[Any, Any]:
-        """(next state, info). info is a NamedTuple of what people look at; pure, traced under jit."""
+        """The next state, and a NamedTuple `info` of scalars that people look at; pure, and traced by JAX."""
         raise NotImplementedError
 
     def output(self, problem: BilevelProblem, state: Any) -> tuple[PyTree, PyTree]:
-        """The (x, y) to report; default the current iterate."""
+        """The (x, y) that `solve` measures and returns, shaped like those of `problem.init`; default the iterate."""
         return state.x, state.y
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        """Oracle calls of one step. A contract test holds it against counted calls."""
+        """The oracle calls of one step, by kind. A contract test compares them with the calls that a step makes."""
         raise NotImplementedError
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        """Why the method's theory excludes this problem, or None. Default: refuse a constrained lower level."""
+        """The reason, a sentence, for which the method's theory excludes this problem; None where it does not.
+
+        By default a constrained lower level is refused.
+        """
         return refuse_constrained_lower(self, problem)
 
 
 def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods whose lower level is unconstrained."""
+    """Why a method for unconstrained lower levels cannot take this problem, or None."""
     if problem.coupling is not None:
         return (
             f"{type(solver).__name__} needs a lower level without constraints; got {type(problem.coupling).__name__}."
@@ -83,7 +105,7 @@ def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | N
 
 
 def refuse_fixed_point(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that compare values of g, on any set and under any coupling."""
+    """Why a method that compares values of g cannot take this problem, or None; any set and coupling will do."""
     if not isinstance(problem.lower, Minimize):
         got = type(problem.lower).__name__
         return f"{type(solver).__name__} needs a lower level Minimize(g), whose values it compares; got {got}."
@@ -91,12 +113,12 @@ def refuse_fixed_point(solver: Solver, problem: BilevelProblem) -> str | None:
 
 
 def refuse_without_value(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that compare values of g on an unconstrained lower level."""
+    """Why a method that compares values of g without constraints cannot take this problem, or None."""
     return refuse_fixed_point(solver, problem) or refuse_constrained_lower(solver, problem)
 
 
 def refuse_unbounded_set(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that draw points of a bounded set Y and compare values of g there or in Y(x)."""
+    """Why a method that compares values of g at points of a bounded Y cannot take this problem, or None."""
     if isinstance(problem.lower, Minimize) and problem.y_set.unbounded:
         name, y_set = type(solver).__name__, type(problem.y_set).__name__
         return f"{name} draws points of Y, which must be bounded, below Minimize(g); got y_set = {y_set}, unbounded."
@@ -104,7 +126,7 @@ def refuse_unbounded_set(solver: Solver, problem: BilevelProblem) -> str | None:
 
 
 def refuse_unsampled_set(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for methods that do so without coupling."""
+    """Why a method that compares values of g at points of a bounded, fixed Y cannot take this problem, or None."""
     if isinstance(problem.lower, Minimize) and problem.coupling is not None:
         name, coupling = type(solver).__name__, type(problem.coupling).__name__
         return f"{name} compares values of g on a set that does not move with x; got {coupling}."
