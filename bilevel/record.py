@@ -1,10 +1,13 @@
-"""What a computation leaves behind: how it ended, what it found, what it cost, and a table of how it went."""
+"""What a computation leaves behind: how it ended, what it found and cost, who judges it, and a table of how it went."""
 
 import enum
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
@@ -156,6 +159,35 @@ class Measurement(NamedTuple):
     """The status of the hypergradient."""
     lower_distance: Array | float = 0.0
     """|y - y(x)|/(1 + |y(x)|) at the solver's y."""
+
+
+Check = Callable[[Any, PyTree, PyTree, list[dict[str, float]]], tuple[dict[str, float], list[str]]]
+
+
+@dataclass(frozen=True)
+class Referee:
+    """Who judges a run: how (x, y) is measured, to what tolerance, and how the measurement is itself checked.
+
+    `bilevel.diagnostics` has the two that serve most problems, IMPLICIT and BY_VALUE; `bilevel.run.referee_of` says
+    which one a run has. Two referees are equal where all their fields are; they can be hashed.
+    """
+
+    name: str
+    """What the referee does, in a few words."""
+    measure: Callable[[Any, PyTree, PyTree], Measurement]
+    """A function (problem, x, y) -> `Measurement` on all of the data; pure, traced by JAX. It sees neither the solver
+    nor its state, so that all solvers are judged alike."""
+    exponent: float = 0.5
+    """Where `solve` is given no tol it takes eps^exponent, with eps of the dtype of x."""
+    check: Check | None = None
+    """A function (problem, x, y, rows), rows being those of the run's record, that computes again what `measure` found
+    by another algorithm. It returns the numbers that it finds, by name, and the names of those that disagree with the
+    last row. None where there is no second way."""
+
+    def default_tol(self, x: PyTree) -> float:
+        """The tol of a run whose upper variable is `x`; the finest of its dtypes counts."""
+        eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(x))
+        return float(np.power(eps, self.exponent))
 
 
 class Record:

@@ -14,14 +14,14 @@ always (problem, state, key), and (x, y, batch) for the user's functions. Solver
 `bilevel.run`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from jax import Array
 
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.record import OracleCount, Status
+from bilevel.record import OracleCount, Referee, Status
 
 PyTree = Any
 
@@ -41,14 +41,6 @@ class Solver:
 
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Settings by the names that they had in the last version: {old: new}. Old ones work, with a DeprecationWarning."""
-
-    many_minimisers: ClassVar[bool] = False
-    """Whether the method allows g(x, .) to have many minimisers on a set Y. A residual says little of y then, so that
-    `solve` judges y by its lower gap, g(x, y) - min g(x, .)."""
-
-    referee: ClassVar[Callable | None] = None
-    """A function (problem, x, y) -> `diagnostics.Measurement` by which `solve` judges this method's iterates where it
-    cannot solve the lower level again; None elsewhere."""
 
     assumptions: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """The assumptions of the method that a step can check on its way. A key is the name of a boolean field of `info`,
@@ -82,6 +74,14 @@ class Solver:
     def cost(self, problem: BilevelProblem) -> OracleCount:
         """The oracle calls of one step, by kind. A contract test compares them with the calls that a step makes."""
         raise NotImplementedError
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        """Who judges runs of this method on `problem`, where a lower level solved again from y would say little of y.
+
+        A residual says little, for example, where g(x, .) may have many minimisers: `diagnostics.BY_VALUE` judges y by
+        its lower gap, g(x, y) - min g(x, .). The default, None, lets `solve` choose.
+        """
+        return None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         """The reason, a sentence, for which the method's theory excludes this problem; None where it does not.

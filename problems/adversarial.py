@@ -26,7 +26,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import BilevelProblem, Box, Minimize, PerSample, oracles
 from bilevel.backend.tree import norm
-from bilevel.diagnostics import Measurement
+from bilevel.diagnostics import Measurement, Referee
 from bilevel.oracles import per_sample
 from bilevel.parts import tracking
 from bilevel.record import Status
@@ -86,6 +86,9 @@ def measure_first(problem: BilevelProblem, x: PyTree, y: Array) -> Measurement:
     value = oracles.upper_value(here.problem, x, reached, here.upper)
     unknown, violation = jnp.full_like(value, jnp.nan), problem.y_set.violation(y)
     return Measurement(value, norm(gradient), unknown, norm(reached - again), violation, jnp.array(Status.UNCHECKED))
+
+
+FIRST = Referee(f"at the first {MEASURED} samples", measure_first)
 
 
 @partial(jax.jit, static_argnames=("steps", "starts"))
@@ -181,5 +184,5 @@ def make(
         problem,
         tags=frozenset({"real-data", "classification", "adversarial", "nonconvex-lower", "per-sample"}),
         metrics=partial(_metrics, parts, float(eps)),
-        measure=measure_first,
+        referee=FIRST,
     )

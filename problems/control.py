@@ -3,7 +3,7 @@
 The expert is trained by soft actor-critic on the true reward, once in a run, and shows `trajectories` episodes of its
 best actions. The problem is `irl.to_control`: x the reward's network, y policy and soft values, f the negative
 log-likelihood of the demonstrated actions; for the solvers of `irl` that step environments. Nothing of such a lower
-level can be certified: runs are measured by `irl.control.measure`.
+level can be certified: runs are measured by `irl.deep.control.measure`.
 
 Metrics, by 50 episodes of the last policy's best actions: `return`, and `scaled_return`, 0 for uniformly random actions
 and 1 for the expert.
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import irl
 from bilevel.struct import invalid
 from irl.deep import expert, rollouts
-from irl.deep.control import measure
+from irl.deep.control import REFEREE
 from irl.deep.environments import GYMNAX, Environment
 from irl.deep.sac import SAC, Weights
 from problems.instance import Instance
@@ -104,5 +104,5 @@ def make(
         tags=frozenset({"irl", "fixed-point", "deep"}),
         metrics=lambda x, y: numbers(returns(learnt, agent, y)),
         baselines={"expert": lambda: numbers(goal), "random actions": lambda: numbers(floor)},
-        measure=measure,
+        referee=REFEREE,
     )

@@ -30,8 +30,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import CG, BilevelProblem, Full, Minimize
 from bilevel import lower as lower_level
 from bilevel.backend.tree import norm
-from bilevel.diagnostics import Measurement
-from bilevel.diagnostics import measure as measure_implicit
+from bilevel.diagnostics import IMPLICIT, Measurement, Referee
 from bilevel.hypergradient import hypergradient
 from bilevel.parts.descent import descend
 from bilevel.step import as_step, stepper
@@ -100,6 +99,9 @@ def measure_at(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
     h = hypergradient(problem, x, y, method=CG(tol=1e-3, max_iterations=50), lower=None, estimate=False)
     violation = problem.x_set.violation(x) + problem.y_set.violation(y)
     return Measurement(h.value, norm(h.gradient), h.error_bound, h.lower_residual, violation, h.status)
+
+
+AT_WEIGHTS = Referee("at the solver's weights", measure_at)
 
 
 def corrupt(rng: np.random.Generator, labels: np.ndarray, corruption: float) -> tuple[np.ndarray, np.ndarray]:
@@ -201,5 +203,5 @@ def make(
         tags=frozenset({"real-data", "classification", "hyper-cleaning"} | kind),
         metrics=partial(_metrics, model, clean, wrong),
         baselines={name: partial(_baseline, model, clean, fit) for name, fit in trained.items()},
-        measure=measure_implicit if model == "linear" else measure_at,
+        referee=IMPLICIT if model == "linear" else AT_WEIGHTS,
     )

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, SmoothCoupling
-from bilevel.diagnostics.gap import measure_global
+from bilevel.diagnostics import BY_VALUE
 from bilevel.struct import invalid
 from problems.datasets import floats
 from problems.instance import Instance, Truth
@@ -199,4 +199,4 @@ def make(seed: int = 0, case: str = "mb_3_19") -> Instance:
     x, y = (None, None) if spec.point is None else (floats([part]) for part in spec.point)
     tags = {"nonconvex-lower", "known-optimum"} | ({"discontinuous"} if spec.discontinuous else set())
     tags |= {"coupled"} if coupling is not None else set()
-    return Instance(problem, Truth(spec.value, x, y), tags=frozenset(tags), measure=measure_global)
+    return Instance(problem, Truth(spec.value, x, y), tags=frozenset(tags), referee=BY_VALUE)

@@ -42,7 +42,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, Separable, SmoothCoupling
-from bilevel.diagnostics.gap import measure_global
+from bilevel.diagnostics import BY_VALUE
 from bilevel.struct import invalid
 from problems.datasets import floats
 from problems.instance import Instance, Truth
@@ -174,7 +174,7 @@ def make(seed: int = 0, case: str = "bvfsm", n: int = 1, a: float = 2.0, c: floa
     problem, truth = build[case](case, n, a, c, power) if case in build else _uncoupled(case, n)
     tags = {"known-optimum"} | ({"coupled"} if problem.coupling is not None else set())
     tags |= {"nonconvex-lower"} if case in ("bvfsm", "bvfsm_constrained", "rastrigin", "ring") else {"degenerate"}
-    return Instance(problem, truth, tags=frozenset(tags), measure=measure_global)
+    return Instance(problem, truth, tags=frozenset(tags), referee=BY_VALUE)
 
 
 def _problem(

@@ -24,7 +24,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import BilevelProblem, Box, Minimize, PerSample, oracles
 from bilevel.backend.tree import norm
-from bilevel.diagnostics import Measurement
+from bilevel.diagnostics import Measurement, Referee
 from bilevel.oracles import per_sample
 from bilevel.record import Status
 from bilevel.struct import invalid
@@ -143,8 +143,9 @@ def _init(shape: tuple[int, ...], dtype: str) -> Any:
 
 
 @functools.cache
-def _measured(angle: float, shift: float) -> Any:
-    return partial(_measure, angle, shift)
+def _referee(angle: float, shift: float) -> Referee:
+    """The same one for the same settings, so that nothing compiles twice."""
+    return Referee(f"at the first {MEASURED} samples, on a grid", partial(_measure, angle, shift))
 
 
 def make(
@@ -194,5 +195,5 @@ def make(
         problem,
         tags=frozenset({"real-data", "classification", "rotation", "nonconvex-lower", "per-sample"}),
         metrics=partial(_metrics, parts, float(angle), float(shift)),
-        measure=_measured(float(angle), float(shift)),
+        referee=_referee(float(angle), float(shift)),
     )

@@ -179,7 +179,7 @@ def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path, live: bo
     solution = bilevel.solve(
         instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),
         every=cell.every, tol=cell.tol, time_limit=cell.time_limit, progress=None if live else False,
-        measure=instance.measure, mesh=processes.mesh(), callback=active,
+        measure=instance.referee, mesh=processes.mesh(), callback=active,
     )  # fmt: skip
     result = {"status": solution.status.name, "stats": solution.stats, "record": solution.record.rows}
     if active is not None:

@@ -4,11 +4,16 @@ from bilevel.backend.tree import distance, norm
 from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure
-from bilevel.record import Measurement
+from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, as_referee
+from bilevel.record import Measurement, Referee
 
 __all__ = [
+    "BY_VALUE",
+    "IMPLICIT",
     "LowerGap",
     "Measurement",
+    "Referee",
+    "as_referee",
     "distance",
     "fit_rate",
     "goldstein",

@@ -1,7 +1,8 @@
 """The one driver of all solvers: `solve`, `solve_many`, `advance`, and checkpoints of what they do."""
 
 from bilevel.run import checkpoint
+from bilevel.run.arguments import referee_of
 from bilevel.run.driver import solve, solve_many
 from bilevel.run.lanes import advance, passes_per_step
 
-__all__ = ["advance", "checkpoint", "passes_per_step", "solve", "solve_many"]
+__all__ = ["advance", "checkpoint", "passes_per_step", "referee_of", "solve", "solve_many"]

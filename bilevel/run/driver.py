@@ -11,20 +11,18 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from bilevel import report
 from bilevel.backend import sharding
-from bilevel.diagnostics import Measurement
-from bilevel.diagnostics import measure as measure_implicit
-from bilevel.diagnostics.gap import measure_global
-from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
+from bilevel.diagnostics import Measurement, Referee
+from bilevel.problem import BilevelProblem
 from bilevel.record import Record, Solution, SolveError, Status
+from bilevel.run.arguments import check_arguments, check_key, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import Many, advance, compiled, lane, last_finite, passes_per_step, scalars
 from bilevel.solver import Solver, Unsupported
@@ -51,7 +49,7 @@ def solve(
     checkpoint: str | os.PathLike | None = None,
     progress: bool | None = None,
     throw: bool = False,
-    measure: Callable | None = None,
+    measure: Referee | Callable | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Solution:
     """Run `solver` on `problem`.
@@ -64,16 +62,18 @@ def solve(
         every: steps between measurements; default max_steps/20, at least 1.
         tol: stop when the referee's gradient mapping norm plus its error (estimated, not proved), the lower residual
             at the solver's y, its relative distance to the referee's y(x), and the violation of the sets are all at
-            most tol. Default: the square root of the dtype's eps; its fifth root, 7e-4 in float64, where
-            `gap.measure_global` measures; 0 never stops.
+            most tol. Default: the referee's, eps the dtype's: sqrt(eps), or eps^(1/5), 7e-4 in float64, by value.
+            0 never stops.
         time_limit: seconds of solver time, compiling and measuring left out.
         callback: called with (step, state, row) after each measurement; a true value stops the run.
         checkpoint: a file. Saved after every measurement and on interruption; where it exists already, the run goes on
             from it, to the same bits as a run without a break.
         progress: a bar and the curves of what is measured, live; default only on a terminal, after two seconds.
         throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
-        measure: (problem, x, y) -> `diagnostics.Measurement`; default solves the lower level again, or, for solvers
-            with `many_minimisers` on a constrained lower level and where h is smooth, looks for its least value, `gap`.
+        measure: the referee, a `diagnostics.Referee`, or a function (problem, x, y) -> `diagnostics.Measurement`.
+            Default, `run.referee_of`: the one that the solver asks for; where it asks for none, `diagnostics.IMPLICIT`,
+            which solves the lower level again from y, or `diagnostics.BY_VALUE`, which looks for its least value, below
+            a `SmoothCoupling`.
         mesh: devices to compute on together (`bilevel.backend.sharding`): data, batches, samples and perturbations
             are split along their first axis. The result is that of one device up to the rounding of sums. With several
             processes each calls `solve` with the same arguments.
@@ -87,8 +87,8 @@ def solve(
         CheckpointError: a checkpoint that cannot be used.
         SolveError: with `throw`, unless the run ends well.
     """
-    _check_arguments(problem, solver, max_steps, every, tol, time_limit, callback=callback, measure=measure)
-    _check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
+    check_arguments(problem, solver, max_steps, every, tol, time_limit, callback, measure)
+    check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
         solutions = _drive(
             problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
@@ -109,7 +109,7 @@ def solve_many(
     tol: float | None = None,
     time_limit: float | None = None,
     progress: bool | None = None,
-    measure: Callable | None = None,
+    measure: Referee | Callable | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> list[Solution]:
     """`solve` for every key of `keys`, shape [n], in one vmapped run.
@@ -123,8 +123,8 @@ def solve_many(
     Raises:
         InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
-    _check_arguments(problem, solver, max_steps, every, tol, time_limit, measure=measure)
-    _check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
+    check_arguments(problem, solver, max_steps, every, tol, time_limit, None, measure)
+    check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     many: Many = True if mesh is None else sharding.automatic(mesh)
     if mesh is not None and keys.shape[0] % mesh.size:
         invalid("keys", f"shape {keys.shape}", f"a multiple of the mesh's {mesh.size} devices", "Add or drop keys.")
@@ -132,48 +132,6 @@ def solve_many(
         problem, solver, keys, many=many, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
         callback=None, checkpoint=None, progress=progress, measure=measure,
     )  # fmt: skip
-
-
-def _check_arguments(
-    problem: object, solver: object, max_steps: object, every: object, tol: object, time_limit: object,
-    **functions: object,
-) -> None:  # fmt: skip
-    check_problem(problem)
-    if not isinstance(solver, Solver):
-        got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
-        invalid("solver", got, "a solver", "Make one: bilevel.AID().")
-    for name, count in vars(solver).items():
-        if name.startswith("num_") and not (count is None or _is_count(count, 0)):
-            invalid(f"{type(solver).__name__}.{name}", count, "a whole number >= 0", "Leave it out for the default.")
-    if not _is_count(max_steps, 0) or max_steps >= 2**31 - 1:
-        invalid("max_steps", max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
-    if every is not None and not _is_count(every, 1):
-        invalid("every", every, "a whole number >= 1, or None", "It is the number of steps between measurements.")
-    if tol is not None and not _not_negative(tol):
-        invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
-    if time_limit is not None and not _not_negative(time_limit):
-        invalid("time_limit", time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
-    for name, function in functions.items():
-        if function is not None and not callable(function):
-            invalid(name, type(function).__name__, "a function, or None", "Pass the function itself.")
-
-
-def _not_negative(value: Any) -> bool:
-    try:
-        return not isinstance(value, str) and float(value) >= 0
-    except TypeError:
-        return False
-
-
-def _is_count(value: object, least: int) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:
-    if not (isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)):
-        invalid(name, type(key).__name__, expected, "Make a typed key: jax.random.key(seed).")
-    if key.ndim != axes or key.size == 0:
-        invalid(name, f"shape {key.shape}", expected, do)
 
 
 class _Clock:
@@ -191,25 +149,18 @@ class _Clock:
             setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
 
 
-def default_measure(problem: BilevelProblem, solver: Solver) -> Callable:
-    """What `solve` measures by where nothing else is asked for."""
-    smooth = isinstance(problem.coupling, SmoothCoupling)  # F has no implicit derivative there
-    by_value = smooth or (solver.many_minimisers and problem.constrained_lower)
-    return solver.referee or (measure_global if by_value else measure_implicit)
-
-
 def _drive(
     problem: BilevelProblem, solver: Solver, key: Array, *, many: Many, max_steps: int, every: int | None, tol: float |
     None,
     time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
-    measure: Callable | None, mesh: jax.sharding.Mesh | None = None,
+    measure: Referee | Callable | None, mesh: jax.sharding.Mesh | None = None,
 ) -> list[Solution]:  # fmt: skip
     if problem not in _validated:  # by identity: a study solves one problem many times
         _validated.add(problem.validate())
     reason = solver.unsupported(problem)
     if reason is not None:
         raise Unsupported(reason)
-    measure = default_measure(problem, solver) if measure is None else measure
+    referee = referee_of(problem, solver, measure)
     count = key.shape[0] if many else 1
     every = max(1, max_steps // 20) if every is None else every
     clock = _Clock()
@@ -218,7 +169,7 @@ def _drive(
         problem, solver, key = sharding.place((problem, solver, key), many)
     else:
         problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
-    lanes = compiled(problem, solver, key, many, measure)
+    lanes = compiled(problem, solver, key, many, referee.measure)
 
     with clock.on("setup"):  # compiling: the same calls with nothing to do
         state = jax.block_until_ready(lanes.init())
@@ -226,8 +177,7 @@ def _drive(
         summary = np.asarray(summary)
         at_start = jax.block_until_ready(lanes.measure(state))
     if tol is None:
-        eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(lanes.output(state)[0]))
-        tol = float(np.power(eps, 0.2 if measure is measure_global else 0.5))
+        tol = referee.default_tol(lanes.output(state)[0])
     step, rows = 0, [Record() for _ in range(count)]
     columns, after = list(scalars(lane(info, many, 0))), 1 + len(solver.assumptions)  # info's numbers come last
     failed, numbers = np.zeros_like(summary[..., 1:after], int), summary[..., after:]

@@ -19,7 +19,7 @@ from jax import Array, lax
 
 from bilevel import BilevelProblem, FixedPoint, Full, Reals, Status, oracles
 from bilevel.backend.tree import norm
-from bilevel.diagnostics import Measurement
+from bilevel.diagnostics import Measurement, Referee
 from bilevel.sets import Set
 from bilevel.solver import Solver
 from bilevel.struct import invalid, static, struct
@@ -217,6 +217,10 @@ def measure(problem: BilevelProblem, x: PyTree, y: Weights) -> Measurement:
     share = jnp.sum(jnp.abs(r) >= 0.99 * bound, dtype=float) / jnp.sum(task.expert.inside, dtype=float)
     status = jnp.where(share >= 0.5, int(Status.SATURATED), int(Status.UNCHECKED))
     return Measurement(value, nan, nan, residual, jnp.zeros(()), status, nan)
+
+
+REFEREE = Referee("what can be said without a model", measure)
+"""Of problems of `to_control`: no run is called converged, and nothing checks its numbers."""
 
 
 def refuse_other_problems(solver: Solver, problem: BilevelProblem) -> str | None:

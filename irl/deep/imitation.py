@@ -20,7 +20,7 @@ from jax import Array, lax
 
 from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount, Status
+from bilevel.record import OracleCount, Referee, Status
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
@@ -126,7 +126,6 @@ class Imitation(Solver):
     num_random: int = static(default=1000)
     learning_rate: float = static(default=1e-3)
 
-    referee = staticmethod(control.measure)
     full_batch = True
     assumptions = MappingProxyType({"overlap": f"the discriminator is right at less than {SURE:.0%} of the steps"})
     warnings = MappingProxyType({"overlap": Status.SATURATED})
@@ -244,6 +243,9 @@ class Imitation(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=self.num_upper_steps, lower_gradients=self.num_lower_steps)
+
+    def referee(self, problem: BilevelProblem) -> Referee:
+        return control.REFEREE
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return control.refuse_other_problems(self, problem)

@@ -11,7 +11,7 @@ import bilevel
 import problems
 from benchmarks.judge import referee
 from bilevel import reference
-from bilevel.diagnostics import gap
+from bilevel.diagnostics import BY_VALUE, Referee
 from problems.instance import Instance
 from problems.quadratic import closed_form
 
@@ -70,7 +70,7 @@ def test_a_missed_global_minimum_is_caught():
         lambda x, y, batch: jnp.sum((y - x) ** 2), bilevel.Minimize(waves), y_set=bilevel.Box(-3.0, 3.0),
         init=lambda key: (jnp.zeros(1), jnp.zeros(1)),
     )  # fmt: skip
-    instance = Instance(problem, measure=gap.measure_global)
+    instance = Instance(problem, referee=BY_VALUE)
     x, y = jnp.array([0.5]), jnp.array([1.2517])  # near another local minimiser
     true = float(waves(x, y, None)) - (0.25 - 1)
     row = dict(zip(FIELDS, (float((y[0] - x[0]) ** 2), float("nan"), true, 0.0), strict=True))
@@ -86,7 +86,7 @@ def test_what_it_cannot_judge_it_says(monkeypatch):
     instance, x, y, row, _ = kink()
     assert referee.judge(instance, x, y, [])["reason"] == "nothing was measured"
     assert "float64" in referee.judge(instance, x.astype(jnp.float32), y, [row])["reason"]
-    own = Instance(instance.problem, measure=lambda problem, x, y: None)
+    own = Instance(instance.problem, referee=Referee("own", instance.referee.measure))
     assert "own way" in referee.judge(own, x, y, [row])["reason"]
     monkeypatch.setattr(referee, "LARGEST", 2)
     assert "3 lower unknowns, more than 2" in referee.judge(instance, x, y, [row])["reason"]

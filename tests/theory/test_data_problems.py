@@ -334,11 +334,11 @@ def test_hyper_cleaning_gradient_against_dense_algebra():
 def test_mlp_is_measured_at_the_given_weights(key):
     instance = make("hyper_cleaning", model="mlp", train=100, val=50)
     x, w = instance.problem.init(key)
-    measured = jax.jit(lambda problem, x, w: instance.measure(problem, x, w))(instance.problem, x, w)
+    measured = jax.jit(lambda problem, x, w: instance.referee.measure(problem, x, w))(instance.problem, x, w)
     V, U = (np.asarray(leaf) for leaf in instance.problem.upper_data.full())
     layers = [w["params"][name] for name in sorted(w["params"])]
     hidden = np.tanh(V[:, :64] @ np.asarray(layers[0]["kernel"]) + np.asarray(layers[0]["bias"]))
     p = softmax(hidden @ np.asarray(layers[1]["kernel"]) + np.asarray(layers[1]["bias"]))
     np.testing.assert_allclose(measured.value, -np.mean(np.log((p * U).sum(axis=1))), rtol=1e-10)
     assert np.isnan(measured.error_bound)  # nothing is certified here
-    assert instance.measure is hyper_cleaning.measure_at
+    assert instance.referee is hyper_cleaning.AT_WEIGHTS

@@ -9,9 +9,10 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import BY_VALUE
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.sampled.sampling import descend
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
@@ -97,7 +98,6 @@ class BVFSM(Solver):
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=20)
     full_batch = True
-    many_minimisers = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the weights are numbers, decay a number or a schedule."""
@@ -158,6 +158,9 @@ class BVFSM(Solver):
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T, K = self.num_lower_steps, self.num_penalty_steps
         return OracleCount(upper_gradients=K + 2, lower_values=2, lower_gradients=T + K + 3)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))

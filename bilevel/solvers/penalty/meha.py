@@ -10,9 +10,10 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import BY_VALUE
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
 from bilevel.step import Stepper, as_step, growth, move, require_number, require_size, step_sizes, stepper
@@ -81,7 +82,6 @@ class MEHA(Solver):
     nonsmooth: Callable | None = static(default=None)
     prox: Callable | None = static(default=None)
     full_batch = True
-    many_minimisers = True
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; gamma is a number."""
@@ -144,6 +144,9 @@ class MEHA(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=2, lower_gradients=4)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))

@@ -10,9 +10,10 @@ from jax import Array, lax
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, repeat, take
+from bilevel.diagnostics import BY_VALUE
 from bilevel.oracles import samples as sample_oracles
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.sampled import answer, renewal, sampling
 from bilevel.sampled.refine import LENGTHS as NEWTON
 from bilevel.sampled.refine import MAX_CG, SIZES, improve, multipliers, restore
@@ -135,7 +136,7 @@ class SampledPenalty(Solver):
     num_ladder_steps: int = static(default=200)
     refresh: bool = static(default=True)
     chunk: int = static(default=1024)
-    full_batch = many_minimisers = True
+    full_batch = True
     guarantees = ("sampled-value", "sampled-penalty", "sampled-kkt")
 
     def __post_init__(self) -> None:
@@ -357,6 +358,9 @@ class SampledPenalty(Solver):
         gradients = count * (1 + (problem.coupling is not None)) + slots + tracked
         values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
         return OracleCount(values, gradients, values, gradients, hvps)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if problem.coupling is not None and not self.refresh:
