@@ -5,24 +5,28 @@ A float stays a pytree leaf, so `vmap` over step sizes works; a schedule or a tr
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
+from jax.core import Tracer
 
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
+
+Scalar: TypeAlias = float | np.number | np.ndarray | Array
+"""A setting that is one number and a pytree leaf: shape [], or [runs] below `vmap`."""
 
 
 @struct
 class StepRule:
     """Turns a direction d into an update: -value d, -schedule(count) d, or what an optax transformation makes of d."""
 
-    value: Any = None
+    value: Scalar | None = None
     schedule: Callable | None = static(default=None)
     transformation: optax.GradientTransformation | None = static(default=None)
 
@@ -41,12 +45,19 @@ class StepRule:
         size, state = self.at(state)
         return move(params, direction, size), state
 
-    def at(self, state: PyTree) -> tuple[Array | float, PyTree]:
+    def at(self, state: PyTree) -> tuple[Any, PyTree]:
         """(the step size now, next state); for a float or a schedule."""
         if self.schedule is not None:
             with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
                 return self.schedule(state), state + 1
         return self.value, state
+
+
+Scheduled: TypeAlias = Scalar | Callable[[Any], Any] | StepRule
+"""A setting that may change during a run: a number, or a function of the step's index k = 0, 1, …"""
+
+StepSize: TypeAlias = Scheduled | optax.GradientTransformation
+"""A step size > 0: a number, an optax schedule, or an optax transformation in place of both step size and direction."""
 
 
 @functools.cache
@@ -77,16 +88,20 @@ def move(params: PyTree, direction: PyTree, size: Any) -> PyTree:
     return jax.tree.map(lambda p, d: p - jnp.asarray(size, p.dtype) * d, params, direction)
 
 
-def stepper(rule: StepRule | None, default: Any, params: PyTree) -> Stepper:
-    """The stepper of `rule`, or of the number `default` where the rule is None."""
-    rule = StepRule(default) if rule is None else rule
-    return Stepper(rule, rule.init(params))
+def stepper(rule: StepSize | None, default: StepSize | None, params: PyTree) -> Stepper:
+    """The stepper of `rule`, or of `default` where the rule is None."""
+    chosen = default if rule is None else rule
+    chosen = StepRule() if chosen is None else as_step(chosen)
+    return Stepper(chosen, chosen.init(params))
 
 
 def step_sizes(solver: Any, *names: str) -> None:
     """For a solver's `__post_init__`: turn its fields `names` into step rules and check them.
 
-    What already is a rule stays as it is: JAX rebuilds solvers from tracers and placeholders.
+    What already is a rule stays as it is: `dataclasses.replace` hands over the fields of a solver that was checked.
+
+    Raises:
+        InvalidInput: a number that is not positive and finite, or something else than a `StepSize`.
     """
     for name in names:
         given = getattr(solver, name)
@@ -96,27 +111,52 @@ def step_sizes(solver: Any, *names: str) -> None:
             object.__setattr__(solver, name, rule)
 
 
-def require_size(name: str, rule: StepRule | None) -> None:
+def schedules(solver: Any, *names: str) -> None:
+    """`step_sizes` for fields whose size the method needs: numbers or schedules, no optax transformation."""
+    step_sizes(solver, *names)
+    for name in names:
+        require_size(f"{type(solver).__name__}.{name}", getattr(solver, name))
+
+
+def require_numbers(solver: Any, *names: str) -> None:
+    """For a solver's `__post_init__`: check that its fields `names`, which stay constant, are positive numbers or None.
+
+    Raises:
+        InvalidInput: a schedule, an optax transformation, or a number that is not positive and finite.
+    """
+    for name in names:
+        require_number(f"{type(solver).__name__}.{name}", getattr(solver, name))
+
+
+def require_size(name: str, rule: StepSize | None) -> None:
     """Raise `InvalidInput` where a rule must have a size but is an optax transformation."""
-    if rule is not None and rule.transformation is not None:
+    if rule is not None and as_step(rule).transformation is not None:
         invalid(
             name, "an optax transformation", "a number > 0 or an optax schedule", "The method needs the step's size."
         )
 
 
-def require_number(name: str, rule: StepRule | None) -> None:
-    """Raise `InvalidInput` where a setting that was checked by `step_sizes` is a schedule or a transformation."""
-    if rule is None:
+def require_number(name: str, given: StepSize | None) -> None:
+    """Raise `InvalidInput` where a setting is neither None nor a positive finite number."""
+    if given is None:
         return
+    rule = as_step(given)
     if rule.transformation is not None or rule.schedule is not None:
         kind = "an optax schedule" if rule.schedule is not None else "an optax transformation"
         invalid(name, kind, "a number > 0", "It stays constant during a run.")
+    _check_value(name, rule.value, "a positive finite number")
 
 
-def as_step(rule: Any) -> Any:
-    """A `StepRule` from a float, a schedule (a function of the step count) or an optax transformation; None stays
-    None.
-    """
+@overload
+def as_step(rule: StepSize) -> StepRule: ...
+
+
+@overload
+def as_step(rule: None) -> None: ...
+
+
+def as_step(rule: StepSize | None) -> StepRule | None:
+    """A `StepRule` from a number, a schedule or an optax transformation; None stays None."""
     if rule is None or isinstance(rule, StepRule):
         return rule
     if isinstance(rule, optax.GradientTransformation):
@@ -126,12 +166,16 @@ def as_step(rule: Any) -> Any:
     return StepRule(rule)
 
 
-def check_step(name: str, rule: Any) -> None:
+def check_step(name: str, rule: StepRule | None) -> None:
     """Raise `InvalidInput` where a concrete step size is not a positive finite number."""
-    value = getattr(rule, "value", None)
-    if value is None or isinstance(value, jax.core.Tracer):
+    if rule is not None:
+        _check_value(name, rule.value, "a positive finite number, an optax schedule or an optax transformation")
+
+
+def _check_value(name: str, value: Any, expected: str) -> None:
+    """Raise `InvalidInput` unless `value` is None, traced, or positive and finite."""
+    if value is None or isinstance(value, Tracer):
         return
     number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(value, bool)
     if not number or not np.all((np.asarray(value) > 0) & np.isfinite(np.asarray(value))):
-        expected = "a positive finite number, an optax schedule or an optax transformation"
         invalid(name, repr(value), expected, "Leave it out for the default.")

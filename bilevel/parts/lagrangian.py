@@ -16,7 +16,7 @@ from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem, LinearCoupling
 from bilevel.qp.active_set import masked_inverse
 from bilevel.sampled.sampling import starts
-from bilevel.step import StepRule, move
+from bilevel.step import Scalar, move
 
 PyTree = Any
 SAMPLES = 8
@@ -36,7 +36,7 @@ def _unequal(problem: BilevelProblem, rows: int) -> Array:
     return jnp.arange(rows) < rows - equalities
 
 
-def clip(problem: BilevelProblem, m: Array, most: Array | float = jnp.inf) -> Array:
+def clip(problem: BilevelProblem, m: Array, most: Scalar = jnp.inf) -> Array:
     """The multipliers nearest to m [rows] in [0, most] for inequalities, and in [-most, most] for equalities."""
     most = jnp.asarray(most, m.dtype)
     return jnp.clip(m, jnp.where(_unequal(problem, m.size), 0, -most), most)
@@ -82,12 +82,12 @@ def independent(problem: BilevelProblem, held: Array) -> Array:
 
 
 def sizes(
-    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, primal: StepRule | None, dual: StepRule | None,
+    problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, primal: Scalar | None, dual: Scalar | None,
     weight: Array | float,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """(s, r) of `max_min` for g and weight f + g: the rules' numbers, or s = 1/(weight L_f + L_g), r = 1/(s J^2)."""
+    """(s, r) of `max_min` for g and weight f + g: these numbers, or s = 1/(weight L_f + L_g), r = 1/(s J^2)."""
     dtype = ravel_pytree(y)[0].dtype
-    size, dual_size = (None if rule is None else jnp.asarray(rule.value, dtype) for rule in (primal, dual))
+    size, dual_size = (None if size is None else jnp.asarray(size, dtype) for size in (primal, dual))
     if size is None or dual_size is None:
         L_f, L_g, J = lipschitz(problem, key, x, y)
         size = 1 / (weight * L_f + L_g) if size is None else size

@@ -37,7 +37,7 @@ from bilevel.parts.descent import descend
 from bilevel.parts.spectrum import spectrum
 from bilevel.problem import BilevelProblem, FixedPoint
 from bilevel.sets import Reals
-from bilevel.step import Stepper, StepRule, stepper
+from bilevel.step import Stepper, StepSize, stepper
 
 PyTree = Any
 PROBES = 6
@@ -133,9 +133,9 @@ class Iterates(NamedTuple):
 def start(
     problem: BilevelProblem,
     key: Array,
-    upper_step: StepRule | None,
-    lower_step: StepRule | None,
-    linear_step: StepRule | None,
+    upper_step: StepSize | None,
+    lower_step: StepSize | None,
+    linear_step: StepSize | None,
     num_lower_steps: int | None,
     caution: float = 1.0,
 ) -> Iterates:

@@ -8,7 +8,7 @@ import optax
 from jax import Array, lax
 
 from bilevel.problem import BilevelProblem
-from bilevel.step import Stepper, as_step, stepper
+from bilevel.step import Stepper, stepper
 from bilevel.struct import invalid, static, struct
 from irl.deep.imitation import Imitation, Pair, State, classify, step_x
 
@@ -71,7 +71,7 @@ class FIRL(Imitation):
     def init_extra(self, problem: BilevelProblem, key: Array) -> Discriminator:
         task = problem.lower_data.full()
         weights = task.reward.init(task.environment, key)
-        return Discriminator(weights, stepper(as_step(optax.adam(1e-3)), None, weights))
+        return Discriminator(weights, stepper(optax.adam(1e-3), None, weights))
 
     def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
         return problem.lower_data.full().rewards(state.extra.weights, steps)

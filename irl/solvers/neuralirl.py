@@ -11,7 +11,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Ball
 from bilevel.solver import Solver
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Stepper, require_numbers, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.mdp import MDP
 from irl.rewards import TwoLayer, one_hot_pairs
@@ -107,8 +107,8 @@ class NeuralIRL(Solver):
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
-        step_sizes(self, "lower_step_size", "upper_step_size", "radius")
-        require_number("NeuralIRL.radius", self.radius)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        require_numbers(self, "radius")
         for name in ("upper_decay", "weight_decay", "averaging"):
             number = getattr(self, name)
             if isinstance(number, int | float) and not 0 <= number < float("inf"):
@@ -153,7 +153,7 @@ class NeuralIRL(Solver):
             weighted = jnp.zeros_like(Q).at[sampled].add(delta / delta.size)
             td_error = jnp.sqrt(jnp.mean(delta**2))
         D, step_D = state.step_D(state.D, pull(weighted)[0])
-        D = Ball(self.radius.value).project(D)
+        D = Ball(self.radius).project(D)
 
         y = _truncate(mdp, r, self._table(mdp, network, D))
         if sampled is None:

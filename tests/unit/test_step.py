@@ -1,12 +1,14 @@
 """Step rules: floats, schedules and optax transformations behind one interface."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from bilevel import SOBA, InvalidInput
+from bilevel import BLOCC, F2SA, SOBA, InvalidInput
 from bilevel.step import StepRule, as_step, check_step, require_size, stepper
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
@@ -96,6 +98,24 @@ def test_rules_without_a_size():
     require_size("s", None)
     with pytest.raises(InvalidInput, match="s: got an optax transformation; expected a number > 0"):
         require_size("s", as_step(optax.adam(0.1)))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, np.nan, np.inf, "fast", True, lambda count: 0.1, optax.adam(0.1)])
+def test_settings_that_stay_constant_are_plain_numbers(bad):
+    solver = BLOCC(penalty=2.0, lower_step_size=0.25)
+    assert (solver.penalty, solver.lower_step_size, solver.dual_step_size) == (2.0, 0.25, None)
+    assert jax.tree.leaves(solver) == [0.25, 2.0]
+    with pytest.raises(InvalidInput, match=r"BLOCC\.penalty: got .*; expected a (positive finite )?number"):
+        BLOCC(penalty=bad)
+    with pytest.raises(InvalidInput, match=r"BLOCC\.dual_step_size: got .*; expected a (positive finite )?number"):
+        dataclasses.replace(solver, dual_step_size=bad)
+
+
+def test_settings_that_are_scheduled_have_a_size():
+    with pytest.raises(InvalidInput, match=r"F2SA\.penalty: got an optax transformation; expected a number > 0 or an"):
+        F2SA(penalty=optax.adam(0.1))
+    rate, _ = stepper(F2SA(penalty=lambda count: 3.0 + count).penalty, None, ()).size()
+    assert rate == 3
 
 
 def test_solvers_can_be_rebuilt_and_built_anywhere():

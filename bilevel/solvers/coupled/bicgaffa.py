@@ -12,7 +12,7 @@ from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver, refuse_fixed_point
-from bilevel.step import Stepper, as_step, growth, require_number, require_size, step_sizes, stepper
+from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import struct
 
 PyTree = Any
@@ -78,34 +78,29 @@ class BiCGAFFA(Solver):
         is our reading. Equalities are allowed: their lam and z have both signs.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    dual_step_size: Any = None
-    penalty: Any = None
-    gamma_1: Any = 1.0
-    gamma_2: Any = 1.0
-    bound: Any = 1e3
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    dual_step_size: StepSize | None = None
+    penalty: Scheduled | None = None
+    gamma_1: Scalar = 1.0
+    gamma_2: Scalar = 1.0
+    bound: Scalar = 1e3
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; penalty is a number or a schedule."""
-        step_sizes(
-            self, "lower_step_size", "upper_step_size", "dual_step_size", "penalty", "gamma_1", "gamma_2", "bound"
-        )
-        require_size("BiCGAFFA.penalty", self.penalty)
-        for name in ("gamma_1", "gamma_2", "bound"):
-            require_number(f"BiCGAFFA.{name}", getattr(self, name))
+        step_sizes(self, "lower_step_size", "upper_step_size", "dual_step_size")
+        schedules(self, "penalty")
+        require_numbers(self, "gamma_1", "gamma_2", "bound")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         z = lagrangian.zeros(problem, x, y)
-        penalty = stepper(as_step(growth(0.3)) if self.penalty is None else self.penalty, None, ())
+        penalty = stepper(self.penalty, growth(0.3), ())
         lower = upper = dual = None
         if None in (self.lower_step_size, self.upper_step_size, self.dual_step_size):
             L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
-            c, g1, g2 = (
-                jnp.asarray(value, L_g.dtype) for value in (penalty.size()[0], self.gamma_1.value, self.gamma_2.value)
-            )
+            c, g1, g2 = (jnp.asarray(value, L_g.dtype) for value in (penalty.size()[0], self.gamma_1, self.gamma_2))
             lower, dual = 1 / (L_g + 1 / g1), 1 / (1 / g2 + g1 * J**2)
             upper = 1 / (L_f / c + 2 * L_g + 1 / g1 + 2 * g2 * J**2)
         return State(
@@ -118,7 +113,7 @@ class BiCGAFFA(Solver):
         problem = problem.on_full_data()
         x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
         c, penalty = state.penalty.size()
-        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1.value, self.gamma_2.value))
+        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1, self.gamma_2))
 
         _, pull_w = oracles.coupling_pullback(problem, x, state.w)
         pulled = lambda g, h, w, y: g + h + (w - y) / jnp.asarray(g1, w.dtype)  # noqa: E731
@@ -138,7 +133,7 @@ class BiCGAFFA(Solver):
         dy = jax.tree.map(along_y, fy, gy, lam_y, y, w)
         (x, y), step = state.step((x, y), (dx, dy))
         z, step_z = state.step_z(z, (lam - z) / g2 - h_w)
-        z = lagrangian.clip(problem, z, self.bound.value)
+        z = lagrangian.clip(problem, z, self.bound)
 
         info = Info(
             norm(dx), norm(dy), norm(jax.tree.map(jnp.subtract, state.y, w)),

@@ -12,7 +12,7 @@ from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver, refuse_fixed_point
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -70,24 +70,23 @@ class BLOCC(Solver):
         points. The default step sizes are derived here.
     """
 
-    lower_step_size: Any = None
-    dual_step_size: Any = None
-    upper_step_size: Any = None
-    penalty: Any = 10.0
+    lower_step_size: Scalar | None = None
+    dual_step_size: Scalar | None = None
+    upper_step_size: StepSize | None = None
+    penalty: Scalar = 10.0
     num_lower_steps: int = static(default=20)
     num_primal_steps: int = static(default=1)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well."""
-        step_sizes(self, "lower_step_size", "dual_step_size", "upper_step_size", "penalty")
-        for name in ("lower_step_size", "dual_step_size", "penalty"):
-            require_number(f"BLOCC.{name}", getattr(self, name))
+        step_sizes(self, "upper_step_size")
+        require_numbers(self, "lower_step_size", "dual_step_size", "penalty")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         m = lagrangian.zeros(problem, x, y)
-        c, full = jnp.asarray(self.penalty.value, m.dtype), problem.on_full_data()
+        c, full = jnp.asarray(self.penalty, m.dtype), problem.on_full_data()
         size, dual_size = lagrangian.sizes(full, key, x, y, self.lower_step_size, self.dual_step_size, 1 / c)
         upper_size = None
         if self.upper_step_size is None:
@@ -98,7 +97,7 @@ class BLOCC(Solver):
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
         x, batch_f, batch_g = state.x, problem.upper_data.full(), problem.lower_data.full()
-        c = jnp.asarray(self.penalty.value, state.m.dtype)
+        c = jnp.asarray(self.penalty, state.m.dtype)
         sizes = state.size, state.dual_size, self.num_lower_steps, self.num_primal_steps
 
         def lower(z: PyTree) -> PyTree:

@@ -15,7 +15,7 @@ from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
 from bilevel.record import OracleCount
 from bilevel.sampled.sampling import descend
 from bilevel.solver import Solver, refuse_constrained_lower, refuse_fixed_point
-from bilevel.step import Stepper, move, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, move, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -88,11 +88,11 @@ class F2CBA(Solver):
         steps of Barzilai and Borwein's length. The points x are reported, not averages of blocks.
     """
 
-    lower_step_size: Any = None
-    dual_step_size: Any = None
-    upper_step_size: Any = None
-    alpha: Any = 0.1
-    radius: Any = None
+    lower_step_size: Scalar | None = None
+    dual_step_size: Scalar | None = None
+    upper_step_size: StepSize | None = None
+    alpha: Scalar = 0.1
+    radius: Scalar | None = None
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=30)
     full_batch = True
@@ -100,22 +100,22 @@ class F2CBA(Solver):
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well, unless there is a radius."""
-        step_sizes(self, "lower_step_size", "dual_step_size", "upper_step_size", "alpha", "radius")
-        numbers = "lower_step_size", "dual_step_size", "alpha", "radius"
-        for name in (*numbers, "upper_step_size") if self.radius is not None else numbers:
-            require_number(f"F2CBA.{name}", getattr(self, name))
+        step_sizes(self, "upper_step_size")
+        require_numbers(self, "lower_step_size", "dual_step_size", "alpha", "radius")
+        if self.radius is not None:
+            require_numbers(self, "upper_step_size")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         m = lagrangian.zeros(problem, x, y)
         full = problem.on_full_data()
         size, dual_size = lagrangian.sizes(
-            full, key, x, y, self.lower_step_size, self.dual_step_size, jnp.asarray(self.alpha.value, m.dtype) ** 2
+            full, key, x, y, self.lower_step_size, self.dual_step_size, jnp.asarray(self.alpha, m.dtype) ** 2
         )
         default = None
         if self.upper_step_size is None:
             L_f, L_g, _ = lagrangian.lipschitz(full, key, x, y)
-            default = 1 / (L_f + L_g / jnp.asarray(self.alpha.value, m.dtype) ** 2)
+            default = 1 / (L_f + L_g / jnp.asarray(self.alpha, m.dtype) ** 2)
         still = jax.tree.map(jnp.zeros_like, x)
         return State(x, y, m, y, m, still, size, dual_size, stepper(self.upper_step_size, default, x))
 
@@ -126,7 +126,7 @@ class F2CBA(Solver):
             share = jax.random.uniform(key, (), state.m.dtype)
             x = move(x, state.move, -share)
         batch_f, batch_g = problem.upper_data.full(), problem.lower_data.full()
-        delta = jnp.asarray(self.alpha.value, state.m.dtype) ** 2
+        delta = jnp.asarray(self.alpha, state.m.dtype) ** 2
         sizes = state.size, state.dual_size, self.num_lower_steps
 
         z, n = lagrangian.max_min(
@@ -166,7 +166,7 @@ class F2CBA(Solver):
         else:
             size, step_x = state.step_x.size()
             x, ahead = move(state.x, state.move, -1.0), move(state.move, direction, size)
-            length, radius = norm(ahead), jnp.asarray(self.radius.value, share.dtype)
+            length, radius = norm(ahead), jnp.asarray(self.radius, share.dtype)
             ahead = jax.tree.map(lambda d: d * jnp.minimum(1, radius / jnp.where(length > 0, length, 1)), ahead)
         return State(problem.x_set.project(x), y, m, z, n, ahead, state.size, state.dual_size, step_x), info
 

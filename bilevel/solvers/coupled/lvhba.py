@@ -14,7 +14,7 @@ from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, as_step, growth, require_number, require_size, step_sizes, stepper
+from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import struct
 
 PyTree = Any
@@ -78,31 +78,29 @@ class LVHBA(Solver):
         from f/c + g - v.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    dual_step_size: Any = None
-    penalty: Any = None
-    gamma_1: Any = 1.0
-    gamma_2: Any = 1.0
-    bound: Any = 1e3
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    dual_step_size: StepSize | None = None
+    penalty: Scheduled | None = None
+    gamma_1: Scalar = 1.0
+    gamma_2: Scalar = 1.0
+    bound: Scalar = 1e3
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; penalty is a number or a schedule."""
-        numbers = "gamma_1", "gamma_2", "bound"
-        step_sizes(self, "lower_step_size", "upper_step_size", "dual_step_size", "penalty", *numbers)
-        require_size("LVHBA.penalty", self.penalty)
-        for name in numbers:
-            require_number(f"LVHBA.{name}", getattr(self, name))
+        step_sizes(self, "lower_step_size", "upper_step_size", "dual_step_size")
+        schedules(self, "penalty")
+        require_numbers(self, "gamma_1", "gamma_2", "bound")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         z = lagrangian.zeros(problem, x, y)
-        penalty = stepper(as_step(growth(0.3)) if self.penalty is None else self.penalty, None, ())
+        penalty = stepper(self.penalty, growth(0.3), ())
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size, self.dual_step_size):
             L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
-            sizes = penalty.size()[0], self.gamma_1.value, self.gamma_2.value
+            sizes = penalty.size()[0], self.gamma_1, self.gamma_2
             c, g1, g2 = (jnp.asarray(value, L_g.dtype) for value in sizes)
             lower = jnp.minimum(1 / g1, 1 / g2) / (L_g + 1 / g1 + 1 / g2 + J) ** 2
             upper = jnp.minimum(lower, 1 / (L_f / c + 2 * L_g + 1 / g1))
@@ -116,7 +114,7 @@ class LVHBA(Solver):
         problem = problem.on_full_data()
         x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
         c, penalty = state.penalty.size()
-        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1.value, self.gamma_2.value))
+        c, g1, g2 = (jnp.asarray(value, z.dtype) for value in (c, self.gamma_1, self.gamma_2))
 
         h, pull = oracles.coupling_pullback(problem, x, state.w)
         pulled = lambda g, h, w, y: g + h + (w - y) / jnp.asarray(g1, w.dtype)  # noqa: E731
@@ -141,7 +139,7 @@ class LVHBA(Solver):
 
         info = Info(norm(dx), norm(dy), gap, norm(lam - z))
         z, step_z = state.step_z(z, (z - lam) / g2)
-        z = lagrangian.clip(problem, z, self.bound.value)
+        z = lagrangian.clip(problem, z, self.bound)
         return State(x, y, w, lam, z, step_w, step, step_z, penalty), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

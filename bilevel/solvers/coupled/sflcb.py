@@ -13,7 +13,7 @@ from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem, SmoothCoupling
 from bilevel.record import OracleCount
 from bilevel.solver import Solver, refuse_constrained_lower, refuse_fixed_point
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import struct
 
 PyTree = Any
@@ -78,18 +78,17 @@ class SFLCB(Solver):
         multipliers move first is our reading.
     """
 
-    lower_step_size: Any = None
-    dual_step_size: Any = None
-    upper_step_size: Any = None
-    delta: Any = 0.1
-    rho: Any = 1.0
+    lower_step_size: StepSize | None = None
+    dual_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    delta: Scalar = 0.1
+    rho: Scalar = 1.0
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; delta and rho are numbers."""
-        step_sizes(self, "lower_step_size", "dual_step_size", "upper_step_size", "delta", "rho")
-        for name in ("delta", "rho"):
-            require_number(f"SFLCB.{name}", getattr(self, name))
+        step_sizes(self, "lower_step_size", "dual_step_size", "upper_step_size")
+        require_numbers(self, "delta", "rho")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
@@ -98,20 +97,20 @@ class SFLCB(Solver):
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             L_f, L_g, J = lagrangian.lipschitz(problem.on_full_data(), key, x, y)
-            delta, rho = (jnp.asarray(rule.value, L_g.dtype) for rule in (self.delta, self.rho))
+            delta, rho = (jnp.asarray(number, L_g.dtype) for number in (self.delta, self.rho))
             lower = 1 / (delta * L_f + L_g + rho * (J**2 + 1))
             upper = lower / 2
         return State(
             x, y, y, m, m, slack, slack,
             step_x=stepper(self.upper_step_size, upper, x),
             step_y=stepper(self.lower_step_size, lower, (y, m)), step_z=stepper(self.lower_step_size, lower, (y, m)),
-            step_u=stepper(self.dual_step_size, self.rho.value, (m, m)),
+            step_u=stepper(self.dual_step_size, self.rho, (m, m)),
         )  # fmt: skip
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
         x, y, z, batch_f, batch_g = state.x, state.y, state.z, problem.upper_data.full(), problem.lower_data.full()
-        delta, rho = (jnp.asarray(rule.value, state.u.dtype) for rule in (self.delta, self.rho))
+        delta, rho = (jnp.asarray(number, state.u.dtype) for number in (self.delta, self.rho))
         h_y, pull_y = oracles.coupling_pullback(problem, x, y)
         h_z, pull_z = oracles.coupling_pullback(problem, x, z)
         off_y, off_z = h_y - state.alpha, h_z - state.beta

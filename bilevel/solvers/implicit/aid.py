@@ -15,7 +15,7 @@ from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import step_sizes
+from bilevel.step import StepSize, step_sizes
 from bilevel.struct import static, struct
 
 
@@ -52,8 +52,8 @@ class AID(Solver):
     projected.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     linear: LinearSolver | None = None
     full_batch = True

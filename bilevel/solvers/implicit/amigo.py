@@ -11,7 +11,7 @@ from bilevel.parts.tuning import Iterates, implicit_step, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes
+from bilevel.step import Stepper, StepSize, step_sizes
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -45,9 +45,9 @@ class AmIGO(Solver):
     Differs from the paper: v has the opposite sign; x is projected on X; fixed points are allowed as lower level.
     """
 
-    lower_step_size: Any = None
-    linear_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    linear_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
 

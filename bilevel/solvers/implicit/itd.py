@@ -1,6 +1,6 @@
 """ITD: iterative differentiation, through the lower level's steps."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from jax import Array
 
@@ -10,7 +10,7 @@ from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import require_size, step_sizes
+from bilevel.step import StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
 
@@ -45,15 +45,15 @@ class ITD(Solver):
     Differs from the papers: x is projected on X.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=20)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x only."""
-        step_sizes(self, "lower_step_size", "upper_step_size")
-        require_size("ITD.lower_step_size", self.lower_step_size)
+        step_sizes(self, "upper_step_size")
+        schedules(self, "lower_step_size")
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.lower_step_size

@@ -13,7 +13,7 @@ from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants
 from bilevel.record import OracleCount
 from bilevel.solver import Solver, refuse_constrained_lower
-from bilevel.step import step_sizes
+from bilevel.step import StepSize, step_sizes
 from bilevel.struct import struct
 
 PyTree = Any
@@ -66,9 +66,9 @@ class SABA(Solver):
         samples; x is projected on X; fixed points are allowed as lower level.
     """
 
-    lower_step_size: Any = None
-    linear_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    linear_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     guarantees = ("saba", "saba-rate")
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import step_sizes
+from bilevel.step import StepSize, step_sizes
 from bilevel.struct import struct
 
 
@@ -45,9 +45,9 @@ class SOBA(Solver):
     Differs from the paper: v has the opposite sign; x is projected on X; fixed points are allowed as lower level.
     """
 
-    lower_step_size: Any = None
-    linear_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    linear_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     guarantees = ("soba", "soba-projected", "soba-batches", "soba-batches-rate")
 
     def __post_init__(self) -> None:

@@ -9,7 +9,7 @@ from bilevel.parts.tuning import Iterates, implicit_step, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, require_size, step_sizes
+from bilevel.step import Stepper, StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -43,16 +43,16 @@ class StocBiO(Solver):
         are independent only with replacement; x is projected.
     """
 
-    lower_step_size: Any = None
-    linear_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    linear_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x and y only."""
-        step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
-        require_size("StocBiO.linear_step_size", self.linear_step_size)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        schedules(self, "linear_step_size")
 
     def init(self, problem: BilevelProblem, key: Array) -> Iterates:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size

@@ -16,7 +16,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -68,16 +68,16 @@ class BOME(Solver):
     Differs from the paper: x is projected on X, and y and w on Y.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    decrease: Any = 0.5
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    decrease: Scalar = 0.5
     num_lower_steps: int = static(default=30)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
-        step_sizes(self, "lower_step_size", "upper_step_size", "decrease")
-        require_number("BOME.decrease", self.decrease)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        require_numbers(self, "decrease")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
@@ -98,7 +98,7 @@ class BOME(Solver):
         df, unravel = ravel_pytree(oracles.upper_gradients(problem, x, y, batch_f))
         dq, _ = ravel_pytree(oracles.value_gap_gradients(problem, x, y, w, batch_g))
         square = dq @ dq
-        wanted = jnp.maximum(0, jnp.asarray(self.decrease.value, dq.dtype) * square - df @ dq)
+        wanted = jnp.maximum(0, jnp.asarray(self.decrease, dq.dtype) * square - df @ dq)
         multiplier = jnp.where(square > 0, wanted / jnp.where(square > 0, square, 1), 0)
         direction = df + multiplier * dq
         (x, y), step = state.step((x, y), unravel(direction))

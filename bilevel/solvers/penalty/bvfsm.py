@@ -16,7 +16,7 @@ from bilevel.record import OracleCount, Referee
 from bilevel.sampled.sampling import descend
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, StepRule, require_number, require_size, step_sizes, stepper
+from bilevel.step import Scalar, Scheduled, Stepper, StepSize, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -89,39 +89,36 @@ class BVFSM(Solver):
         order are the same. The default decay and step sizes are ours.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    regularisation: Any = 1.0
-    penalty_regularisation: Any = 0.01
-    barrier: Any = 1.0
-    decay: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    regularisation: Scalar = 1.0
+    penalty_regularisation: Scalar = 0.01
+    barrier: Scalar = 1.0
+    decay: Scheduled | None = None
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=20)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the weights are numbers, decay a number or a schedule."""
-        numbers = "regularisation", "penalty_regularisation", "barrier"
-        step_sizes(self, "lower_step_size", "upper_step_size", "decay", *numbers)
-        require_size("BVFSM.decay", self.decay)
-        for name in numbers:
-            require_number(f"BVFSM.{name}", getattr(self, name))
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        schedules(self, "decay")
+        require_numbers(self, "regularisation", "penalty_regularisation", "barrier")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             L_f, L_g = smoothness(problem.on_full_data(), key, x, y)
-            lower, upper = 1 / (L_g + jnp.asarray(self.regularisation.value, L_g.dtype)), 1 / (L_f + L_g)
-        decay = StepRule(schedule=_decay) if self.decay is None else self.decay
+            lower, upper = 1 / (L_g + jnp.asarray(self.regularisation, L_g.dtype)), 1 / (L_f + L_g)
         steps = stepper(self.upper_step_size, upper, x), stepper(self.lower_step_size, lower, y)
-        return State(x, y, problem.y_set.project(y), *steps, stepper(decay, None, ()))
+        return State(x, y, problem.y_set.project(y), *steps, stepper(self.decay, _decay, ()))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
         x, batch_f, batch_g = state.x, problem.upper_data.full(), problem.lower_data.full()
         d, decay = state.decay.size()
-        weights = self.regularisation.value, self.penalty_regularisation.value, self.barrier.value
+        weights = self.regularisation, self.penalty_regularisation, self.barrier
         mu, theta, s = (jnp.asarray(weight * d, jax.tree.leaves(x)[0].dtype) for weight in weights)
 
         def lower_step(carry: tuple[PyTree, Stepper], _: None) -> tuple[tuple[PyTree, Stepper], None]:

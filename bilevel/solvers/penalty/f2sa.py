@@ -16,7 +16,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, StepRule, require_size, step_sizes, stepper
+from bilevel.step import Scheduled, Stepper, StepSize, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -81,16 +81,16 @@ class F2SA(Solver):
         lam would multiply them. x is projected on X.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    penalty: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    penalty: Scheduled | None = None
     num_lower_steps: int = static(default=10)
     growth: ClassVar[Callable] = staticmethod(_growth)
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the penalty is a number or a schedule."""
-        step_sizes(self, "lower_step_size", "upper_step_size", "penalty")
-        require_size(f"{type(self).__name__}.penalty", self.penalty)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        schedules(self, "penalty")
 
     def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
         return default_steps(problem, x, y, num_lower_steps=self.num_lower_steps)
@@ -98,7 +98,7 @@ class F2SA(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_upper, key_lower = jax.random.split(key, 3)
         x, y = problem.init(key_start)
-        penalty = stepper(StepRule(schedule=self.growth) if self.penalty is None else self.penalty, None, ())
+        penalty = stepper(self.penalty, self.growth, ())
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             lower, upper = self._default_steps(problem, key, x, y, penalty.size()[0])

@@ -12,7 +12,7 @@ from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import struct
 
 PyTree = Any
@@ -57,28 +57,28 @@ class GPBGD(Solver):
     Differs from the paper: the penalty carries a factor 1/2; fixed points are allowed as lower level, R = y - T.
     """
 
-    upper_step_size: Any = None
-    penalty: Any = 100.0
+    upper_step_size: StepSize | None = None
+    penalty: Scalar = 100.0
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
-        step_sizes(self, "upper_step_size", "penalty")
-        require_number("GPBGD.penalty", self.penalty)
+        step_sizes(self, "upper_step_size")
+        require_numbers(self, "penalty")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         upper = None
         if self.upper_step_size is None:
             lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
-            upper = 1 / (1 / upper + 2 * jnp.asarray(self.penalty.value, lower.dtype) / lower**2)
+            upper = 1 / (1 / upper + 2 * jnp.asarray(self.penalty, lower.dtype) / lower**2)
         return State(x, y, stepper(self.upper_step_size, upper, (x, y)))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         x, y, batch_f, batch_g = state.x, state.y, problem.upper_data.full(), problem.lower_data.full()
         gradient = oracles.upper_gradients(problem, x, y, batch_f)
         R, square = oracles.residual_square_gradients(problem, x, y, batch_g)
-        direction = jax.tree.map(lambda f, r: f + jnp.asarray(self.penalty.value, f.dtype) * r, gradient, square)
+        direction = jax.tree.map(lambda f, r: f + jnp.asarray(self.penalty, f.dtype) * r, gradient, square)
         (x, y), step = state.step((x, y), direction)
         info = Info(norm(direction[0]), norm(direction[1]), norm(R))
         return State(problem.x_set.project(x), y, step), info

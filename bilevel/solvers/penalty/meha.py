@@ -16,7 +16,7 @@ from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Referee
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, as_step, growth, move, require_number, require_size, step_sizes, stepper
+from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, move, require_numbers, schedules, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -75,33 +75,30 @@ class MEHA(Solver):
         moves at the new x is our reading. (x, w) is reported, not (x, y).
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    penalty: Any = None
-    gamma: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    penalty: Scheduled | None = None
+    gamma: Scalar | None = None
     nonsmooth: Callable | None = static(default=None)
     prox: Callable | None = static(default=None)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; gamma is a number."""
-        step_sizes(self, "lower_step_size", "upper_step_size", "penalty", "gamma")
-        for name in ("lower_step_size", "upper_step_size", "penalty"):
-            require_size(f"MEHA.{name}", getattr(self, name))
-        require_number("MEHA.gamma", self.gamma)
+        schedules(self, "lower_step_size", "upper_step_size", "penalty")
+        require_numbers(self, "gamma")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
-        gamma = None if self.gamma is None else self.gamma.value
-        penalty = stepper(as_step(growth(0.49)) if self.penalty is None else self.penalty, None, ())
+        penalty = stepper(self.penalty, growth(0.49), ())
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
             L_f, L_g = smoothness(self._smooth(problem.on_full_data()), key, x, y)
-            pull = 2 * L_g if gamma is None else 1 / jnp.asarray(gamma, L_g.dtype)
+            pull = 2 * L_g if self.gamma is None else 1 / jnp.asarray(self.gamma, L_g.dtype)
             c = jnp.asarray(penalty.size()[0], L_g.dtype)
             lower, upper = 1 / (L_g + pull), 1 / (L_f / c + 2 * L_g + pull)
         step_w = stepper(self.lower_step_size, lower, y)
-        gamma = 1.5 * step_w.size()[0] if gamma is None else gamma
+        gamma = 1.5 * step_w.size()[0] if self.gamma is None else self.gamma
         gamma = jnp.asarray(gamma, jax.tree.leaves(y)[0].dtype)
         return State(x, y, y, gamma, step_w, stepper(self.upper_step_size, upper, y), penalty)
 

@@ -16,7 +16,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
 from bilevel.solver import Solver, refuse_without_value
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -65,16 +65,16 @@ class VPBGD(Solver):
     Differs from the paper: w starts from its last value, not from y.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    penalty: Any = 10.0
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    penalty: Scalar = 10.0
     num_lower_steps: int = static(default=10)
     full_batch = True
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""
-        step_sizes(self, "lower_step_size", "upper_step_size", "penalty")
-        require_number("VPBGD.penalty", self.penalty)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        require_numbers(self, "penalty")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
@@ -82,10 +82,10 @@ class VPBGD(Solver):
         if None in (self.lower_step_size, self.upper_step_size):
             if isinstance(problem.y_set, Reals):
                 lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
-                upper = 1 / (1 / upper + 4 * jnp.asarray(self.penalty.value, lower.dtype) / lower)
+                upper = 1 / (1 / upper + 4 * jnp.asarray(self.penalty, lower.dtype) / lower)
             else:
                 L_f, L_g = smoothness(problem.on_full_data(), key, x, y)
-                lower, upper = 1 / L_g, 1 / (L_f + 2 * jnp.asarray(self.penalty.value, L_g.dtype) * L_g)
+                lower, upper = 1 / L_g, 1 / (L_f + 2 * jnp.asarray(self.penalty, L_g.dtype) * L_g)
         return State(x, y, y, stepper(self.upper_step_size, upper, (x, y)), stepper(self.lower_step_size, lower, y))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
@@ -95,7 +95,7 @@ class VPBGD(Solver):
 
         gradient = oracles.upper_gradients(problem, x, y, batch_f)
         gap = oracles.value_gap_gradients(problem, x, y, w, batch_g)
-        direction = jax.tree.map(lambda f, q: f + jnp.asarray(self.penalty.value, f.dtype) * q, gradient, gap)
+        direction = jax.tree.map(lambda f, q: f + jnp.asarray(self.penalty, f.dtype) * q, gradient, gap)
         (x, y), step = state.step((x, y), direction)
         return State(problem.x_set.project(x), problem.y_set.project(y), w, step, step_w), Info(*map(norm, direction))
 

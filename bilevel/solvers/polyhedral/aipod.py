@@ -16,7 +16,7 @@ from bilevel.parts.tuning import start
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
 from bilevel.solver import Solver, refuse_constrained_lower
-from bilevel.step import Stepper, require_size, step_sizes
+from bilevel.step import Stepper, StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -80,17 +80,17 @@ class AiPOD(Solver):
         Its variants that skip projections at random are not here.
     """
 
-    lower_step_size: Any = None
-    linear_step_size: Any = None
-    upper_step_size: Any = None
+    lower_step_size: StepSize | None = None
+    linear_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
     assumptions = MappingProxyType({"convex": "g_yy is positive along the adjoint v (strong convexity)"})
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x and y only."""
-        step_sizes(self, "lower_step_size", "linear_step_size", "upper_step_size")
-        require_size("AiPOD.linear_step_size", self.linear_step_size)
+        step_sizes(self, "lower_step_size", "upper_step_size")
+        schedules(self, "linear_step_size")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size

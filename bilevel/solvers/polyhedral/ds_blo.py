@@ -16,6 +16,7 @@ from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
+from bilevel.step import Scalar
 from bilevel.struct import invalid, static, struct
 from bilevel.theory.nonsmooth import momentum_settings
 
@@ -80,10 +81,10 @@ class DSBLO(Solver):
         paper's constants.
     """
 
-    beta: Any = 0.9
-    gamma_1: Any = 10.0
-    gamma_2: Any = 10.0
-    sigma: Any = 0.01
+    beta: Scalar = 0.9
+    gamma_1: Scalar = 10.0
+    gamma_2: Scalar = 10.0
+    sigma: Scalar = 0.01
     distribution: str = static(default="gaussian")
     option: str = static(default="II")
     num_lower_steps: int = static(default=2)

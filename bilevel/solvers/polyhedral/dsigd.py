@@ -14,7 +14,7 @@ from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import require_number, step_sizes
+from bilevel.step import Scalar, require_numbers
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -68,11 +68,11 @@ class DSIGD(Solver):
         is solved by an active-set method.
     """
 
-    upper_step_size: Any = None
-    shrink: Any = 0.5
-    decrease: Any = 0.1
-    slack: Any = 0.0
-    sigma: Any = 1e-3
+    upper_step_size: Scalar | None = None
+    shrink: Scalar = 0.5
+    decrease: Scalar = 0.1
+    slack: Scalar = 0.0
+    sigma: Scalar = 1e-3
     distribution: str = static(default="gaussian")
     num_trials: int = static(default=12)
     num_lower_steps: int = static(default=2)
@@ -81,9 +81,7 @@ class DSIGD(Solver):
 
     def __post_init__(self) -> None:
         """Accept a number as step."""
-        step_sizes(self, "upper_step_size")
-        if self.upper_step_size is not None:
-            require_number("DSIGD.upper_step_size", self.upper_step_size)
+        require_numbers(self, "upper_step_size")
         draws.check_distribution("DSIGD.distribution", self.distribution)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
@@ -100,7 +98,7 @@ class DSIGD(Solver):
         y, active, *seen = found[0]
         gradient = tracking.gradient(problem, x, found, upper, lower)
         here = oracles.upper_value(problem, x, y, upper)
-        dtype, step = here.dtype, 1.0 if self.upper_step_size is None else self.upper_step_size.value
+        dtype, step = here.dtype, 1.0 if self.upper_step_size is None else self.upper_step_size
         step, shrink, decrease, slack = (
             jnp.asarray(part, dtype) for part in (step, self.shrink, self.decrease, self.slack)
         )

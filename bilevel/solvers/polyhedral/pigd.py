@@ -11,7 +11,7 @@ from bilevel.parts.tracking import Info, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -48,7 +48,7 @@ class PIGD(Solver):
     Differs from the paper: no perturbation; the lower level is solved by an active-set method.
     """
 
-    upper_step_size: Any = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=2)
     full_batch = True
     assumptions = tracking.ASSUMPTIONS

@@ -11,7 +11,7 @@ from bilevel.parts.tracking import Info, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, as_step, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -57,8 +57,8 @@ class SSIGD(Solver):
     Differs from the paper: the constraints may depend on x; the lower level is solved by an active-set method.
     """
 
-    upper_step_size: Any = None
-    sigma: Any = 1e-3
+    upper_step_size: StepSize | None = None
+    sigma: Scalar = 1e-3
     distribution: str = static(default="gaussian")
     num_lower_steps: int = static(default=2)
     assumptions = tracking.ASSUMPTIONS
@@ -74,8 +74,7 @@ class SSIGD(Solver):
         x = problem.x_set.project(x)
         q = draws.perturbation(key_q, y, self.distribution, self.sigma)
         active, upper = tracking.no_rows_active(problem, x, y), problem.upper_data.init(key_source)
-        rule = as_step(decreasing) if self.upper_step_size is None else self.upper_step_size
-        return State(x, y, q, active, stepper(rule, None, x), upper)
+        return State(x, y, q, active, stepper(self.upper_step_size, decreasing, x), upper)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         x, y, q, active, step, upper = state
