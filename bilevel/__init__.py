@@ -26,7 +26,7 @@ from bilevel.data import Full, Minibatch, PerSample, Source
 from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
-from bilevel.lower import ActiveSet, Newton, ProjectedNewton
+from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.record import OracleCount, Record, Solution, SolveError, Status
 from bilevel.run import advance, checkpoint, solve, solve_many

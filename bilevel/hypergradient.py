@@ -19,43 +19,18 @@ rounding. It is an estimate: status says so. Iterative methods find the correcti
 `ESTIMATE_TOL`: with a condition number beyond 1/ESTIMATE_TOL what soft directions add to an error may be missed.
 """
 
-import dataclasses
-from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 
-from bilevel import lower as lower_level
-from bilevel import oracles
 from bilevel.backend.precision import full_precision
-from bilevel.linear import LinearSolution, LinearSolver, default_solver, gram, pack_scalars
-from bilevel.linear.nystrom import Nystrom
-from bilevel.lower import Newton, polyhedral, polyhedral_gradient, projected, projected_gradient
-from bilevel.lower.polyhedral import ActiveSet
-from bilevel.lower.projected import ProjectedNewton
-from bilevel.problem import BilevelProblem, Constants, Minimize, check_like, check_problem, start_y
-from bilevel.record import Hypergradient, Status
-from bilevel.struct import static, struct
+from bilevel.linear import LinearSolver
+from bilevel.lower import Adjoint, LowerMethod, Newton, Unrolled, check_lower, choose, given_for_none
+from bilevel.problem import BilevelProblem, Constants, check_problem, start_y
+from bilevel.record import Hypergradient
+from bilevel.struct import invalid
 
 PyTree = Any
-LowerSettings = Newton | ActiveSet | ProjectedNewton
-ESTIMATE_TOL = 1e-3  # relative residual of the corrections that an error is estimated by
-
-
-@struct
-class Unrolled:
-    """Differentiate `num_steps` steps y <- y - step_size R(x, y) instead of using the implicit function theorem."""
-
-    step_size: Any
-    num_steps: int = static(default=100)
-
-
-def _norm(tree: PyTree) -> Array:
-    return jnp.linalg.norm(ravel_pytree(tree)[0])
 
 
 def hypergradient(
@@ -64,7 +39,7 @@ def hypergradient(
     y: PyTree = None,
     *,
     method: LinearSolver | Unrolled | None = None,
-    lower: LowerSettings | None = Newton(),  # noqa: B008
+    lower: LowerMethod | None = Newton(),  # noqa: B008
     v: PyTree = None,
     constants: Constants | None = None,
     estimate: bool = True,
@@ -79,7 +54,10 @@ def hypergradient(
         method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
             level's last factor, with refinement; where there is none, Dense up to `linear.DENSE_LIMIT` unknowns, then
             CG (Minimize) or GMRES (FixedPoint).
-        lower: settings of the lower-level solve; None takes y as given, and the error says what that costs.
+        lower: a `LowerMethod`: `Newton`, `ActiveSet`, `ProjectedNewton`, or `AsGiven` to take y as it is, and the error
+            says what that costs. A `Newton` gives its tolerance to the method that `lower.choose` picks in its place
+            where there are constraints or many unknowns. None still means `AsGiven()`, with a DeprecationWarning; in
+            the next version it will mean the default.
         v: warm start of the adjoint, shaped like y.
         constants: makes `error_bound` rigorous; for constrained lower levels it stays an estimate.
         estimate: without constants, estimate the error (two more linear solves); False gives error_bound = NaN.
@@ -87,239 +65,29 @@ def hypergradient(
     Raises:
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
             with constraints.
-        InvalidInput: where x, y or v is not shaped like init's x0, y0, or problem is none.
+        InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none.
     """
     check_problem(problem)
-    return _hypergradient(problem, x, y, method, lower, v, constants, estimate)
+    check_method(method, "hypergradient", Unrolled)
+    lower = given_for_none(lower, "hypergradient")
+    check_lower(lower, "hypergradient")
+    return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate))
 
 
-@partial(jax.jit, static_argnames="estimate")
+@jax.jit
 @full_precision
 def _hypergradient(
-    problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | Unrolled | None, lower: LowerSettings | None,
-    v: PyTree, constants: Constants | None, estimate: bool,
-) -> Hypergradient:  # fmt: skip
+    problem: BilevelProblem, x: PyTree, y: PyTree, lower: LowerMethod | None, adjoint: Adjoint
+) -> Hypergradient:
     y = start_y(problem, x, y)
-    if problem.constrained_lower:
-        large = None if method is not None else projected.settings_for(problem, y, lower)
-        if large is not None:
-            return projected_gradient.differentiate(problem, x, y, large, estimate)
-        settings = polyhedral.settings_for(problem, "hypergradient", lower, method)
-        return polyhedral_gradient.differentiate(problem, x, y, settings, estimate)
-    if v is not None:
-        check_like("v", v, y, "init's y0")
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
-    if lower is None:
-        status, factor, sketch = jnp.array(Status.CONVERGED), (), None
-        R = ravel_pytree(oracles.residual(problem, x, y, lower_batch))[0]
-        lower_residual = jnp.linalg.norm(R)
-    else:
-        y, lower_residual, _, status, factor, R, sketch = lower_level.solve(problem, x, y, lower_batch, lower)
-    if isinstance(method, Unrolled):
-        return _unrolled(problem, x, y, method, status)
-
-    flat_y, unravel = ravel_pytree(y)
-    flat_x, unravel_x = ravel_pytree(x)
-    dtype = flat_y.dtype
-    inverse = _inverse(problem, x, y, lower_batch, method, factor, sketch)
-
-    def look(y: Array, v: Array) -> _Look:
-        value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
-        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)[1:]
-        fx, fy, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        return _Look(value, fx - cross, cross, fy - Hv, fy)
-
-    start = jnp.zeros_like(flat_y) if v is None else ravel_pytree(v)[0]
-    estimated = estimate and constants is None
-    flat_v, gradient, seen = _passes(look, inverse, flat_x.size, flat_y, start, R, lower_residual, estimated)
-    value, linear_residual = seen.value, seen.r_v
-    rounding = jnp.finfo(dtype).eps * (flat_y.size + flat_x.size)
-    if constants is not None:
-        error = _proved(constants, x, flat_y, flat_v, seen.fx, lower_residual, linear_residual, rounding)
-        good = jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
-    elif estimate:
-        scale = seen.fx + seen.cross + seen.moved / jnp.where(seen.shifted > 0, seen.shifted, 1) * seen.fy
-        error = 2 * seen.change + rounding * scale
-        error = jnp.where(seen.unsolved > 0, jnp.inf, error)  # an estimate by a solver that has not solved is none
-        good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
-    else:
-        error, good = jnp.full((), jnp.nan, dtype), jnp.array(Status.UNCHECKED)
-    solved = jnp.where(status == Status.CONVERGED, good, status)
-    finite = jnp.isfinite(seen.fx + seen.cross + value + lower_residual + linear_residual)
-    return Hypergradient(
-        value=value,
-        gradient=unravel_x(jnp.where(finite, gradient, jnp.nan)),  # a failure is never a number
-        y=y,
-        lower_residual=lower_residual,
-        linear_residual=linear_residual,
-        error_bound=jnp.where(finite & ~(jnp.isnan(error) & (constants is not None)), error, jnp.inf),
-        active_margin=jnp.full((), jnp.inf, dtype),
-        status=jnp.where(finite, solved, Status.NONFINITE),
-        v=unravel(flat_v),
-    )
+    return choose(problem, y, lower, "hypergradient").hypergradient(problem, x, y, adjoint)
 
 
-class _Look(NamedTuple):
-    """What (y, v) shows: f; f_x - R_x' v; R_x' v; f_y - R_y' v; f_y."""
-
-    value: Array
-    gradient: Array
-    cross: Array
-    r_v: Array
-    fy: Array
-
-
-class _Seen(NamedTuple):
-    """|r_v|, f, |f_x|, |f_y|, |R_x' v| at (y, v); then |r_v| at (y + d, v), and how far R_x' v and the gradient moved
-    by dv, and by d and dv. unsolved: a correction is not solved. In the passes' loop packed in one vector, the norms
-    squared: each array that leaves it and each root is a kernel to compile.
-    """
-
-    r_v: Array
-    value: Array
-    fx: Array
-    fy: Array
-    cross: Array
-    shifted: Array
-    moved: Array
-    change: Array
-    unsolved: Array
-
-
-def _passes(
-    look: Callable, inverse: "_Inverse", size_x: int, y: Array, v: Array, R: Array, lower_residual: Array,
-    estimate: bool,
-) -> tuple[Array, Array, _Seen]:  # fmt: skip
-    """(v, f_x - R_x' v, what is seen) at (y, v) with v solved, then at (y + d, v) and at (y + d, v + dv).
-
-    d = -R_y^-1 R and dv = R_y^-T r_v at y + d: the last gradient is right to higher order, so its distance to the first
-    is the first one's error. One loop with one look and one solve a pass, so that each is compiled once.
-    Stage 0 solves for v, 1 is at y + d, 2 at v + dv; without `estimate` stage 0 is all.
-    """
-    dtype, stages = y.dtype, 3 if estimate else 1
-    enough = (10 * jnp.finfo(dtype).eps) ** 2  # the linear solvers' default, squared
-
-    def body(carry: tuple[Array, Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array, Array]:
-        y, v, first_v, kept, scalars = carry  # kept: the gradient of stage 0, the last stage's R_x' v; zeros before
-        stage, count, *rest = scalars
-        c, at = _Seen(*rest), look(y, v)
-        difference = jnp.stack([at.gradient, at.cross]) - kept
-        by_y, by_x = gram(jnp.stack([at.r_v, at.fy])), gram(difference)
-        r_v, fy, change, moved = by_y[0, 0], by_y[1, 1], by_x[0, 0], by_x[1, 1]
-        refine = (stage == 0) & (count < inverse.max_solves) & (r_v <= c.r_v / 4) & (r_v > enough * fy)
-        solved = (stage == 0) & ~refine
-        rhs = jnp.where(solved, R if estimate else 0, jnp.where(stage == 2, 0, at.r_v))
-        step, residual = inverse.correct(solved, refine, rhs, jnp.sqrt(fy / jnp.where(r_v > 0, r_v, 1)))
-        unsolved = (c.unsolved > 0) | (solved & (r_v > 0.01 * fy))
-        if residual is not None:
-            scale = jnp.where(solved, lower_residual, jnp.where(stage == 1, jnp.sqrt(r_v), jnp.inf))
-            unsolved = unsolved | (residual > 0.1 * scale)
-        fx = jnp.maximum(change + 2 * by_x[0, 1] + moved, 0)
-        now = _Seen(r_v, at.value, fx, fy, moved, r_v, moved, change, unsolved)
-        held = [stage > 0] * 5 + [stage != 1]
-        seen = [*(jnp.where(*args) for args in zip(held, c, now, strict=False)), *now[6:]]
-        return (
-            y - jnp.where(solved, step, 0),
-            v + jnp.where(solved, 0, step),
-            jnp.where(stage == 0, v, first_v),
-            kept + jnp.where(jnp.arange(2)[:, None] >= jnp.where(refine, 2, stage).astype(int), difference, 0),
-            pack_scalars([jnp.where(refine, 0, stage + 1), count + 1, *seen], dtype, count),
-        )
-
-    start = y, v, v, jnp.zeros((2, size_x), dtype), jnp.zeros(2 + len(_Seen._fields), dtype).at[2].set(jnp.inf)
-    _, _, v, kept, scalars = lax.while_loop(lambda carry: carry[-1][0] < stages, body, start)
-    roots = _Seen(*jnp.sqrt(jnp.abs(scalars[2:])))
-    return v, kept[0], roots._replace(value=scalars[3], unsolved=scalars[-1])
-
-
-class _Inverse(NamedTuple):
-    """correct(forward, exactly, r, scale) -> (R_y^-1 r where `forward`, else R_y^-T r; its residual or None), to be
-    repeated `max_solves` times; by iterative methods `exactly` to their accuracy times scale |r|, the size of what r
-    is the rest of, else to `ESTIMATE_TOL` |r|: an error needs few digits.
-    """
-
-    correct: Callable[[Array, Array, Array, Array], tuple[Array, Array | None]]
-    max_solves: int
-
-
-def _inverse(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, method: LinearSolver | None, factor: PyTree,
-    sketch: Nystrom | None,
-) -> _Inverse:  # fmt: skip
-    """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
-    flat, unravel = ravel_pytree(y)
-    symmetric = isinstance(problem.lower, Minimize)
-    if method is None and jax.tree.leaves(factor):
-
-        def by_factor(forward: Array, exactly: Array, r: Array, scale: Array) -> tuple[Array, None]:
-            apply = partial(lower_level.apply_inverse, factor, symmetric, r)
-            found = apply() if symmetric else lax.cond(forward, apply, partial(apply, transpose=True))
-            return found, None
-
-        return _Inverse(by_factor, 20)
-    method = default_solver(flat.size, symmetric, sketch) if method is None else method
-
-    def prepare(transpose: bool) -> Callable[[Array, Array, Array], LinearSolution]:
-        product = oracles.hvp_operator(problem, x, y, batch, transpose=transpose)
-        matvec = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
-        if not hasattr(method, "tol"):  # a factor, made once
-            solve = method.prepare(matvec, flat.size, flat.dtype)
-            return lambda exactly, r, scale: solve(r)
-        settings: Any = method
-        tol = 10 * jnp.finfo(flat.dtype).eps if settings.tol is None else settings.tol
-
-        def solve_to(exactly: Array, r: Array, scale: Array) -> LinearSolution:
-            to = dataclasses.replace(settings, tol=jnp.where(exactly, tol * scale, jnp.maximum(tol, ESTIMATE_TOL)))
-            return to.prepare(matvec, flat.size, flat.dtype)(r)
-
-        return solve_to
-
-    backward = prepare(True)
-    onward = backward if symmetric else prepare(False)
-
-    def by_method(forward: Array, exactly: Array, r: Array, scale: Array) -> tuple[Array, Array]:
-        solve = backward if symmetric else lambda *args: lax.cond(forward, onward, backward, *args)
-        found = solve(exactly, r, scale)
-        return found.v, found.residual
-
-    return _Inverse(by_method, 1)
-
-
-def _proved(
-    c: Constants,
-    x: PyTree,
-    y: Array,
-    v: Array,
-    size_fx: Array,
-    lower_residual: Array,
-    linear_residual: Array,
-    rounding: Array,
-) -> Array:
-    """The bound of the module's docstring, each computed residual raised by what rounding may have hidden in it."""
-    size_x, size_y, size_v = _norm(x), jnp.linalg.norm(y), jnp.linalg.norm(v)
-    R = lower_residual + rounding * (c.L_g * size_y + c.C_gxy * size_x + lower_residual)
-    r_v = linear_residual + rounding * (c.L_g * size_v + c.L_fy * size_y)
-    delta = R / c.mu
-    eps_v = (r_v + c.L_fy * delta + c.L_gyy * size_v * delta) / c.mu
-    bound = c.L_fx * delta + c.L_gxy * size_v * delta + c.C_gxy * eps_v
-    return bound + rounding * (size_fx + c.L_fx * size_y + c.C_gxy * size_v)
-
-
-def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array) -> Hypergradient:
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
-    (value, last), gradient = oracles.unrolled_objective(
-        problem, x, y, method.num_steps, method.step_size, upper_batch, lower_batch
-    )
-    nan = jnp.full((), jnp.nan, value.dtype)
-    finite = jnp.isfinite(ravel_pytree(gradient)[0]).all() & jnp.isfinite(value)
-    return Hypergradient(
-        value=value,
-        gradient=gradient,
-        y=last,
-        lower_residual=_norm(oracles.residual(problem, x, last, lower_batch)),
-        linear_residual=nan,
-        error_bound=jnp.where(finite, nan, jnp.inf),
-        active_margin=jnp.full((), jnp.inf, value.dtype),
-        status=jnp.where(finite, jnp.where(status == Status.CONVERGED, Status.UNCHECKED, status), Status.NONFINITE),
-        v=jax.tree.map(jnp.zeros_like, last),
-    )
+def check_method(method: object, what: str, *others: type) -> None:
+    """Raise `InvalidInput` for what is neither a linear solver, nor one of the `others`, nor None."""
+    if method is None or isinstance(method, (LinearSolver, *others)):
+        return
+    got = f"the class {method.__name__}" if isinstance(method, type) else f"{method!r} of type {type(method).__name__}"
+    solvers = "a linear solver, as CG(), MINRES(), GMRES(), Neumann() or Dense()"
+    expected = ", or ".join([solvers, *(other.__name__ for other in others)])
+    invalid(f"method ({what})", got, expected, "Leave it out for the default.")

@@ -32,6 +32,7 @@ from bilevel import lower as lower_level
 from bilevel.backend.tree import norm
 from bilevel.diagnostics import IMPLICIT, Measurement, Referee
 from bilevel.hypergradient import hypergradient
+from bilevel.lower import AsGiven
 from bilevel.parts.descent import descend
 from bilevel.step import as_step, stepper
 from bilevel.struct import invalid
@@ -96,7 +97,7 @@ def _init(model: str, train: int) -> Callable[[Array], tuple[Array, PyTree]]:
 
 def measure_at(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
     """F and the formal hypergradient at the given y, by 50 iterations of CG: for many lower-level minimisers."""
-    h = hypergradient(problem, x, y, method=CG(tol=1e-3, max_iterations=50), lower=None, estimate=False)
+    h = hypergradient(problem, x, y, method=CG(tol=1e-3, max_iterations=50), lower=AsGiven(), estimate=False)
     violation = problem.x_set.violation(x) + problem.y_set.violation(y)
     return Measurement(h.value, norm(h.gradient), h.error_bound, h.lower_residual, violation, h.status)
 

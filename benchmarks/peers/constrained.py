@@ -105,9 +105,7 @@ def bilevax_step(rows: tuple, lower: Any = None, estimate: bool = False) -> Call
     """Step: (data, x, warm start y) -> (F, grad F, y) by `bilevel.hypergradient`."""
 
     def step(data, x, y):
-        h = bilevel.hypergradient(
-            make_problem(data, rows), x, y, lower=lower or polyhedral.ActiveSet(), estimate=estimate
-        )
+        h = bilevel.hypergradient(make_problem(data, rows), x, y, lower=lower or bilevel.ActiveSet(), estimate=estimate)
         return h.value, h.gradient, h.y
 
     return step
@@ -176,7 +174,7 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
         steps["qpax, tight"] = lambda data, x, y: (*qpax_call(data, rows, **tight)(x), y)
     if importlib.util.find_spec("jaxopt"):
         steps["jaxopt OSQP"] = lambda data, x, y: (*jaxopt_call(data, rows)(x), y)
-    warm = polyhedral.ActiveSet(start=found.active)
+    warm = bilevel.ActiveSet(start=found.active)
     steps["bilevax, cold"] = lambda data, x, y: (*bilevax_step(rows)(data, x, y0)[:2], y)
     steps["bilevax, cold, error estimate"] = lambda data, x, y: (*bilevax_step(rows, None, True)(data, x, y0)[:2], y)
     steps["bilevax, warm"] = bilevax_step(rows, warm)
@@ -231,7 +229,7 @@ def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 
     draws = jnp.asarray(0.05 * np.random.default_rng(0).normal(size=(number, n)))
     y0 = jnp.zeros(n)
     found = jax.jit(polyhedral.solve)(problem, jnp.zeros(n), y0, data)
-    settings = polyhedral.ActiveSet(start=found.active)
+    settings = bilevel.ActiveSet(start=found.active)
     one = lambda q: bilevel.hypergradient(problem, q, found.y, lower=settings, estimate=False).gradient  # noqa: E731
     calls = {"bilevax": jax.jit(jax.vmap(one))}
     if importlib.util.find_spec("qpax"):

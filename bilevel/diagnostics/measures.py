@@ -14,7 +14,7 @@ from bilevel.diagnostics.gap import LowerGap as LowerGap
 from bilevel.diagnostics.gap import lower_gap as lower_gap
 from bilevel.diagnostics.goldstein import goldstein as goldstein
 from bilevel.hypergradient import hypergradient
-from bilevel.lower import Newton, polyhedral
+from bilevel.lower import LowerMethod, Newton, given_for_none, polyhedral
 from bilevel.problem import BilevelProblem
 from bilevel.record import Measurement as Measurement
 
@@ -37,11 +37,18 @@ def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree) -> Py
     return jax.tree.map(mapped, x, gradient, target, moved)
 
 
-def measure(problem: BilevelProblem, x: PyTree, y: PyTree, lower: Newton | None = Newton()) -> Measurement:  # noqa: B008
+def measure(
+    problem: BilevelProblem,
+    x: PyTree,
+    y: PyTree,
+    lower: LowerMethod | None = Newton(),  # noqa: B008
+) -> Measurement:
     """Recompute everything from (x, y) on all of the data; y only warm-starts the lower solve.
 
-    `lower=None` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
+    `lower=AsGiven()` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
+    None still means that, with a DeprecationWarning; in the next version it will mean the default.
     """
+    lower = given_for_none(lower, "measure")
     h = hypergradient(problem, x, y, lower=lower)
     if problem.coupling is not None:
         residual = polyhedral.natural_residual(problem, x, y, problem.lower_data.full())

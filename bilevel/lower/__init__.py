@@ -1,7 +1,28 @@
-"""Solve the lower level: y(x), with a certificate, and what follows from it for the derivative."""
+"""Solve the lower level: y(x), with a certificate, and what follows from it for the derivative.
 
-from bilevel.lower.newton import LowerSolution, Newton, apply_inverse, solve
-from bilevel.lower.polyhedral import ActiveSet
-from bilevel.lower.projected import ProjectedNewton
+`LowerMethod` is the protocol, `choose` the only place that picks a method.
+"""
 
-__all__ = ["ActiveSet", "LowerSolution", "Newton", "ProjectedNewton", "apply_inverse", "solve"]
+from bilevel.lower.active_set import ActiveSet
+from bilevel.lower.as_given import AsGiven
+from bilevel.lower.choice import check_lower, choose, given_for_none, solve
+from bilevel.lower.directions import apply_inverse
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Unrolled
+from bilevel.lower.newton import Newton
+from bilevel.lower.projected_newton import ProjectedNewton
+
+__all__ = [
+    "ActiveSet",
+    "Adjoint",
+    "AsGiven",
+    "LowerMethod",
+    "LowerSolution",
+    "Newton",
+    "ProjectedNewton",
+    "Unrolled",
+    "apply_inverse",
+    "check_lower",
+    "choose",
+    "given_for_none",
+    "solve",
+]

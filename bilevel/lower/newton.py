@@ -1,45 +1,26 @@
-"""Solve the lower level: y with R(x, y) = 0, and a certificate.
-
-Newton's method, on the dense Hessian up to `DENSE_LIMIT` unknowns and matrix-free beyond; with sets or linear coupling
-the active-set method of `polyhedral`, and on balls or for large y the projected Newton method of `projected`.
-"""
+"""`Newton`: the method for lower levels without constraints. It finds y with R(x, y) = 0, and a certificate."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.linear import CG, DENSE_LIMIT, GMRES, dense_matrix, gram, pack_scalars
-from bilevel.linear.nystrom import Nystrom
-from bilevel.lower import polyhedral, projected
+from bilevel.linear import DENSE_LIMIT, LinearSolver, gram, pack_scalars
+from bilevel.lower import adjoint as unconstrained
+from bilevel.lower.directions import directions
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.record import Status
+from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
 
 PyTree = Any
 
 
-class LowerSolution(NamedTuple):
-    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
-    NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
-    from `polyhedral`; sketch of R_y near y, from `projected`, a preconditioner for CG.
-    """
-
-    y: PyTree
-    residual: Array
-    steps: Array
-    status: Array
-    factor: PyTree
-    R: Any = ()
-    sketch: Nystrom | None = None
-
-
 @struct
-class Newton:
+class Newton(LowerMethod):
     """Newton's method for the lower level, with backtracking (Minimize) or Picard steps (FixedPoint) as safeguard.
 
     Minimize: d = -H^-1 R; where Cholesky fails, a multiple of the absolute row sums is added to H's diagonal (dense),
@@ -66,24 +47,21 @@ class Newton:
     max_steps: int = static(default=200)
     dense: bool | None = static(default=None)
 
+    def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
+        """The lower-level solution from the warm start y, by `lower.newton.solve`."""
+        return solve(problem, x, y, batch, self)
 
-def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Any = None) -> LowerSolution:
-    """The lower-level solution from the warm start y; settings: `Newton`, or for a constrained level also `ActiveSet`
-    or `ProjectedNewton`, whose own `solve` tells more.
+    def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
+        """By the solution's last factor, or by products; see `lower.adjoint`."""
+        return unconstrained.differentiate(problem, x, self.solve(problem, x, y, problem.lower_data.full()), adjoint)
 
-    Raises:
-        NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints.
-    """
-    settings = Newton() if settings is None else settings
-    large = projected.settings_for(problem, y, settings)
-    if large is not None:
-        found = projected.solve(problem, x, y, batch, large)
-        residual = found.residual if problem.constrained_lower else jnp.linalg.norm(found.R)
-        return LowerSolution(found.y, residual, found.steps, found.status, (), found.R, found.sketch)
-    if problem.constrained_lower:
-        found = polyhedral.solve(problem, x, y, batch, polyhedral.settings_for(problem, "lower.solve", settings))
-        return LowerSolution(found.y, found.residual, found.steps, found.status, ())
-    assert isinstance(settings, Newton)
+    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
+        """F(x), its derivatives likewise."""
+        return unconstrained.implicit_value(problem, x, y, self.solve, method)
+
+
+def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton) -> LowerSolution:
+    """The lower-level solution from the warm start y, without constraints. Pure; for jit and vmap."""
     flat, unravel = ravel_pytree(y)
     dense = flat.size <= DENSE_LIMIT if settings.dense is None else settings.dense
     minimize = isinstance(problem.lower, Minimize)
@@ -101,7 +79,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
         product = oracles.hvp_operator(problem, x, unravel(flat), batch)
         return lambda v: ravel_pytree(product(unravel(v)))[0]
 
-    prepare, apply, nothing = _directions(operator, flat, minimize, dense)
+    prepare, apply, nothing = directions(operator, flat, minimize, dense)
 
     def go_on(carry: tuple) -> Array:
         return (carry[-1][-1] == Status.MAX_STEPS) & (carry[-1][-2] < settings.max_steps)
@@ -203,69 +181,3 @@ class _Search(NamedTuple):
 
 def _packed_dtype(dtype: Any) -> Any:
     return jnp.float64 if dtype == jnp.float64 else jnp.float32  # half precision cannot count to max_steps
-
-
-def apply_inverse(factor: PyTree, minimize: bool, b: Array, transpose: bool = False) -> Array:
-    """R_y^-1 b, or its transpose, by a factor of `solve`; NaN where that is not finite."""
-    if minimize:
-        return jax.scipy.linalg.cho_solve((factor[0].T, True), b)
-    return jax.scipy.linalg.lu_solve(factor, b, trans=int(transpose))
-
-
-def _directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> tuple[Callable, Callable, PyTree]:
-    """prepare: y -> factor; apply: (factor, y, R, eta) -> (d = -R_y^-1 R, definite, trusted); zeros like a factor.
-
-    eta is the accuracy asked for where d is iterative; trusted says that it came within a tenth of |R|.
-    """
-    n, dtype = like.size, like.dtype
-    rounding = 10 * n * float(jnp.finfo(dtype).eps)
-    yes = jnp.array(True)
-
-    def cholesky(flat: Array) -> tuple[Array, Array]:
-        """(U, s) with U'U = H + s diag(rows), rows = absolute row sums of H, with the first s of 0, rounding,
-        1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
-        """
-        H = jax.vmap(operator(flat))(jnp.eye(n, dtype=dtype))  # symmetric: rows are columns
-        rows = jnp.sum(jnp.abs(H), axis=1)
-
-        zero = jnp.zeros((), dtype)
-
-        def go_on(carry: tuple[Array, Array, Array]) -> Array:
-            upcoming, U, _ = carry
-            return (upcoming == 0) | (~jnp.isfinite(U[-1]) & (upcoming <= 4))
-
-        def attempt(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            s = carry[0]
-            upcoming = jnp.where(s == 0, rounding, jnp.maximum(4 * s, 1 / 256)).astype(dtype)
-            shift = jnp.where(rows <= jnp.minimum(s, 0), 1, s * rows)
-            shifted = H.ravel() + lax.pad(shift, zero, [(0, 0, n)])
-            L = lax.linalg.cholesky_p.bind(shifted.reshape(n, n).T)
-            return upcoming, L.T.ravel(), s
-
-        _, U, s = lax.while_loop(go_on, attempt, (zero, H.ravel(), zero))
-        return U.reshape(n, n), s
-
-    def by_cholesky(factor: tuple[Array, Array], flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
-        U, s = factor
-        finite = jnp.isfinite(U[-1, -1])  # else steepest descent
-        return -jnp.where(finite, apply_inverse(factor, True, R), R), finite & (s <= rounding), yes
-
-    if dense and minimize:
-        return cholesky, by_cholesky, (jnp.zeros((n, n), dtype), jnp.zeros((), dtype))
-    if dense:
-        return (
-            lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
-            lambda lu, flat, R, eta: (-apply_inverse(lu, False, R), yes, yes),
-            (jnp.zeros((n, n), dtype), jnp.zeros(n, jnp.int32)),
-        )
-
-    def iterative(_: PyTree, flat: Array, R: Array, eta: Array) -> tuple[Array, Array, Array]:
-        product = operator(flat)
-        if minimize:
-            v, _, positive = CG(tol=eta).run(product, R)
-            v = jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
-        else:
-            (v, _), positive = GMRES(tol=eta).iterate(product, R), yes
-        return -v, positive, jnp.linalg.norm(R - product(v)) <= 0.1 * jnp.linalg.norm(R)
-
-    return lambda flat: (), iterative, ()

@@ -23,7 +23,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.constraints import refuse, rows
+from bilevel.constraints import rows
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import Factor, Model, Rows, factorize, kkt_solve, masked_inverse, solve_model
 from bilevel.record import Status
@@ -33,20 +33,8 @@ PyTree = Any
 
 
 @struct
-class ActiveSet:
-    """Settings of the active-set method.
-
-    Args:
-        tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
-        max_steps: steps of the outer (SQP) loop; a quadratic g takes two.
-        max_changes: passes of the primal-dual search, after which the finite dual method takes over.
-        start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
-            holds with equality, and those that the unconstrained step violates.
-        factor: a solution's `factor`, to be used again for a quadratic g. Where g_yy or the rows' normals are not those
-            that it was made of, refinement makes up for the difference, in y and in the adjoint, or the end is STALLED:
-            residual, violation and the multipliers' signs are measured anew.
-        inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
-    """
+class Settings:
+    """The fields of `ActiveSet`, which explains them."""
 
     tol: Any = None
     start: Any = None
@@ -82,25 +70,9 @@ class PolyhedralSolution(NamedTuple):
     weak: Array
     noise: Array
 
-    def kept(self) -> ActiveSet:
+    def kept(self) -> Settings:
         """Settings for a problem with the same g_yy and normals: start here, with these factors."""
-        return ActiveSet(start=self.active, factor=self.factor.for_many_calls(), inverse=self.inverse)
-
-
-def settings_for(problem: BilevelProblem, what: str, lower: Any, method: Any = None) -> ActiveSet:
-    """The settings for a constrained lower level: `lower` itself, or its tolerance where it is for another method.
-
-    Raises:
-        NotImplementedError: for a kind of constraint that is not polyhedral, and for what has no meaning here.
-    """
-    reason = refuse(problem)
-    if reason is None and method is not None:
-        reason = f"method must be None where the lower level is constrained; got {type(method).__name__}"
-    if reason is None and lower is None:
-        reason = "lower=None (y as given) has no meaning for a constrained lower level; pass ActiveSet()"
-    if reason is not None or lower is None:
-        raise NotImplementedError(f"{what}: {reason}.")
-    return lower if isinstance(lower, ActiveSet) else ActiveSet(tol=lower.tol)
+        return Settings(start=self.active, factor=self.factor.for_many_calls(), inverse=self.inverse)
 
 
 class _Search(NamedTuple):
@@ -121,14 +93,14 @@ class _Search(NamedTuple):
 
 
 def solve(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: ActiveSet | None = None
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Settings | None = None
 ) -> PolyhedralSolution:
     """The lower-level solution from the warm start y, which need not be feasible. Pure; for jit and vmap.
 
     Where g's Hessian does not depend on y (found out at trace time), it is formed and factored once; else at each
     accepted point whose KKT residual the last factor did not cut tenfold, with backtracking on g along feasible steps.
     """
-    settings = ActiveSet() if settings is None else settings
+    settings = Settings() if settings is None else settings
     flat, unravel = ravel_pytree(y)
     limits = rows(problem, x, y)
     eps, m, dtype = jnp.finfo(flat.dtype).eps, limits.C.shape[0], flat.dtype
@@ -335,5 +307,5 @@ def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
     """
     factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
     nobody = jnp.zeros(len(limits.C), flat.dtype)
-    model = solve_model(factor, limits, flat, factor.down(d), None, nobody, ActiveSet().max_changes)
+    model = solve_model(factor, limits, flat, factor.down(d), None, nobody, Settings().max_changes)
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)

@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import constraints, oracles
 from bilevel.linear import refine
 from bilevel.lower import polyhedral
-from bilevel.lower.polyhedral import ActiveSet, PolyhedralSolution
+from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import Rows, factorize, kkt_solve, solve_model
 from bilevel.record import Hypergradient, Status
@@ -40,7 +40,7 @@ def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, 
 
 
 def differentiate(
-    problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet, estimate: bool = True
+    problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings, estimate: bool = True
 ) -> Hypergradient:
     """The hypergradient from the warm start y, by Newton corrections of (y, lam) and (u, v) together.
 
@@ -135,7 +135,7 @@ def conclude(
     )
 
 
-def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ActiveSet) -> Array:
+def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
     """f(x, y(x)), differentiable in x in both modes and again: a root of the masked KKT system
 
         grad_y g + C_a' lam_a = 0,    (C y - bound)_a = 0,    lam_i = 0 for i outside of a,
@@ -171,7 +171,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Acti
 
 
 def directional(
-    problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, settings: ActiveSet | None = None
+    problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, settings: Settings | None = None
 ) -> tuple[Array, Array]:
     """(-F'(x; -d), F'(x; d)), the one-sided derivatives along the direction d, shaped like x: equal unless F has a
     kink at x across d. y: warm start of the lower level.

@@ -27,10 +27,9 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.linear import CG, DENSE_LIMIT, nystrom
 from bilevel.linear.nystrom import Nystrom
-from bilevel.lower.polyhedral import ActiveSet
-from bilevel.problem import BilevelProblem, Minimize
+from bilevel.problem import BilevelProblem
 from bilevel.record import Status
-from bilevel.sets import Ball, Box, Product, Reals, Set, Simplex
+from bilevel.sets import Ball, Box, Product, Set, Simplex
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -39,13 +38,8 @@ ROUND = 20  # accelerated steps between Newton steps
 
 
 @struct
-class ProjectedNewton:
-    """Settings.
-
-    Args:
-        tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
-        max_rounds: rounds of accelerated steps and one Newton step each.
-    """
+class Settings:
+    """The fields of `ProjectedNewton`, which explains them."""
 
     tol: Any = None
     max_rounds: int = static(default=500)
@@ -86,36 +80,10 @@ class Face(NamedTuple):
         return v - (self.normals @ v) @ self.normals
 
 
-def settings_for(problem: BilevelProblem, y: PyTree, lower: Any) -> ProjectedNewton | None:
-    """The settings where this method is the one to use, else None: as asked for by `lower`; or by itself for boxes,
-    balls and simplices without a coupling, where there is a ball, where y has more than `linear.DENSE_LIMIT` entries,
-    or where g_yy is given by its diagonal, with which this method needs no linear solve.
-
-    Raises:
-        NotImplementedError: where it is asked for and does not suit.
-    """
-    kinds = _kinds(problem.y_set)
-    suits = problem.coupling is None and isinstance(problem.lower, Minimize) and kinds <= {Reals, Box, Ball, Simplex}
-    if isinstance(lower, ProjectedNewton):
-        if not suits:
-            raise NotImplementedError(
-                f"lower=ProjectedNewton(): got y_set = {type(problem.y_set).__name__}, coupling = "
-                f"{type(problem.coupling).__name__}; expected Box, Ball, Simplex or a Product of them, "
-                "without coupling, and Minimize(g)."
-            )
-        return lower
-    if lower is None or isinstance(lower, ActiveSet) or not suits:
-        return None
-    given = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
-    diagonal = given and problem.constrained_lower
-    if not (diagonal or Ball in kinds or ravel_pytree(y)[0].size > DENSE_LIMIT):
-        return None
-    return ProjectedNewton(tol=lower.tol)
-
-
-def _kinds(y_set: Set) -> set[type]:
+def kinds(y_set: Set) -> set[type]:
+    """The classes of the set's factors."""
     if isinstance(y_set, Product):
-        return set().union(*map(_kinds, y_set.factors()))
+        return set().union(*map(kinds, y_set.factors()))
     return {type(y_set)}
 
 
@@ -214,13 +182,13 @@ class _Search(NamedTuple):
 
 
 def solve(
-    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: ProjectedNewton | None = None
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Settings | None = None
 ) -> ProjectedSolution:
     """The lower-level solution from the warm start y, which need not be feasible. Pure; for jit and vmap.
 
     CONVERGED: the natural residual is at most tol (|y| + s |R|), or that times sqrt(eps)/eps and no longer halves.
     """
-    settings = ProjectedNewton() if settings is None else settings
+    settings = Settings() if settings is None else settings
     flat, unravel = ravel_pytree(y)
     eps = jnp.finfo(flat.dtype).eps
     tol = 10 * eps if settings.tol is None else settings.tol
@@ -309,7 +277,7 @@ def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nys
     flat = ravel_pytree(y)[0]
     given = oracles.lower_diagonal(problem, x, y, batch) is not None
     sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
-    if given or not sized or Ball in _kinds(problem.y_set):
+    if given or not sized or Ball in kinds(problem.y_set):
         return None
     return nystrom.sketch(_hessian(problem, x, y, batch), flat.size, flat.dtype)
 

@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.lower import projected
 from bilevel.lower.polyhedral_gradient import conclude, lower_failed
-from bilevel.lower.projected import ProjectedNewton
+from bilevel.lower.projected import Settings
 from bilevel.problem import BilevelProblem
 from bilevel.record import Hypergradient, Status
 
@@ -17,7 +17,7 @@ PyTree = Any
 
 
 def differentiate(
-    problem: BilevelProblem, x: PyTree, y: PyTree, settings: ProjectedNewton, estimate: bool = True
+    problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings, estimate: bool = True
 ) -> Hypergradient:
     """The hypergradient from the warm start y, by corrections of y and of the adjoint u in the face's tangent space.
 
@@ -62,7 +62,7 @@ def differentiate(
     )  # fmt: skip
 
 
-def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: ProjectedNewton) -> Array:
+def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
     """f(x, y(x)), differentiable in x in both modes and again: a root of y - Proj(y - s R(x, y)), s fixed.
 
     With K = P/(1 + s mu) the projection's Jacobian, (I - K (I - s H)) v = b splits into v = b outside of the tangent

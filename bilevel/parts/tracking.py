@@ -101,7 +101,7 @@ def track(
         flat, active, lam, inverse, factor, definite = carry[:6]
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + flat_q + limits.C.T @ lam
         z = factor.down(R)
-        model = solve_model(factor, limits, flat, z, lam, active, polyhedral.ActiveSet().max_changes, inverse)
+        model = solve_model(factor, limits, flat, z, lam, active, polyhedral.Settings().max_changes, inverse)
         feasible = ~(model.empty | model.unsolved)
         flat, inverse = jnp.where(feasible, flat + model.p, jnp.nan), model.inverse
         if not constant:

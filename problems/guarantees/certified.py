@@ -10,6 +10,7 @@ from jax import Array
 from bilevel import (
     AID,
     CG,
+    AsGiven,
     BilevelProblem,
     Constants,
     Dense,
@@ -186,7 +187,7 @@ def bound(name: str, settings: Callable[[int], dict[str, Any]], statement: str, 
 def unsolved(compute: Callable = hypergradient) -> Guarantee:
     """At any y, with k iterations of CG."""
     return bound(
-        "certified-unsolved", lambda k: {"lower": None, "method": CG(tol=0.0, max_iterations=k)},
+        "certified-unsolved", lambda k: {"lower": AsGiven(), "method": CG(tol=0.0, max_iterations=k)},
         "|h - grad F| <= error_bound at any y, after k iterations of CG", compute,
     )  # fmt: skip
 

@@ -16,7 +16,7 @@ from problems import hyper_cleaning, logistic, quadratic, ridge
 hypergradient = jax.jit(lambda problem, x, constants: bilevel.hypergradient(problem, x, constants=constants))
 
 
-unsolved = jax.jit(lambda problem, x, y, c: bilevel.hypergradient(problem, x, y, lower=None, constants=c))
+unsolved = jax.jit(lambda problem, x, y, c: bilevel.hypergradient(problem, x, y, lower=bilevel.AsGiven(), constants=c))
 
 
 @functools.cache

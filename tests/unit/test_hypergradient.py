@@ -101,7 +101,7 @@ def test_unrolling_converges_geometrically_to_the_implicit_gradient():
     exact = bilevel.hypergradient(problem, x).gradient
     errors = []
     for steps in (20, 40, 80):
-        h = bilevel.hypergradient(problem, x, jnp.ones(DIM_Y), method=Unrolled(0.1, steps), lower=None)
+        h = bilevel.hypergradient(problem, x, jnp.ones(DIM_Y), method=Unrolled(0.1, steps), lower=bilevel.AsGiven())
         errors.append(relative(h.gradient, exact))
     assert errors[1] < 0.2 * errors[0]
     assert errors[2] < 0.04 * errors[1]
@@ -112,7 +112,7 @@ def test_finite_at_a_solved_lower_level():
     """A value-function gradient divides by |g_y|; at |g_y| = 0, where every run ends, this one must not."""
     instance = problems.make("quadratic", seed=0, dim_x=3, dim_y=4)
     x, y = instance.truth.x, instance.truth.y
-    for lower in (None, bilevel.Newton()):
+    for lower in (bilevel.AsGiven(), bilevel.Newton()):
         h = bilevel.hypergradient(instance.problem, x, y, lower=lower)
         assert np.isfinite(h.gradient).all()
         assert diagnostics.norm(h.gradient) < 1e-12
@@ -128,7 +128,7 @@ def test_the_proved_bound_holds_and_is_not_vacuous(seed, offset):
     xs = rng.normal(size=(200, 4))
     ys = np.linalg.solve(H, -(xs @ G + h0).T).T + offset * rng.normal(size=(200, 5))
     for method in (Dense(), CG(tol=1e-4), Neumann(tol=1e-3)):
-        settings_of = {"lower": None, "method": method, "constants": instance.constants}
+        settings_of = {"lower": bilevel.AsGiven(), "method": method, "constants": instance.constants}
         h = jax.vmap(partial(bilevel.hypergradient, instance.problem, **settings_of))(jnp.asarray(xs), jnp.asarray(ys))
         truth = jax.vmap(lambda x: bilevel.hypergradient(instance.problem, x).gradient)(jnp.asarray(xs))
         errors = np.linalg.norm(np.asarray(h.gradient - truth), axis=1)
@@ -144,7 +144,7 @@ def test_the_estimated_error_is_of_the_right_size_for_small_residuals(seed, size
     problem, x = make(seed)
     exact = bilevel.hypergradient(problem, x)
     y = exact.y + size * jax.random.normal(jax.random.key(seed), (DIM_Y,))
-    h = bilevel.hypergradient(problem, x, y, lower=None)
+    h = bilevel.hypergradient(problem, x, y, lower=bilevel.AsGiven())
     error = float(diagnostics.distance(h.gradient, exact.gradient))
     assert error <= float(h.error_bound) <= 4 * error
     assert h.status == Status.ESTIMATED
@@ -228,7 +228,7 @@ def test_counted_oracles_of_an_implicit_hypergradient():
     problem, x = make(10)
     with jax.disable_jit(), oracles.counting() as count:
         bilevel.hypergradient(
-            problem, x, jnp.zeros(DIM_Y), lower=None, method=CG(tol=0.0, max_iterations=3), estimate=False
+            problem, x, jnp.zeros(DIM_Y), lower=bilevel.AsGiven(), method=CG(tol=0.0, max_iterations=3), estimate=False
         )
     calls = count()
     # R at y, and two looks, at v = 0 and at the solved v, of one product each. CG: three iterations, and the recomputed
@@ -268,7 +268,7 @@ def test_an_estimate_by_cg_sees_the_soft_half_of_a_residual():
         init=lambda key: (jnp.zeros(40), jnp.zeros(40)),
     )
     x, R = jnp.linspace(0, 2, 40), jnp.where(stiff > 1, 0.1, 0.1 / 200)
-    h = bilevel.hypergradient(problem, x, x + R / stiff, method=CG(), lower=None)
+    h = bilevel.hypergradient(problem, x, x + R / stiff, method=CG(), lower=bilevel.AsGiven())
     error = np.linalg.norm(h.gradient - (x - 1))
     assert error > 2e-3
     assert error <= h.error_bound <= 3 * error
@@ -308,7 +308,7 @@ def test_an_estimate_by_a_solver_that_has_not_solved_is_infinite():
         bilevel.Minimize(lambda x, y, batch: -0.5 * jnp.sum(y**2) - x @ y),
         init=lambda key: (jnp.ones(2), jnp.zeros(2)),
     )
-    h = bilevel.hypergradient(problem, jnp.ones(2), method=CG(), lower=None)
+    h = bilevel.hypergradient(problem, jnp.ones(2), method=CG(), lower=bilevel.AsGiven())
     assert h.status == Status.UNSOLVED_LINEAR
     assert h.error_bound == jnp.inf
 

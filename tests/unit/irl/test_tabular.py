@@ -283,7 +283,7 @@ class TestBilevel:
         exact = irl.likelihood_gradient(mdp, c, reward, x)
         for tol, limit in ((None, 1e-4), (1e-6, 1e4)):
             y = irl.value_iteration(mdp, reward.table(x), tol=tol).Q
-            h = bilevel.hypergradient(problem, x, y, lower=None, constants=known)
+            h = bilevel.hypergradient(problem, x, y, lower=bilevel.AsGiven(), constants=known)
             assert np.linalg.norm(h.gradient - exact) <= h.error_bound < limit
         # the constants themselves, at random points
         T = functools.partial(lower_map, batch=problem.lower_data.full())

@@ -10,8 +10,7 @@ from scipy import sparse
 import bilevel
 from bilevel import constraints, oracles
 from bilevel.backend.precision import full_precision
-from bilevel.lower import polyhedral
-from bilevel.lower.polyhedral import ActiveSet
+from bilevel.lower import ActiveSet, polyhedral
 
 N, ROWS, DIM_X = 50, 30, 6
 Status = bilevel.Status

@@ -11,8 +11,7 @@ import pytest
 
 import bilevel
 from bilevel import Ball, Box, Product, Simplex, Status
-from bilevel.lower import projected
-from bilevel.lower.projected import ProjectedNewton
+from bilevel.lower import ProjectedNewton, choose, projected
 
 N, DIM_X = 12, 4
 SETTINGS = ProjectedNewton()
@@ -152,8 +151,8 @@ def test_a_hessian_given_by_its_diagonal_needs_no_solve(name):
     batch = jnp.linspace(0.5, 4.0, N), G, c
     by_products = dataclasses.replace(make(SETS[name], separable), lower_data=bilevel.Full(batch))
     given = dataclasses.replace(by_products, lower=bilevel.Minimize(separable, scales))
-    assert isinstance(projected.settings_for(given, jnp.zeros(N), bilevel.Newton()), ProjectedNewton)
-    assert projected.settings_for(given, jnp.zeros(N), bilevel.ActiveSet()) is None
+    assert isinstance(choose(given, jnp.zeros(N)), ProjectedNewton)
+    assert isinstance(choose(given, jnp.zeros(N), bilevel.ActiveSet()), bilevel.ActiveSet)
     x, s, R = jnp.ones(DIM_X), jnp.array(0.2), G @ jnp.ones(DIM_X) + c
     y = SETS[name].project(-10 * R)  # far out: on the boundary
     face = projected.face_at(given, y, R, s)

@@ -1,0 +1,38 @@
+"""`AsGiven`: no solve at all."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.linear import LinearSolver
+from bilevel.lower import adjoint as unconstrained
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
+from bilevel.problem import BilevelProblem
+from bilevel.record import Hypergradient, Status
+from bilevel.struct import struct
+
+PyTree = Any
+
+
+@struct
+class AsGiven(LowerMethod):
+    """Take y as it is given. The hypergradient's error says what that costs; without constraints only.
+
+    For y that something else has solved, and for lower levels with many minimisers, where y(x) has no meaning.
+    """
+
+    def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
+        """The point y itself with its residual; CONVERGED says only that nothing more was asked for."""
+        R = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
+        return LowerSolution(y, jnp.linalg.norm(R), jnp.array(0), jnp.array(Status.CONVERGED), (), R)
+
+    def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
+        """The implicit formula at (x, y)."""
+        return unconstrained.differentiate(problem, x, self.solve(problem, x, y, problem.lower_data.full()), adjoint)
+
+    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
+        """f(x, y), differentiated as if y were y(x)."""
+        return unconstrained.implicit_value(problem, x, y, self.solve, method)

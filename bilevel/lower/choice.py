@@ -1,0 +1,115 @@
+"""Which method solves a lower level: the only place that picks one."""
+
+import warnings
+from typing import Any
+
+from jax.flatten_util import ravel_pytree
+
+from bilevel.constraints import refuse
+from bilevel.linear import DENSE_LIMIT
+from bilevel.lower import polyhedral
+from bilevel.lower.active_set import ActiveSet
+from bilevel.lower.as_given import AsGiven
+from bilevel.lower.method import LowerMethod, LowerSolution, not_supported
+from bilevel.lower.newton import Newton
+from bilevel.lower.projected import kinds
+from bilevel.lower.projected_newton import ProjectedNewton
+from bilevel.problem import BilevelProblem, Minimize
+from bilevel.sets import Ball, Box, Reals, Simplex
+from bilevel.struct import invalid
+
+PyTree = Any
+
+
+def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str = "lower.solve") -> LowerMethod:
+    """The method for this lower level: `lower` itself, or its tolerance where it is for levels of another kind.
+
+    The default is `Newton` without constraints. With sets or linear coupling it is `ActiveSet`; but `ProjectedNewton`
+    where there is a ball, where y has more than `linear.DENSE_LIMIT` entries, or where g_yy is given by its diagonal,
+    with which that method needs no linear solve. Without constraints it is `ProjectedNewton` for a y that large, too:
+    its Newton steps are matrix-free.
+
+    Args:
+        problem: any.
+        y: shaped like the problem's; its values are not used.
+        lower: a `LowerMethod`, or None for the default.
+        what: the call that asks, for the error.
+
+    Raises:
+        NotImplementedError: for a kind of constraint that no method here is for, or not the one asked for.
+        InvalidInput: where `lower` is no `LowerMethod`, or one for constraints, and there are none.
+    """
+    check_lower(lower, what)
+    if type(lower) is polyhedral.Settings:  # as `PolyhedralSolution.kept` makes them
+        lower = ActiveSet(**vars(lower))
+    if isinstance(lower, AsGiven) and problem.constrained_lower:
+        not_supported(what, "lower=AsGiven() has no meaning for a constrained lower level; pass ActiveSet()")
+    if isinstance(lower, ProjectedNewton) and not _projection_suits(problem):
+        raise NotImplementedError(
+            f"lower=ProjectedNewton(): got y_set = {type(problem.y_set).__name__}, coupling = "
+            f"{type(problem.coupling).__name__}; expected Box, Ball, Simplex or a Product of them, "
+            "without coupling, and Minimize(g)."
+        )
+    if isinstance(lower, ActiveSet):
+        if not problem.constrained_lower:
+            invalid(f"lower ({what})", "ActiveSet", "Newton or ProjectedNewton", "The lower level has no constraints.")
+        _refuse(problem, what)
+    if lower is not None and not isinstance(lower, Newton):
+        return lower  # pyright: ignore[reportReturnType]
+    newton = Newton() if lower is None else lower
+    if _projection_suits(problem) and _projection_pays(problem, y):
+        return ProjectedNewton(tol=newton.tol)
+    if problem.constrained_lower:
+        _refuse(problem, what)
+        return ActiveSet(tol=newton.tol)
+    return newton
+
+
+def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Any = None) -> LowerSolution:
+    """The lower-level solution from the warm start y, by the method `settings`, or the one that `choose` picks.
+
+    Pure; for jit and vmap.
+
+    Raises:
+        NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints.
+        InvalidInput: where `settings` is no `LowerMethod`.
+    """
+    return choose(problem, y, settings).solve(problem, x, y, batch)
+
+
+def check_lower(lower: object, what: str) -> None:
+    """Raise `InvalidInput` for what is neither a `LowerMethod` nor None."""
+    if lower is None or isinstance(lower, LowerMethod | polyhedral.Settings):
+        return
+    got = f"the class {lower.__name__}" if isinstance(lower, type) else f"{lower!r} of type {type(lower).__name__}"
+    kinds = "a LowerMethod: Newton(), ActiveSet(), ProjectedNewton() or AsGiven()"
+    invalid(f"lower ({what})", got, kinds, "Leave it out to have one chosen.")
+
+
+def given_for_none(lower: Any, what: str) -> Any:
+    """`lower`, or `AsGiven()` for None with a warning, for `hypergradient` and `measure`, where None meant that."""
+    if lower is not None:
+        return lower
+    text = f"{what}: lower=None takes y as given; write lower=AsGiven(). In the next version None means the default."
+    warnings.warn(text, DeprecationWarning, stacklevel=3)
+    return AsGiven()
+
+
+def _refuse(problem: BilevelProblem, what: str) -> None:
+    """Raise where a constrained lower level is not polyhedral."""
+    reason = refuse(problem)
+    if reason is not None:
+        not_supported(what, reason)
+
+
+def _projection_suits(problem: BilevelProblem) -> bool:
+    """Whether `ProjectedNewton` can solve it: any Minimize(g) over boxes, balls, simplices or all of R^n."""
+    known = kinds(problem.y_set) <= {Reals, Box, Ball, Simplex}
+    return problem.coupling is None and isinstance(problem.lower, Minimize) and known
+
+
+def _projection_pays(problem: BilevelProblem, y: PyTree) -> bool:
+    """Whether it is the one to take there: see `choose`."""
+    diagonal = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
+    by_diagonal = diagonal and problem.constrained_lower
+    return by_diagonal or Ball in kinds(problem.y_set) or ravel_pytree(y)[0].size > DENSE_LIMIT

@@ -1,0 +1,90 @@
+"""The protocol of a lower-level method: solve the lower level, and differentiate F through its solution."""
+
+from typing import Any, NamedTuple, NoReturn
+
+from jax import Array
+
+from bilevel.linear import LinearSolver
+from bilevel.linear.nystrom import Nystrom
+from bilevel.problem import BilevelProblem, Constants
+from bilevel.record import Hypergradient
+from bilevel.struct import static, struct
+
+PyTree = Any
+
+
+class LowerSolution(NamedTuple):
+    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
+    NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
+    from `ActiveSet`; sketch of R_y near y, from `ProjectedNewton`, a preconditioner for CG.
+    """
+
+    y: PyTree
+    residual: Array
+    steps: Array
+    status: Array
+    factor: PyTree
+    R: Any = ()
+    sketch: Nystrom | None = None
+
+
+@struct
+class Unrolled:
+    """Differentiate `num_steps` steps y <- y - step_size R(x, y) instead of using the implicit function theorem."""
+
+    step_size: Any
+    num_steps: int = static(default=100)
+
+
+@struct
+class Adjoint:
+    """What is asked about the derivative: by which linear solver, from where, and how its error is judged.
+
+    Args:
+        method: for R_y' v = f_y, or `Unrolled`; default: what suits the lower level's own method.
+        v: warm start of the adjoint, shaped like y; default 0.
+        constants: make the error a proof.
+        estimate: without constants, estimate the error.
+    """
+
+    method: LinearSolver | Unrolled | None = None
+    v: PyTree = None
+    constants: Constants | None = None
+    estimate: bool = static(default=True)
+
+
+class LowerMethod:
+    """How a lower level is solved, and F differentiated through its solution. Settings are the fields of subclasses.
+
+    All three are pure, for jit and vmap. `choose` says which method a problem gets.
+    """
+
+    def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
+        """The lower-level solution on `batch` from the warm start y."""
+        raise NotImplementedError
+
+    def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
+        """The gradient of F at x on all data, with its error, from the warm start y."""
+        raise NotImplementedError
+
+    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
+        """F(x) = f(x, y(x)) on all data, shape [], differentiable in x in both modes and again.
+
+        y is a warm start; `method` solves the linear systems of the derivatives.
+        """
+        raise NotImplementedError
+
+
+def refuse_solver(what: str, method: object) -> None:
+    """Methods for constraints bring their own linear solver.
+
+    Raises:
+        NotImplementedError: for any other.
+    """
+    if method is not None:
+        not_supported(what, f"method must be None where the lower level is constrained; got {type(method).__name__}")
+
+
+def not_supported(what: str, reason: str) -> NoReturn:
+    """Raise `NotImplementedError` for the call `what`."""
+    raise NotImplementedError(f"{what}: {reason}.")
