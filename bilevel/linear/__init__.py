@@ -1,17 +1,16 @@
 """Linear systems with a known matrix-vector product: CG, MINRES, GMRES, Neumann, dense; and a preconditioner."""
 
+from bilevel.linear.default import DENSE_LIMIT, default_solver
+from bilevel.linear.gmres import GMRES
 from bilevel.linear.nystrom import Nystrom, sketch
 from bilevel.linear.solvers import (
     CG,
-    DENSE_LIMIT,
-    GMRES,
     MINRES,
     Dense,
     LinearSolution,
     LinearSolver,
     Matvec,
     Neumann,
-    default_solver,
     dense_matrix,
     gram,
     pack_scalars,

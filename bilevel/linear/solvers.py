@@ -1,4 +1,4 @@
-"""Linear systems M v = b from products with M: CG, MINRES, GMRES, Neumann, Dense.
+"""Linear systems M v = b from products with M: CG, MINRES, Neumann, Dense; `gmres` has GMRES.
 
 Each solver is a pytree with `prepare(matvec, n, dtype) -> solve`, and `solve(b, v0) -> LinearSolution(v, residual,
 iterations)` with the *recomputed* residual norm |b - M v|. Vectors are flat, shape [n]; without v0 the start is 0,
@@ -47,12 +47,12 @@ class LinearSolver:
         raise NotImplementedError
 
 
-def _start(matvec: Matvec, b: Array, v0: Array | None) -> tuple[Array, Array]:
+def first_residual(matvec: Matvec, b: Array, v0: Array | None) -> tuple[Array, Array]:
     """(v0, b - M v0), v0 = 0 for None."""
     return (jnp.zeros_like(b), b) if v0 is None else (v0, b - matvec(v0))
 
 
-def _target(tol: Any, b: Array, r: Array) -> Array:
+def target_residual(tol: Any, b: Array, r: Array) -> Array:
     """The residual norm to stop at: tol |b|, but never below rounding, where going on only feeds on noise."""
     eps, tiny = jnp.finfo(b.dtype).eps, jnp.finfo(b.dtype).tiny
     floor = 0.1 * eps * jnp.maximum(jnp.linalg.norm(b), jnp.linalg.norm(r)) + tiny**0.5
@@ -87,12 +87,12 @@ class CG(LinearSolver):
     def run(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array, Array]:
         """(v, iterations, whether every direction had positive curvature)."""
         limit = self._limit(b.size)
-        v0, r = _start(matvec, b, v0)
+        v0, r = first_residual(matvec, b, v0)
         size = jnp.linalg.norm(r)
         unit = jnp.where(
             (size > 0) & jnp.isfinite(size), size, 1
         )  # in units of |r|: squares neither over- nor underflow
-        target = (_target(self.tol, b, r) / unit) ** 2
+        target = (target_residual(self.tol, b, r) / unit) ** 2
         r = r / unit
 
         def go_on(carry: tuple) -> Array:
@@ -141,9 +141,9 @@ class MINRES(LinearSolver):
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         limit = self._limit(b.size)
-        v0, r = _start(matvec, b, v0)
+        v0, r = first_residual(matvec, b, v0)
         beta = jnp.linalg.norm(r)
-        target = _target(self.tol, b, r)
+        target = target_residual(self.tol, b, r)
         zero, nought = jnp.zeros_like(b), jnp.zeros((), b.dtype)
 
         # Lanczos vectors q_old, q; two Givens rotations (c, s) act on the new column of the tridiagonal matrix; the
@@ -177,72 +177,6 @@ class MINRES(LinearSolver):
 
 
 @struct
-class GMRES(LinearSolver):
-    """Restarted GMRES for general M (Saad and Schultz, 1986), Arnoldi with one re-orthogonalisation.
-
-    `restart` is the Krylov dimension, capped at n; memory is restart x n. `max_iterations` defaults to 20 restarts. The
-    residual never grows from one restart to the next: a cycle that fails to reduce it ends the loop.
-    """
-
-    tol: Any = None
-    restart: int = static(default=50)
-    max_iterations: int | None = static(default=None)
-
-    def _cycles(self, n: int) -> tuple[int, int]:
-        """(products per cycle, cycles)."""
-        m = min(self.restart, n)
-        if self.max_iterations is None:
-            return m, 20
-        m = min(m, self.max_iterations)
-        return m, -(-self.max_iterations // m)
-
-    def max_products(self, n: int) -> int:
-        m, cycles = self._cycles(n)
-        return 1 + (m + 1) * cycles
-
-    def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
-        m, cycles = self._cycles(b.size)
-        limit = m * cycles
-        v0, r0 = _start(matvec, b, v0)
-        target = _target(self.tol, b, r0)
-
-        def cycle(v: Array, r: Array) -> Array:
-            beta = jnp.linalg.norm(r)
-
-            def arnoldi(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-                Q, H = carry
-                w = matvec(Q[k])
-                size = jnp.linalg.norm(w)
-                h = Q @ w
-                w = w - h @ Q
-                again = Q @ w
-                w = w - again @ Q
-                norm = jnp.linalg.norm(w)
-                alive = norm > 10 * jnp.finfo(b.dtype).eps * size  # else the Krylov space is exhausted
-                column = (h + again).at[k + 1].set(jnp.where(alive, norm, 0))
-                return Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), H.at[:, k].set(column)
-
-            Q = jnp.zeros((m + 1, b.size), b.dtype).at[0].set(r / jnp.where(beta > 0, beta, 1))
-            Q, H = lax.fori_loop(0, m, arnoldi, (Q, jnp.zeros((m + 1, m), b.dtype)))
-            coefficients = jnp.linalg.lstsq(H, jnp.zeros(m + 1, b.dtype).at[0].set(beta))[0]
-            return v + coefficients @ Q[:m]
-
-        def go_on(carry: tuple) -> Array:
-            _, r, k, progress = carry
-            return progress & (jnp.linalg.norm(r) > target) & (k < limit)
-
-        def body(carry: tuple) -> tuple:
-            v, r, k, _ = carry
-            trial = cycle(v, r)
-            r_trial = b - matvec(trial)
-            progress = jnp.linalg.norm(r_trial) < jnp.linalg.norm(r)
-            return jnp.where(progress, trial, v), jnp.where(progress, r_trial, r), k + m, progress
-
-        v, _, k, _ = lax.while_loop(go_on, body, (v0, r0, jnp.array(0), jnp.array(True)))
-        return v, k
-
-
-@struct
 class Neumann(LinearSolver):
     """The Neumann series as a recursion, v <- v + step_size (b - M v); converges where |I - step_size M| < 1.
 
@@ -258,8 +192,8 @@ class Neumann(LinearSolver):
 
     def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         limit = self.max_iterations
-        v0, r0 = _start(matvec, b, v0)
-        target = _target(self.tol, b, r0)
+        v0, r0 = first_residual(matvec, b, v0)
+        target = target_residual(self.tol, b, r0)
 
         def go_on(carry: tuple) -> Array:
             _, r, k = carry
@@ -342,13 +276,3 @@ def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
 def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:
     """M [n, n] from n products."""
     return jax.vmap(matvec, out_axes=1)(jnp.eye(n, dtype=dtype))
-
-
-DENSE_LIMIT = 256  # unknowns; below it a dense factor is faster than CG at any condition number (docs/design.md)
-
-
-def default_solver(n: int, symmetric: bool, preconditioner: Any = None) -> LinearSolver:
-    """Dense up to DENSE_LIMIT unknowns; beyond, CG for a lower level that is minimised and GMRES for a fixed point."""
-    if n <= DENSE_LIMIT:
-        return Dense()
-    return CG(preconditioner=preconditioner) if symmetric else GMRES()

@@ -69,6 +69,37 @@ def test_against_dense_algebra(name, n):
             assert np.linalg.norm(v - exact) <= 1e-13 * n * condition * np.linalg.norm(exact) + 1e-14, condition
 
 
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "general"])
+@pytest.mark.parametrize("condition", [1e4, 1e6])
+def test_gmres_of_200_unknowns_against_dense_algebra(kind, condition):
+    """More unknowns than a Krylov space of 50; without restarts by default, so that a hard M is no harder to solve."""
+    M = matrix(kind, 200, condition)
+    exact = np.random.default_rng(7).normal(size=200)
+    v, residual, iterations = solve(GMRES(), M, M @ exact)
+    assert residual <= 1e-13 * np.linalg.norm(M @ exact)
+    assert iterations <= 200
+    assert np.linalg.norm(v - exact) <= 10 * EPS * condition * np.linalg.norm(exact)
+    assert np.linalg.norm(v - np.linalg.solve(M, M @ exact)) <= 20 * EPS * condition * np.linalg.norm(exact)
+
+
+def test_gmres_with_restarts_ends_only_at_the_tolerance():
+    """Each cycle of 50 takes a third off the residual: that takes more than a thousand products, and it gets them."""
+    M = matrix("definite", 200, 1e4)
+    exact = np.random.default_rng(7).normal(size=200)
+    b = M @ exact
+    v, residual, iterations = solve(GMRES(tol=1e-11, restart=50), M, b)
+    assert residual <= 1e-11 * np.linalg.norm(b)
+    assert 50 < iterations <= 2000
+
+
+def test_gmres_ends_inside_of_a_cycle():
+    """A minimal polynomial of degree 3: three products and a fourth that rounding may ask for."""
+    M = np.diag(np.repeat([1.0, -2.0, 5.0], 4)) @ np.eye(12)
+    solution = solve(GMRES(), M, np.arange(1.0, 13.0))
+    assert solution.iterations <= 4
+    assert solution.residual <= 1e-13
+
+
 def iterates(solver, M, b, counts):
     """Solutions with max_iterations = k for each k of `counts`; without jit, since k is a compile-time number."""
     limited = [dataclasses.replace(solver, max_iterations=int(k)) for k in counts]
