@@ -87,7 +87,7 @@ def test_gmres_with_restarts_ends_only_at_the_tolerance():
     M = matrix("definite", 200, 1e4)
     exact = np.random.default_rng(7).normal(size=200)
     b = M @ exact
-    v, residual, iterations = solve(GMRES(tol=1e-11, restart=50), M, b)
+    _, residual, iterations = solve(GMRES(tol=1e-11, restart=50), M, b)
     assert residual <= 1e-11 * np.linalg.norm(b)
     assert 50 < iterations <= 2000
 
