@@ -24,6 +24,7 @@ import numpy as np
 
 from benchmarks.peers import constrained, entropy, hypergradient
 from benchmarks.peers.timing import Measured, interleaved
+from bilevel.backend.compilation import user_environment
 
 ROWS, FEATURES, UNKNOWNS, LIMITS = 500, 100, 50, 30
 ELSEWHERE = {  # name: (program, the modules that it needs, what its row is called)
@@ -105,10 +106,13 @@ def run_elsewhere(
     """What `program`, a file beside this one, prints of `arrays` under the first interpreter that imports `modules`; or
     why it cannot run.
     """
+    theirs = user_environment()  # another interpreter may have another XLA, which stops at flags that it does not know
     reasons = []
     for python in pythons:
         try:
-            done = subprocess.run([python, "-c", f"import {modules}"], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [python, "-c", f"import {modules}"], env=theirs, capture_output=True, text=True, check=False
+            )
         except OSError as error:
             reasons.append(f"{python}: {error.strerror}")
             continue
@@ -121,7 +125,7 @@ def run_elsewhere(
         path = Path(folder) / "data.npz"
         np.savez(path, allow_pickle=False, **{name: np.asarray(array) for name, array in arrays.items()})
         file = Path(__file__).with_name(program)
-        done = subprocess.run([python, str(file), str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run([python, str(file), str(path)], env=theirs, capture_output=True, text=True, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else f"it failed: {done.stderr.strip().splitlines()[-1]}"
 
 

@@ -1,4 +1,4 @@
-"""Compiled programs: kept between runs, and made quickly."""
+"""Compiled programs: kept between runs, made quickly, and run beside other programs without waiting for them."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,13 @@ def use_quick_compilation(folder: str = "xla") -> None:
     import jax
     import platformdirs
 
+    from bilevel.backend import compilation
+
+    one_blas_thread()
     if os.environ.get("BILEVAX_CACHE", "") != "off":
-        keep_programs(str(Path(platformdirs.user_cache_dir("bilevax")) / folder))
+        # An executable that is wrong stays wrong in the cache: programs made otherwise have a folder of their own.
+        kind = f"{folder}-{jax.version.__version__}" + ("" if compilation.safe() else "-unsafe")
+        keep_programs(str(Path(platformdirs.user_cache_dir("bilevax")) / kind))
     if jax.__version_info__[:2] == (0, 10):
         xla_flags("--xla_cpu_use_fusion_emitters=false")
 
@@ -31,6 +36,21 @@ def keep_programs(cache: str) -> None:
 
 def xla_flags(flags: str) -> None:
     """Set flags of XLA for this process and its children, before what the user has set, of which the last counts."""
+    from bilevel.backend.compilation import set_variable
+
     given = os.environ.get("XLA_FLAGS", "")
     if flags not in given:
-        os.environ["XLA_FLAGS"] = f"{flags} {given}".strip()
+        set_variable("XLA_FLAGS", f"{flags} {given}".strip())
+
+
+def one_blas_thread() -> None:
+    """One thread for the OpenBLAS behind JAX's LAPACK calls, in this process and its children, unless the user has set
+    OPENBLAS_NUM_THREADS; before SciPy's linear algebra is loaded.
+
+    Its threads wait for each other by spinning: where another process takes a core, each call of a small factorisation
+    waits for the scheduler (docs/platform.md has the figures, and the size from which more threads pay).
+    """
+    from bilevel.backend.compilation import set_variable
+
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        set_variable("OPENBLAS_NUM_THREADS", "1")

@@ -15,6 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from bilevel.backend import sharding
+from bilevel.backend.compilation import COMPILER_OPTIONS
 from bilevel.backend.precision import full_precision
 from bilevel.problem import BilevelProblem
 from bilevel.solver import Solver
@@ -103,7 +104,7 @@ def _each(one: Callable, many: Many, shared: tuple, *lanes: PyTree) -> Any:
     return jax.shard_map(every, mesh=many, in_specs=specs, out_specs=spread, check_vma=False)(*shared, *lanes)
 
 
-@partial(jax.jit, static_argnames="many")
+@partial(jax.jit, static_argnames="many", compiler_options=COMPILER_OPTIONS)
 @full_precision
 def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyTree:
     """The state before the first step."""
@@ -114,7 +115,7 @@ def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyT
     return _each(one, many, (problem, solver), key)
 
 
-@partial(jax.jit, static_argnames="many")
+@partial(jax.jit, static_argnames="many", compiler_options=COMPILER_OPTIONS)
 def advance_lanes(
     problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: Many
 ) -> tuple[PyTree, PyTree, Array]:
@@ -133,7 +134,7 @@ def advance_lanes(
     return _each(one, many, (problem, solver, start, num_steps), state, key)
 
 
-@partial(jax.jit, static_argnames=("many", "measure"))
+@partial(jax.jit, static_argnames=("many", "measure"), compiler_options=COMPILER_OPTIONS)
 @full_precision
 def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, measure: Callable) -> Array:
     """Of (x, y) alone, so that all solvers share one compilation; in one vector, too."""
