@@ -16,7 +16,7 @@ always (problem, state, key), and (x, y, batch) for the user's functions. Solver
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from jax import Array
 
@@ -26,12 +26,36 @@ from bilevel.record import OracleCount, Referee, Status
 PyTree = Any
 
 
+class About(NamedTuple):
+    """What the tables of solvers say of a method, in a few words each."""
+
+    idea: str
+    """What a step does."""
+    reference: str
+    """Authors and year."""
+    calls: str = ""
+    """Calls per step: upper gradients, residuals, Hessian products, cross products."""
+    stops: str = ""
+    """Where the iterates end, or what keeps them from an optimum."""
+    lower: str = ""
+    """What is asked of the lower level."""
+    smoothing: str = ""
+    """How F is smoothed."""
+    memory: str = ""
+    """What is stored besides x, y and v."""
+    data: str = ""
+    """Which data a step uses, where `full_batch` does not say it."""
+
+
 class Solver:
     """One algorithm: the base of all solvers.
 
     Its state is a NamedTuple of arrays, with fields `x` and `y` at least. It holds what the next step needs and no
     more; what people want to look at goes into `info`.
     """
+
+    about: ClassVar[About | None] = None
+    """The method's row in the tables of the documentation, which are written from the classes."""
 
     full_batch: ClassVar[bool] = False
     """Whether every step uses all of the data, `source.full()`, in place of the sources' batches."""

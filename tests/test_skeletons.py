@@ -11,6 +11,7 @@ import pytest
 
 import bilevel
 import problems
+from benchmarks.show import solver_tables
 from bilevel import oracles, solvers
 from bilevel.backend.tree import distance
 from bilevel.solvers import implicit
@@ -68,6 +69,7 @@ def test_a_problem_that_is_only_a_file(skeleton_instance):
 
 def test_a_solver_that_is_only_a_file(skeleton_solver, skeleton_instance, key):
     problem, truth, solver = skeleton_instance.problem, skeleton_instance.truth, skeleton_solver()
+    assert "| `Skeleton` | implicit |" in solver_tables.ideas({"Skeleton": skeleton_solver})
     solution = bilevel.solve(problem, solver, key=key, max_steps=20_000, every=1000, tol=1e-9)
     assert solution.status == bilevel.Status.CONVERGED
     assert distance(solution.x, truth.x) < 1e-7

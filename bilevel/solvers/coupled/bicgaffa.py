@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_fixed_point
+from bilevel.solver import About, Solver, refuse_fixed_point
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import struct
 
@@ -86,6 +86,13 @@ class BiCGAFFA(Solver):
     gamma_2: Scalar = 1.0
     bound: Scalar = 1e3
     full_batch = True
+    about = About(
+        idea="one loop: a regularised gap of the lower level's KKT system",
+        reference="Yao et al. 2025",
+        calls="1, 3, 0, 0",
+        lower="convex, may have many minimisers",
+        stops="a bias and a violation of h like 1/c stay, c ~ k^0.3",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; penalty is a number or a schedule."""

@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_fixed_point
+from bilevel.solver import About, Solver, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -77,6 +77,13 @@ class BLOCC(Solver):
     num_lower_steps: int = static(default=20)
     num_primal_steps: int = static(default=1)
     full_batch = True
+    about = About(
+        idea="a penalty on g's value gap, both lower problems by primal-dual steps",
+        reference="Jiang et al. 2024",
+        calls="T + 1, 2 T + 2, 0, 0",
+        lower="strongly convex, h with independent active gradients",
+        stops="a bias like 1/lam stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well."""

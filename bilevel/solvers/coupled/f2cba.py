@@ -14,7 +14,7 @@ from bilevel.parts import lagrangian, tracking
 from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
 from bilevel.record import OracleCount
 from bilevel.sampled.sampling import descend
-from bilevel.solver import Solver, refuse_constrained_lower, refuse_fixed_point
+from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, move, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -97,6 +97,13 @@ class F2CBA(Solver):
     num_penalty_steps: int = static(default=30)
     full_batch = True
     assumptions = MappingProxyType({"independent": tracking.ASSUMPTIONS["independent"]})
+    about = About(
+        idea="linear constraints: multipliers and a penalty on the active rows",
+        reference="Kornowski et al. 2024",
+        calls="K + 2, T + K + 3, 0, 0; equalities alone T + 1, 2 T + 2",
+        lower="strongly convex, h affine, no set Y",
+        stops="a bias like `alpha` stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well, unless there is a radius."""

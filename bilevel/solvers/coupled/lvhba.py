@@ -13,7 +13,7 @@ from bilevel.lower import polyhedral
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import struct
 
@@ -86,6 +86,13 @@ class LVHBA(Solver):
     gamma_2: Scalar = 1.0
     bound: Scalar = 1e3
     full_batch = True
+    about = About(
+        idea="one loop, linear constraints: g against its proximal Lagrangian value",
+        reference="Yao et al. 2024",
+        calls="1, 3, 0, 0, and a joint projection",
+        lower="convex, h affine, X and Y polyhedral",
+        stops="a bias like 1/c stays, c ~ k^0.3; feasible",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; penalty is a number or a schedule."""

@@ -12,7 +12,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem, SmoothCoupling
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_constrained_lower, refuse_fixed_point
+from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import struct
 
@@ -84,6 +84,13 @@ class SFLCB(Solver):
     delta: Scalar = 0.1
     rho: Scalar = 1.0
     full_batch = True
+    about = About(
+        idea="one loop, linear constraints: augmented Lagrangians of both lower problems",
+        reference="Shen et al. 2025",
+        calls="1, 3, 0, 0",
+        lower="strongly convex, h affine, no set Y",
+        stops="a bias like `delta` stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; delta and rho are numbers."""

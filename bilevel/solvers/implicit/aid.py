@@ -14,7 +14,7 @@ from bilevel.parts.descent import descend
 from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import StepSize, step_sizes
 from bilevel.struct import static, struct
 
@@ -58,6 +58,13 @@ class AID(Solver):
     linear: LinearSolver | None = None
     full_batch = True
     guarantees = ("aid", "aid-bias")
+    about = About(
+        idea="lower steps, then conjugate gradients for the adjoint",
+        reference="Pedregosa 2016; Grazzi et al. 2020",
+        calls="1, T, Q + 1, 1",
+        memory="a few copies of y",
+        stops="grad F = 0",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

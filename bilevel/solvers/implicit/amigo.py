@@ -10,7 +10,7 @@ from bilevel import oracles
 from bilevel.parts.tuning import Iterates, implicit_step, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Stepper, StepSize, step_sizes
 from bilevel.struct import static, struct
 
@@ -50,6 +50,13 @@ class AmIGO(Solver):
     upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
+    about = About(
+        idea="lower steps, then warm-started steps on the adjoint",
+        reference="Arbel and Mairal 2022",
+        calls="1, T, Q, 1",
+        memory="none",
+        stops="a noise ball, or shrinking steps",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -9,7 +9,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
@@ -49,6 +49,13 @@ class ITD(Solver):
     upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=20)
     full_batch = True
+    about = About(
+        idea="reverse mode through the lower steps",
+        reference="Franceschi et al. 2017",
+        calls="1, T, T, T",
+        memory="T copies of y",
+        stops="a bias like (1 - a mu)^T stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x only."""

@@ -12,7 +12,7 @@ from bilevel.parts.estimators import SagaTable, saga, saga_init
 from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_constrained_lower
+from bilevel.solver import About, Solver, refuse_constrained_lower
 from bilevel.step import StepSize, step_sizes
 from bilevel.struct import struct
 
@@ -70,6 +70,13 @@ class SABA(Solver):
     linear_step_size: StepSize | None = None
     upper_step_size: StepSize | None = None
     guarantees = ("saba", "saba-rate")
+    about = About(
+        idea="SOBA with SAGA's variance reduction",
+        reference="Dagréou et al. 2022",
+        calls="1, 1, 1, 1",
+        memory="n_g (2 dim y + dim x) + n_f (dim y + dim x)",
+        stops="grad F = 0, with constant steps",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

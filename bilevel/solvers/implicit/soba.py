@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts.tuning import Iterates, start
 from bilevel.problem import BilevelProblem, Constants
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import StepSize, step_sizes
 from bilevel.struct import struct
 
@@ -49,6 +49,13 @@ class SOBA(Solver):
     linear_step_size: StepSize | None = None
     upper_step_size: StepSize | None = None
     guarantees = ("soba", "soba-projected", "soba-batches", "soba-batches-rate")
+    about = About(
+        idea="one loop: y, adjoint and x move at once",
+        reference="Dagréou et al. 2022",
+        calls="1, 1, 1, 1",
+        memory="none",
+        stops="a noise ball, or shrinking steps",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -8,7 +8,7 @@ from bilevel.parts.descent import neumann
 from bilevel.parts.tuning import Iterates, implicit_step, start
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Stepper, StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
@@ -48,6 +48,13 @@ class StocBiO(Solver):
     upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
+    about = About(
+        idea="lower steps, then a Neumann series",
+        reference="Ji et al. 2021",
+        calls="1, T, Q, 1",
+        memory="a copy of y",
+        stops="a noise ball, and a bias like (1 - eta mu)^(Q + 1)",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x and y only."""

@@ -15,7 +15,7 @@ from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
-from bilevel.solver import Solver, refuse_without_value
+from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -73,6 +73,13 @@ class BOME(Solver):
     decrease: Scalar = 0.5
     num_lower_steps: int = static(default=30)
     full_batch = True
+    about = About(
+        idea="descent on f that always lowers g's value gap",
+        reference="Ye et al. 2022",
+        calls="1, T + 2, 0, 0",
+        lower="Polyak-Lojasiewicz, may have many minimisers; a set Y",
+        stops="a cycle as large as the step, and a bias like (1 - b mu)^T",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

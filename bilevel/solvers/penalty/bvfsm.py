@@ -15,7 +15,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
 from bilevel.sampled.sampling import descend
 from bilevel.sets import Reals
-from bilevel.solver import Solver, refuse_without_value
+from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -98,6 +98,13 @@ class BVFSM(Solver):
     num_lower_steps: int = static(default=20)
     num_penalty_steps: int = static(default=20)
     full_batch = True
+    about = About(
+        idea="a barrier on g's value gap that starts high and sharpens; g may be non-convex",
+        reference="Liu et al. 2021",
+        calls="K + 2, T + K + 3 and 2 values, 0, 0; K steps of y",
+        lower="any smooth g on a set, local minima of it",
+        stops="a gap like the decaying weights stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the weights are numbers, decay a number or a schedule."""

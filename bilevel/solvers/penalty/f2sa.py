@@ -15,7 +15,7 @@ from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
-from bilevel.solver import Solver, refuse_without_value
+from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scheduled, Stepper, StepSize, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -86,6 +86,13 @@ class F2SA(Solver):
     penalty: Scheduled | None = None
     num_lower_steps: int = static(default=10)
     growth: ClassVar[Callable] = staticmethod(_growth)
+    about = About(
+        idea="two lower iterates and a growing multiplier",
+        reference="Kwon et al. 2023",
+        calls="T + 1, 2 T + 2, 0, 0",
+        lower="strongly convex, unconstrained",
+        stops="a bias like 1/lam stays; lam grows by default",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the penalty is a number or a schedule."""
@@ -184,6 +191,13 @@ class ProxF2SA(F2SA):
     """
 
     growth: ClassVar[Callable] = staticmethod(_slow_growth)
+    about = About(
+        idea="F2SA on a set Y, g need not be convex",
+        reference="Kwon et al. 2024",
+        calls="T + 1, 2 T + 2, 0, 0",
+        lower="a proximal error bound on a set, may have many minimisers",
+        stops="a bias like 1/lam stays; lam grows by default",
+    )
 
     def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
         L_f, L_g = smoothness(problem.on_full_data(), key, x, y)

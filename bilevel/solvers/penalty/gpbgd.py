@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import struct
 
@@ -60,6 +60,13 @@ class GPBGD(Solver):
     upper_step_size: StepSize | None = None
     penalty: Scalar = 100.0
     full_batch = True
+    about = About(
+        idea="a penalty on the squared residual",
+        reference="Shen and Chen 2023",
+        calls="1, 1, 1, 1",
+        lower="g_yy invertible, or a fixed point; unconstrained",
+        stops="a bias like 1/lam stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

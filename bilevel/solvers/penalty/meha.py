@@ -15,7 +15,7 @@ from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Referee
 from bilevel.sets import Reals
-from bilevel.solver import Solver, refuse_without_value
+from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, move, require_numbers, schedules, stepper
 from bilevel.struct import static, struct
 
@@ -82,6 +82,13 @@ class MEHA(Solver):
     nonsmooth: Callable | None = static(default=None)
     prox: Callable | None = static(default=None)
     full_batch = True
+    about = About(
+        idea="one loop: a penalty on g's distance to its Moreau envelope; g may be non-convex",
+        reference="Liu et al. 2024",
+        calls="2, 4, 0, 0",
+        lower="weakly convex on a set, non-smooth with a prox",
+        stops="a bias like 1/c stays, c ~ k^0.49; smaller with large `gamma`, where g is convex",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; gamma is a number."""

@@ -15,7 +15,7 @@ from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Reals
-from bilevel.solver import Solver, refuse_without_value
+from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -70,6 +70,13 @@ class VPBGD(Solver):
     penalty: Scalar = 10.0
     num_lower_steps: int = static(default=10)
     full_batch = True
+    about = About(
+        idea="a penalty on g's value gap",
+        reference="Shen and Chen 2023",
+        calls="1, T + 2, 0, 0",
+        lower="Polyak-Lojasiewicz, may have many minimisers; a set Y",
+        stops="a bias like 1/lam stays",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

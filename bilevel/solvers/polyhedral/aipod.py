@@ -15,7 +15,7 @@ from bilevel.parts.descent import descend, neumann
 from bilevel.parts.tuning import start
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_constrained_lower
+from bilevel.solver import About, Solver, refuse_constrained_lower
 from bilevel.step import Stepper, StepSize, schedules, step_sizes
 from bilevel.struct import static, struct
 
@@ -86,6 +86,13 @@ class AiPOD(Solver):
     num_lower_steps: int = static(default=10)
     num_linear_steps: int = static(default=10)
     assumptions = MappingProxyType({"convex": "g_yy is positive along the adjoint v (strong convexity)"})
+    about = About(
+        idea="linear equalities: projected lower steps, then a Neumann series on their tangent space",
+        reference="Xiao et al. 2023",
+        calls="1, T, Q + 1, 1",
+        smoothing="none",
+        stops="a noise ball, and a bias like (1 - eta mu)^(Q + 1)",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers and schedules; transformations for x and y only."""

@@ -15,7 +15,7 @@ from bilevel.oracles import per_sample
 from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Scalar
 from bilevel.struct import invalid, static, struct
 from bilevel.theory.nonsmooth import momentum_settings
@@ -92,6 +92,14 @@ class DSBLO(Solver):
     guarantees = ("ds-blo", "ds-blo-accuracy", "ds-blo-goldstein", "ds-blo-implicit", "ds-blo-law", "ds-blo-momentum")
     assumptions = tracking.ASSUMPTIONS
     renamed = MappingProxyType({"gamma1": "gamma_1", "gamma2": "gamma_2"})
+    about = About(
+        idea="momentum on gradients perturbed twice",
+        data="all of g, batches of f",
+        reference="Khanduri et al. 2025",
+        calls="1, T, n, 1 for each perturbation",
+        smoothing="a fresh perturbation of g each step",
+        stops="a ball around a Goldstein-stationary point of the smoothed F",
+    )
 
     def __post_init__(self) -> None:
         """Check what is not an array."""

@@ -13,7 +13,7 @@ from bilevel.backend.tree import norm
 from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Scalar, require_numbers
 from bilevel.struct import static, struct
 
@@ -78,6 +78,13 @@ class DSIGD(Solver):
     num_lower_steps: int = static(default=2)
     full_batch = True
     assumptions = tracking.ASSUMPTIONS
+    about = About(
+        idea="SSIGD's gradients with a projected Armijo search",
+        reference="Khanduri et al. 2023",
+        calls="1, (M + 1) T, (M + 1) n, 1",
+        smoothing="one perturbation, kept",
+        stops="no trial step lowers F any more",
+    )
 
     def __post_init__(self) -> None:
         """Accept a number as step."""

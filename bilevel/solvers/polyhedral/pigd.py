@@ -10,7 +10,7 @@ from bilevel.parts import tracking
 from bilevel.parts.tracking import Info, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -52,6 +52,13 @@ class PIGD(Solver):
     num_lower_steps: int = static(default=2)
     full_batch = True
     assumptions = tracking.ASSUMPTIONS
+    about = About(
+        idea="projected descent, no smoothing",
+        reference="Khanduri et al. 2023",
+        calls="1, T, n, 1",
+        smoothing="none",
+        stops="grad F = 0; at a kink it jumps from side to side",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

@@ -10,7 +10,7 @@ from bilevel.parts import tracking
 from bilevel.parts.tracking import Info, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver
+from bilevel.solver import About, Solver
 from bilevel.step import Scalar, Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 
@@ -62,6 +62,14 @@ class SSIGD(Solver):
     distribution: str = static(default="gaussian")
     num_lower_steps: int = static(default=2)
     assumptions = tracking.ASSUMPTIONS
+    about = About(
+        idea="gradients smoothed by one fixed perturbation",
+        data="all of g, batches of f",
+        reference="Khanduri et al. 2023",
+        calls="1, T, n, 1",
+        smoothing="one perturbation, kept",
+        stops="shrinking steps",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

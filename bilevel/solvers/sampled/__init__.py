@@ -1,1 +1,1 @@
-"""Solvers by lower levels with many minimisers, by samples of Y."""
+"""Solvers for lower levels with many minimisers, on a bounded Y or Y(x), which they draw points of."""

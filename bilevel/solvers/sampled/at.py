@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.solver import Solver, refuse_unsampled_set
+from bilevel.solver import About, Solver, refuse_unsampled_set
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
@@ -70,6 +70,13 @@ class AT(Solver):
     num_starts: int = static(default=1)
     random_start: bool = static(default=True)
     sign: bool = static(default=True)
+    about = About(
+        idea="min-max problems only: an attack by projected steps, then a step on f alone; worst of K",
+        reference="Madry et al. 2018",
+        calls="1, S T + S, 0, 0 (S starts; S = 1: T)",
+        lower="g = -f up to terms without x, on a bounded Y",
+        stops="a noise ball; the implicit term is left out",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the counts."""

@@ -13,7 +13,7 @@ from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sampled.sampling import smooth_min
-from bilevel.solver import Solver, refuse_unsampled_set
+from bilevel.solver import About, Solver, refuse_unsampled_set
 from bilevel.step import Stepper, require_number, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
@@ -76,6 +76,13 @@ class PerSamplePenalty(Solver):
     num_samples: int = static(default=9)
     num_slots: int = static(default=2)
     num_ladder_steps: int = static(default=200)
+    about = About(
+        idea="`SampledPenalty` for an own y of each sample, in batches",
+        reference="arXiv:2505.10830, 2025",
+        calls="K, N + K, 0, 0 (N candidates, K kept, on one batch)",
+        lower="each sample's own g_i on a bounded Y_i of low dimension",
+        stops="a noise ball, and a bias like 1/lam",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the counts."""

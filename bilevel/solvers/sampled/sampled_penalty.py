@@ -18,7 +18,7 @@ from bilevel.sampled import answer, renewal, sampling
 from bilevel.sampled.refine import LENGTHS as NEWTON
 from bilevel.sampled.refine import MAX_CG, SIZES, improve, multipliers, restore
 from bilevel.sampled.sampling import Blocks, Smoothness, blocks, cover_blocks, pick, smooth_min, starts
-from bilevel.solver import Solver, refuse_unbounded_set
+from bilevel.solver import About, Solver, refuse_unbounded_set
 from bilevel.step import require_number, step_sizes
 from bilevel.struct import invalid, static, struct
 
@@ -138,6 +138,13 @@ class SampledPenalty(Solver):
     chunk: int = static(default=1024)
     full_batch = True
     guarantees = ("sampled-value", "sampled-penalty", "sampled-kkt")
+    about = About(
+        idea="a penalty on g's value gap over samples of Y: g may be non-convex, Y(x) bounded and coupled",
+        reference="arXiv:2505.10830, 2025",
+        calls="thousands, on all samples",
+        lower="any smooth g on a bounded Y(x), blocks of low dimension",
+        stops="a bias like 1/lam and a gap of at most `lower_tol` stay",
+    )
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; check the choices."""
