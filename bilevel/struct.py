@@ -9,9 +9,12 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar, dataclass_transform, overload
+from typing import Any, TypeVar, dataclass_transform, overload
 
 import jax
+
+from bilevel.backend.errors import InvalidInput as InvalidInput
+from bilevel.backend.errors import invalid as invalid
 
 T = TypeVar("T")
 
@@ -124,12 +127,3 @@ def _getter(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple]:
     if len(names) > 1:
         return operator.itemgetter(*names)
     return (lambda fields: (fields[names[0]],)) if names else lambda fields: ()
-
-
-class InvalidInput(ValueError):
-    """Bad input. The message says which argument, what was got, what was expected, and what to do."""
-
-
-def invalid(argument: str, got: object, expected: str, do: str) -> NoReturn:
-    """Raise `InvalidInput` for `argument`."""
-    raise InvalidInput(f"{argument}: got {got}; expected {expected}. {do}")

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.struct import invalid
+from bilevel.backend.errors import invalid
 
 PyTree = Any
 

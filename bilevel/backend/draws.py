@@ -8,7 +8,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 from jax.scipy.special import erfinv, gammainc
 
-from bilevel.struct import invalid
+from bilevel.backend.errors import invalid
 
 PyTree = Any
 

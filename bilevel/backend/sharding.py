@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from bilevel.struct import invalid
+from bilevel.backend.errors import invalid
 
 PyTree = Any
 

@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 ORDER = (  # of the files and folders at the top of bilevel: each imports those above it alone
-    "struct",
     "backend",
+    "struct",
     "qp",
     "linear",
     "record",
