@@ -25,7 +25,18 @@ import jax
 
 from bilevel.backend.precision import full_precision
 from bilevel.linear import LinearSolver
-from bilevel.lower import Adjoint, LowerMethod, Newton, Unrolled, check_lower, choose, given_for_none
+from bilevel.lower import (
+    ActiveSet,
+    Adjoint,
+    LowerMethod,
+    Newton,
+    Unrolled,
+    Warm,
+    check_lower,
+    choose,
+    given_for_none,
+)
+from bilevel.lower.method import refuse_warm
 from bilevel.problem import BilevelProblem, Constants, check_problem, start_y
 from bilevel.record import Hypergradient
 from bilevel.struct import invalid
@@ -43,6 +54,7 @@ def hypergradient(
     v: PyTree = None,
     constants: Constants | None = None,
     estimate: bool = True,
+    warm: Warm | None = None,
 ) -> Hypergradient:
     """Grad F(x) with its error. Pure; use it under jit and vmap.
 
@@ -61,17 +73,18 @@ def hypergradient(
         v: warm start of the adjoint, shaped like y.
         constants: makes `error_bound` rigorous; for constrained lower levels it stays an estimate.
         estimate: without constants, estimate the error (two more linear solves); False gives error_bound = NaN.
+        warm: where `ActiveSet` starts beside y, of an earlier solution: its `PolyhedralSolution.warm()`.
 
     Raises:
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
-            with constraints.
+            with constraints; for `warm` where the lower level is not solved by `ActiveSet`.
         InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none.
     """
     check_problem(problem)
     check_method(method, "hypergradient", Unrolled)
     lower = given_for_none(lower, "hypergradient")
     check_lower(lower, "hypergradient")
-    return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate))
+    return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate, warm))
 
 
 @jax.jit
@@ -80,7 +93,10 @@ def _hypergradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, lower: LowerMethod | None, adjoint: Adjoint
 ) -> Hypergradient:
     y = start_y(problem, x, y)
-    return choose(problem, y, lower, "hypergradient").hypergradient(problem, x, y, adjoint)
+    chosen = choose(problem, y, lower, "hypergradient")
+    if not isinstance(chosen, ActiveSet):
+        refuse_warm(adjoint.warm, chosen)
+    return chosen.hypergradient(problem, x, y, adjoint)
 
 
 def check_method(method: object, what: str, *others: type) -> None:

@@ -81,8 +81,8 @@ def measure_first(problem: BilevelProblem, x: PyTree, y: Array) -> Measurement:
     nothing = jnp.zeros_like(start)
     found = tracking.track(here.problem, x, start, active, nothing, here.lower, MEASURED_STEPS)
     gradient = tracking.gradient(here.problem, x, found, here.upper, here.lower)
-    reached = found[0].y
-    again = tracking.track(here.problem, x, reached, active, nothing, here.lower, 1)[0].y
+    reached = found.solution.y
+    again = tracking.track(here.problem, x, reached, active, nothing, here.lower, 1).solution.y
     value = oracles.upper_value(here.problem, x, reached, here.upper)
     unknown, violation = jnp.full_like(value, jnp.nan), problem.y_set.violation(y)
     return Measurement(value, norm(gradient), unknown, norm(reached - again), violation, jnp.array(Status.UNCHECKED))

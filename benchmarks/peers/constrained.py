@@ -13,7 +13,7 @@ minima over repetitions, each at another x near the last, the libraries in turn:
   outside of the loop; "warm" starts here from the last step's y.
 
 "warm" starts from the solution and active set at x = 0; "factors kept" also from its factors
-(`PolyhedralSolution.kept`), which do not depend on x except in the loop, where refinement makes up for that. A call
+(`PolyhedralSolution.warm`), which do not depend on x except in the loop, where refinement makes up for that. A call
 that does nothing is in the table, since dispatch counts for all, and a Cholesky factor of H with two triangular solves.
 Error: worst relative error of the gradient over those x against NumPy's dense KKT system on the active rows. Then 256
 perturbations q of g (g + q'y) by vmap.
@@ -34,7 +34,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +43,7 @@ from rich.table import Table
 
 import bilevel
 from benchmarks.peers.timing import Measured, interleaved
-from bilevel.lower import polyhedral
+from bilevel.lower import Warm, polyhedral
 
 DIM_X = 10
 
@@ -101,11 +100,11 @@ def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return -G.T @ uv[: len(y)] - B.T @ uv[len(y) :]
 
 
-def bilevax_step(rows: tuple, lower: Any = None, estimate: bool = False) -> Callable:
+def bilevax_step(rows: tuple, warm: Warm | None = None, estimate: bool = False) -> Callable:
     """Step: (data, x, warm start y) -> (F, grad F, y) by `bilevel.hypergradient`."""
 
     def step(data, x, y):
-        h = bilevel.hypergradient(make_problem(data, rows), x, y, lower=lower or bilevel.ActiveSet(), estimate=estimate)
+        h = bilevel.hypergradient(make_problem(data, rows), x, y, warm=warm, estimate=estimate)
         return h.value, h.gradient, h.y
 
     return step
@@ -174,11 +173,10 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
         steps["qpax, tight"] = lambda data, x, y: (*qpax_call(data, rows, **tight)(x), y)
     if importlib.util.find_spec("jaxopt"):
         steps["jaxopt OSQP"] = lambda data, x, y: (*jaxopt_call(data, rows)(x), y)
-    warm = bilevel.ActiveSet(start=found.active)
     steps["bilevax, cold"] = lambda data, x, y: (*bilevax_step(rows)(data, x, y0)[:2], y)
     steps["bilevax, cold, error estimate"] = lambda data, x, y: (*bilevax_step(rows, None, True)(data, x, y0)[:2], y)
-    steps["bilevax, warm"] = bilevax_step(rows, warm)
-    steps["bilevax, warm, factors kept"] = bilevax_step(rows, found.kept())
+    steps["bilevax, warm"] = bilevax_step(rows, Warm(found.active))
+    steps["bilevax, warm, factors kept"] = bilevax_step(rows, found.warm())
     steps["a call that does nothing"] = lambda data, x, y: (jnp.sum(x), x, y)
     steps["Cholesky of H, two solves"] = floor_step
     calls = {name: jax.jit(lambda x, step=step: step(data, x, found.y)) for name, step in steps.items()}
@@ -229,8 +227,8 @@ def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 
     draws = jnp.asarray(0.05 * np.random.default_rng(0).normal(size=(number, n)))
     y0 = jnp.zeros(n)
     found = jax.jit(polyhedral.solve)(problem, jnp.zeros(n), y0, data)
-    settings = bilevel.ActiveSet(start=found.active)
-    one = lambda q: bilevel.hypergradient(problem, q, found.y, lower=settings, estimate=False).gradient  # noqa: E731
+    warm = Warm(found.active)
+    one = lambda q: bilevel.hypergradient(problem, q, found.y, warm=warm, estimate=False).gradient  # noqa: E731
     calls = {"bilevax": jax.jit(jax.vmap(one))}
     if importlib.util.find_spec("qpax"):
         shifted = lambda q: data | {"G": jnp.eye(n)}  # noqa: E731

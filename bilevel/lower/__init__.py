@@ -9,6 +9,7 @@ from bilevel.lower.choice import check_lower, choose, given_for_none, solve
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Unrolled
 from bilevel.lower.newton import Newton
+from bilevel.lower.polyhedral_level import Warm
 from bilevel.lower.projected_newton import ProjectedNewton
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Newton",
     "ProjectedNewton",
     "Unrolled",
+    "Warm",
     "apply_inverse",
     "check_lower",
     "choose",

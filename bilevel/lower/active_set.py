@@ -7,6 +7,7 @@ from jax import Array
 from bilevel.linear import LinearSolver
 from bilevel.lower import polyhedral, polyhedral_gradient
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, refuse_solver
+from bilevel.lower.polyhedral_level import Warm
 from bilevel.problem import BilevelProblem
 from bilevel.record import Hypergradient
 from bilevel.struct import struct
@@ -19,26 +20,25 @@ class ActiveSet(polyhedral.Settings, LowerMethod):
     """An active-set method with exact quadratic programs (`lower.polyhedral`), for polyhedral lower levels.
 
     Args:
-        tol: accuracy of y relative to |y| plus the longest step; default 10 eps of y's dtype.
-        max_steps: steps of the outer (SQP) loop; a quadratic g takes two.
+        tol: accuracy of y relative to |y| plus the longest step, >= 0; default 10 eps of y's dtype.
+        max_steps: steps of the outer (SQP) loop, >= 1; a quadratic g takes two.
         max_changes: passes of the primal-dual search, after which the finite dual method takes over.
-        start: the active set to start from, shape [rows], as `PolyhedralSolution.active`; default: the rows that y
-            holds with equality, and those that the unconstrained step violates.
-        factor: a solution's `factor`, to be used again for a quadratic g. Where g_yy or the rows' normals are not those
-            that it was made of, refinement makes up for the difference, in y and in the adjoint, or the end is STALLED:
-            residual, violation and the multipliers' signs are measured anew.
-        inverse: beside `factor`, the same solution's `inverse`, where `start` is its `active`.
+        start: deprecated, `warm=Warm(active=…)` of `solve` and `hypergradient`.
+        factor: deprecated, `warm=Warm(factor=…)`.
+        inverse: deprecated, `warm=Warm(inverse=…)`.
     """
 
-    def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
-        """The lower-level solution from the warm start y; `lower.polyhedral.solve` tells more."""
-        found = polyhedral.solve(problem, x, y, batch, self)
+    def solve(
+        self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, warm: Warm | None = None
+    ) -> LowerSolution:
+        """The lower-level solution from the warm start y, and `warm`; `lower.polyhedral.solve` tells more."""
+        found = polyhedral.solve(problem, x, y, batch, self, warm)
         return LowerSolution(found.y, found.residual, found.steps, found.status, ())
 
     def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
         """By the factors of the last quadratic program; the error is an estimate, whatever the constants."""
         refuse_solver("hypergradient", adjoint.method)
-        return polyhedral_gradient.differentiate(problem, x, y, self, adjoint.estimate)
+        return polyhedral_gradient.differentiate(problem, x, y, self, adjoint.estimate, adjoint.warm)
 
     def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
         """F(x), its derivatives by the same factors."""

@@ -6,6 +6,7 @@ from jax import Array
 
 from bilevel.linear import LinearSolver
 from bilevel.linear.nystrom import Nystrom
+from bilevel.lower.polyhedral_level import Warm
 from bilevel.problem import BilevelProblem, Constants
 from bilevel.record import Hypergradient
 from bilevel.struct import static, struct
@@ -45,12 +46,14 @@ class Adjoint:
         v: warm start of the adjoint, shaped like y; default 0.
         constants: make the error a proof.
         estimate: without constants, estimate the error.
+        warm: of an earlier solution by `ActiveSet`, the active set and factors to start from, beside y.
     """
 
     method: LinearSolver | Unrolled | None = None
     v: PyTree = None
     constants: Constants | None = None
     estimate: bool = static(default=True)
+    warm: Warm | None = None
 
 
 class LowerMethod:
@@ -83,6 +86,16 @@ def refuse_solver(what: str, method: object) -> None:
     """
     if method is not None:
         not_supported(what, f"method must be None where the lower level is constrained; got {type(method).__name__}")
+
+
+def refuse_warm(warm: Warm | None, method: object) -> None:
+    """Only `ActiveSet` starts from an active set.
+
+    Raises:
+        NotImplementedError: for any other method.
+    """
+    if warm is not None:
+        not_supported("hypergradient", f"warm is for ActiveSet(); the lower level is solved by {type(method).__name__}")
 
 
 def not_supported(what: str, reason: str) -> NoReturn:

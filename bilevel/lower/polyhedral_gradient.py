@@ -8,19 +8,22 @@ F is differentiable where every active row has a multiplier and the active rows 
 kink, and this is one of its one-sided derivatives. `directional` gives them all.
 """
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
+from bilevel.backend.tree import take
 from bilevel.linear import refine
 from bilevel.lower import polyhedral
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
+from bilevel.lower.polyhedral_level import Warm, start_of
+from bilevel.lower.quadratic import KEPT_REFINEMENTS
 from bilevel.problem import BilevelProblem
-from bilevel.qp.active_set import Rows, factorize, kkt_solve, solve_model
+from bilevel.qp.active_set import Point, Rows, factorize, kkt_solve, solve_model
 from bilevel.record import Hypergradient, Status
 
 PyTree = Any
@@ -39,82 +42,174 @@ def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, 
     return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.y, batch), C))
 
 
+class _Point(NamedTuple):
+    """A root of the KKT system and of its adjoint, or an approximation: y, u [n] and lam, v [rows]."""
+
+    y: Array
+    lam: Array
+    u: Array
+    v: Array
+
+
+class _Residuals(NamedTuple):
+    """What is left of the two systems at a point, zero at their roots."""
+
+    R: Array
+    """[n], grad_y g + C' lam."""
+    off: Array
+    """[rows], bound - C y on the active rows, else 0."""
+    r_u: Array
+    """[n], f_y - H u - C' v."""
+    r_v: Array
+    """[rows], -C u on the active rows, else 0."""
+
+
+class _Seen(NamedTuple):
+    """What else is seen at a point; all [] but u and gradient."""
+
+    y: Array
+    u: Array
+    value: Array
+    """f(x, y)."""
+    gradient: Array
+    """[dim x], f_x - G' u - B' v."""
+    lower_residual: Array
+    linear_residual: Array
+    sizes: Array
+    """|f_x| + |G' u + B' v|, for rounding error."""
+
+
+class _System(NamedTuple):
+    """The KKT system of the active rows at one x, and its adjoint. Not a pytree of arrays: it stays in one trace."""
+
+    problem: BilevelProblem
+    x: PyTree
+    found: PolyhedralSolution
+    """With factors for the Hessian at its y."""
+    limits: Rows
+    unravel: Callable[[Array], PyTree]
+
+    @property
+    def inside(self) -> Array:
+        """[rows], which are active."""
+        return self.found.active != 0
+
+    def solve(self, r: Array, s: Array | None = None) -> tuple[Array, Array]:
+        """(u, v) with H u + C_a' v = r, C_a u = s_a."""
+        return kkt_solve(self.found.factor, self.found.inverse, self.found.active, r, s)
+
+    def fy(self, y: PyTree) -> Array:
+        """f_y at y, [n]."""
+        return ravel_pytree(oracles.upper_gradients(self.problem, self.x, y, self.problem.upper_data.full())[1])[0]
+
+    def look(self, at: _Point) -> tuple[_Residuals, _Seen]:
+        """Residuals, value and gradient at a point."""
+        problem, x, limits, y, u = self.problem, self.x, self.limits, self.unravel(at.y), self.unravel(at.u)
+        value, gradients = oracles.upper_value_and_gradients(problem, x, y, problem.upper_data.full())
+        directions = oracles.directions(problem, x, y, u, problem.lower_data.full())
+        fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
+        implicit = cross + limits.B.T @ at.v
+        bound = jnp.where(self.found.active > 0, limits.hi, limits.lo)
+        left = _Residuals(
+            R=R + limits.C.T @ at.lam,
+            off=jnp.where(self.inside, bound - limits.C @ at.y, 0),
+            r_u=fy - Hu - limits.C.T @ at.v,
+            r_v=jnp.where(self.inside, -(limits.C @ at.u), 0),
+        )
+        return left, _Seen(
+            y=at.y,
+            u=at.u,
+            value=value,
+            gradient=fx - implicit,
+            lower_residual=jnp.linalg.norm(jnp.append(left.R, left.off)),
+            linear_residual=jnp.linalg.norm(jnp.append(left.r_u, left.r_v)),
+            sizes=jnp.linalg.norm(fx) + jnp.linalg.norm(implicit),
+        )
+
+    def correct(self, carry: tuple[_Point, _Residuals], _: None) -> tuple[tuple[_Point, _Residuals], _Seen]:
+        """A Newton step on both systems, and a look at where it leads."""
+        at, left = carry
+        (d, dlam), (du, dv) = self.solve(-left.R, left.off), self.solve(left.r_u, left.r_v)
+        at = _Point(at.y + d, at.lam + dlam, at.u + du, at.v + dv)
+        left, seen = self.look(at)
+        return (at, left), seen
+
+
 def differentiate(
-    problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings, estimate: bool = True
+    problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings, estimate: bool = True, warm: Warm | None = None
 ) -> Hypergradient:
-    """The hypergradient from the warm start y, by Newton corrections of (y, lam) and (u, v) together.
+    """The hypergradient from the warm start y (and `warm`), by Newton corrections of (y, lam) and (u, v) together.
 
     The first solves for (u, v), which gives the gradient; with `estimate` a second one gives a gradient that is right
     to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It
     is an estimate, and supposes that the active set is the right one, which the margin shows; no proof from constants
     is offered here.
     """
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
-    found = polyhedral.solve(problem, x, y, lower_batch, settings)
-    found = _at_solution(problem, x, found, lower_batch)
-    limits = constraints.rows(problem, x, y)
-    inside = found.active != 0
-    bound = jnp.where(found.active > 0, limits.hi, limits.lo)
+    warm = start_of(settings, warm)
+    found = polyhedral.solve(problem, x, y, problem.lower_data.full(), settings, warm)
+    found = _at_solution(problem, x, found, problem.lower_data.full())
     flat, unravel = ravel_pytree(found.y)
-    fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
+    system = _System(problem, x, found, constraints.rows(problem, x, y), unravel)
+    fy = system.fy(found.y)
+    zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(found.multipliers)
+    start = _Point(flat, jnp.where(system.inside, found.multipliers, 0), zero, nothing)
+    unsolved = _Residuals(zero, nothing, fy, nothing)  # y is as good as it gets, (u, v) = 0 are not solved for
 
-    solve = partial(kkt_solve, found.factor, found.inverse, found.active)
-
-    def look(flat: Array, lam: Array, u: Array, v: Array) -> tuple[tuple, tuple]:
-        """((y, lam, u, v, residuals), what is seen there)."""
-        value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
-        directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
-        fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        implicit = cross + limits.B.T @ v
-        R, r_u = R + limits.C.T @ lam, fy - Hu - limits.C.T @ v
-        off, r_v = (jnp.where(inside, part, 0) for part in (bound - limits.C @ flat, -(limits.C @ u)))
-        sizes = jnp.stack([jnp.linalg.norm(part) for part in (jnp.append(R, off), jnp.append(r_u, r_v), fx, implicit)])
-        return (flat, lam, u, v, R, off, r_u, r_v), (flat, u, value, fx - implicit, sizes)
-
-    def correct(carry: tuple, _: None) -> tuple[tuple, tuple]:
-        """Solve for the corrections of (y, lam) and (u, v), and look there."""
-        flat, lam, u, v, R, off, r_u, r_v = carry
-        (d, dlam), (du, dv) = solve(-R, off), solve(r_u, r_v)
-        return look(flat + d, lam + dlam, u + du, v + dv)
-
-    def kept_refined(u: Array, v: Array) -> tuple[Array, Array]:
-        """Corrections until the adjoint's residual is rounding error or no longer halves: kept factors may be stale."""
-
-        def seen(u: Array, v: Array) -> tuple:
-            Hu = ravel_pytree(oracles.hvp(problem, x, found.y, unravel(u), lower_batch))[0]
-            r_u, r_v = fy - Hu - limits.C.T @ v, jnp.where(inside, -(limits.C @ u), 0)
-            return u, v, r_u, r_v, jnp.sqrt(jnp.sum(r_u**2) + jnp.sum(r_v**2))
-
-        def go_on(c: tuple) -> Array:
-            u, _, _, _, size, before, count = c
-            noise = 10 * jnp.finfo(flat.dtype).eps * (found.factor.trace * jnp.linalg.norm(u) + jnp.linalg.norm(fy))
-            return (size > noise) & (size <= before / 2) & (count < polyhedral.KEPT_REFINEMENTS)
-
-        def body(c: tuple) -> tuple:
-            u, v, r_u, r_v, size, _, count = c
-            du, dv = solve(r_u, r_v)
-            return *seen(u + du, v + dv), size, count + 1
-
-        far = jnp.full((), jnp.inf, flat.dtype)
-        return lax.while_loop(go_on, body, (*seen(u, v), far, jnp.array(0)))[:2]
-
-    lam, kept = jnp.where(inside, found.multipliers, 0), settings.factor is not None
-    if kept or not estimate:
-        uv = solve(fy)
-        first = look(flat, lam, *(kept_refined(*uv) if kept else uv))
+    seen = None
+    if warm.factor is not None or not estimate:
+        u, v = system.solve(fy)
+        if warm.factor is not None:
+            u, v = _refined(system, fy, u, v)
+        start = start._replace(u=u, v=v)
+        unsolved, seen = system.look(start)
     if estimate:
-        zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(lam)
-        begin = first[0] if kept else (flat, lam, zero, nothing, zero, nothing, fy, nothing)
-        (y, _), (u, _), (value, _), (slope, better), (sizes, _) = lax.scan(correct, begin, length=2)[1]
-        error = 2 * jnp.linalg.norm(better - slope) + jnp.finfo(flat.dtype).eps * flat.size * jnp.sum(sizes[2:])
-        good = jnp.array(Status.ESTIMATED)
+        both = lax.scan(system.correct, (start, unsolved), length=2)[1]  # a scan, so that `look` is compiled once
+        seen, better = (take(both, k) for k in (0, 1))
+        rounding = jnp.finfo(flat.dtype).eps * flat.size * seen.sizes
+        error, good = 2 * jnp.linalg.norm(better.gradient - seen.gradient) + rounding, jnp.array(Status.ESTIMATED)
     else:
-        y, u, value, slope, sizes = first[1]
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
+    assert seen is not None
     return conclude(
-        found.status, good, x, value, slope, error,
-        y=unravel(y), lower_residual=sizes[0], linear_residual=sizes[1], active_margin=found.margin, v=unravel(u),
+        found.status, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
+        lower_residual=seen.lower_residual, linear_residual=seen.linear_residual, active_margin=found.margin,
     )  # fmt: skip
+
+
+class _Adjoint(NamedTuple):
+    """Carry of `_refined`: (u, v), what is left of their equations, its norm and the last pass's."""
+
+    u: Array
+    v: Array
+    r_u: Array
+    r_v: Array
+    size: Array
+    before: Array
+    count: Array
+
+
+def _refined(system: _System, fy: Array, u: Array, v: Array) -> tuple[Array, Array]:
+    """(u, v) corrected until the adjoint's residual is rounding error or no longer halves: kept factors may be stale.
+
+    Here y stands still; H u is a product with the Hessian at hand.
+    """
+    problem, limits, found = system.problem, system.limits, system.found
+
+    def look(u: Array, v: Array, before: Array, count: Array) -> _Adjoint:
+        Hu = ravel_pytree(oracles.hvp(problem, system.x, found.y, system.unravel(u), problem.lower_data.full()))[0]
+        r_u, r_v = fy - Hu - limits.C.T @ v, jnp.where(system.inside, -(limits.C @ u), 0)
+        return _Adjoint(u, v, r_u, r_v, jnp.sqrt(jnp.sum(r_u**2) + jnp.sum(r_v**2)), before, count)
+
+    def go_on(c: _Adjoint) -> Array:
+        noise = 10 * jnp.finfo(fy.dtype).eps * (found.factor.trace * jnp.linalg.norm(c.u) + jnp.linalg.norm(fy))
+        return (c.size > noise) & (c.size <= c.before / 2) & (c.count < KEPT_REFINEMENTS)
+
+    def body(c: _Adjoint) -> _Adjoint:
+        du, dv = system.solve(c.r_u, c.r_v)
+        return look(c.u + du, c.v + dv, c.size, c.count + 1)
+
+    end = lax.while_loop(go_on, body, look(u, v, jnp.full((), jnp.inf, fy.dtype), jnp.array(0)))
+    return end.u, end.v
 
 
 def conclude(
@@ -202,7 +297,7 @@ def directional(
         cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
         slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
         start = jnp.where(strong, 1, 0).astype(at.dtype)
-        model = solve_model(found.factor, cone, zero, found.factor.down(slope), None, start, 200)
+        model = solve_model(found.factor, cone, Point(zero, found.factor.down(slope), jnp.zeros_like(at)), start)
         change = sign * (fx @ d) + fy @ model.p
         return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
 

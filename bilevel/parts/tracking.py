@@ -20,11 +20,12 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
+from bilevel.backend.loops import once_if
+from bilevel.backend.tree import norm
 from bilevel.data import PerSample
-from bilevel.lower import polyhedral
 from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.qp.active_set import Factor, kkt_solve, masked_inverse, solve_model, with_rows
+from bilevel.qp.active_set import Factor, Point, kkt_solve, masked_inverse, solve_model, with_rows
 from bilevel.record import OracleCount
 from bilevel.sets import Box, Reals
 from bilevel.step import Stepper
@@ -33,18 +34,47 @@ PyTree = Any
 
 
 class Tracked(NamedTuple):
-    """Shaped like y; [rows]; scalars. active: as `PolyhedralSolution.active`. margin: the smallest of slacks and
-    multipliers, rows in the norm of H^-1. independent: the active rows are. definite: g_yy was found positive definite.
-    strict: the margin is more than rounding error, so that F_q has a derivative.
-    """
+    """A lower solution on its way, and what is seen there of the assumptions, [] each."""
 
     y: PyTree
+    """Shaped like the problem's; NaN where the rows contradict each other."""
     active: Array
+    """[rows], as `PolyhedralSolution.active`; [0] where steps need no solve."""
     margin: Array
+    """The smallest of slacks and multipliers, rows in the norm of H^-1."""
     feasible: Array
+    """Whether the lower level has a point."""
     independent: Array
+    """Whether the active rows are linearly independent."""
     definite: Array
+    """Whether g_yy was found positive definite."""
     strict: Array
+    """Whether the margin is more than rounding error, so that F_q has a derivative."""
+
+    def assumptions(self) -> dict[str, Array]:
+        """What is seen of them, by name: fields of a solver's Info."""
+        return {name: getattr(self, name) for name in ("margin", *ASSUMPTIONS)}
+
+
+class ByRows(NamedTuple):
+    """What the gradient needs of the last step: factors of g_yy, and the `masked_inverse` of the active rows."""
+
+    factor: Factor
+    inverse: Array
+
+
+class ByDiagonal(NamedTuple):
+    """The same with the given diagonal D [n] of g_yy: the coordinates [n] that the last step left inside the box."""
+
+    D: Array
+    inside: Array
+
+
+class Tracking(NamedTuple):
+    """What `track` returns, for `gradient`."""
+
+    solution: Tracked
+    by: ByRows | ByDiagonal
 
 
 ASSUMPTIONS = {
@@ -81,9 +111,25 @@ def _factor_at(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, C: 
     return with_rows(jnp.where(definite, L, jnp.diag(jnp.sqrt(size))), trace, C), definite
 
 
+class _Sqp(NamedTuple):
+    """Carry of `track`: y [n] and its multipliers, the factors there, and what the last model said."""
+
+    y: Array
+    lam: Array
+    active: Array
+    inverse: Array
+    factor: Factor
+    definite: Array
+    margin: Array
+    feasible: Array
+    independent: Array
+    weak: Array
+    """[rows], whose multiplier or slack is rounding error."""
+
+
 def track(
     problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
-) -> tuple[Tracked, Any, Array]:
+) -> Tracking:
     """`num_steps` SQP steps on g_q from the warm start (y, active), and the factors at the end, for `gradient`.
 
     Full steps, without a line search: one is exact for a quadratic g; else Newton's method near the solution. Where the
@@ -95,78 +141,79 @@ def track(
     flat, unravel = ravel_pytree(y)
     flat_q = ravel_pytree(q)[0]
     constant = oracles.constant_hessian(problem, x, y, batch)
-    factor, definite = _factor_at(problem, x, y, batch, limits.C)
 
-    def body(_: int, carry: tuple) -> tuple:
-        flat, active, lam, inverse, factor, definite = carry[:6]
-        R = ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0] + flat_q + limits.C.T @ lam
-        z = factor.down(R)
-        model = solve_model(factor, limits, flat, z, lam, active, polyhedral.Settings().max_changes, inverse)
+    def step(_: int, c: _Sqp) -> _Sqp:
+        R = ravel_pytree(oracles.residual(problem, x, unravel(c.y), batch))[0] + flat_q + limits.C.T @ c.lam
+        model = solve_model(c.factor, limits, Point(c.y, c.factor.down(R), c.lam), c.active, inverse=c.inverse)
         feasible = ~(model.empty | model.unsolved)
-        flat, inverse = jnp.where(feasible, flat + model.p, jnp.nan), model.inverse
+        y, inverse, factor, definite = jnp.where(feasible, c.y + model.p, jnp.nan), model.inverse, c.factor, c.definite
         if not constant:
-            factor, definite = _factor_at(problem, x, unravel(flat), batch, limits.C)
+            factor, definite = _factor_at(problem, x, unravel(y), batch, limits.C)
             inverse = masked_inverse(factor.S, model.active)[0]
-        weak = model.room <= 10 * model.noise
-        seen = jnp.min(model.room, initial=jnp.inf), feasible, ~model.dependent, weak
-        return flat, model.active, model.multipliers, inverse, factor, definite, *seen
+        return _Sqp(
+            y, model.multipliers, model.active, inverse, factor, definite,
+            margin=jnp.min(model.room, initial=jnp.inf), feasible=feasible, independent=~model.dependent,
+            weak=model.room <= 10 * model.noise,
+        )  # fmt: skip
 
     yes, far = jnp.array(True), jnp.full((), jnp.inf, flat.dtype)
-    inverse = masked_inverse(factor.S, active)[0]
-    carry = flat, active, jnp.zeros_like(active), inverse, factor, definite, far, yes, yes, active > 0
-    flat, active, _, inverse, factor, definite, *seen = lax.fori_loop(0, num_steps, body, carry)
-    margin, feasible, independent, weak = seen
-    holding = jnp.where(weak, 1, active)  # the active set has rows that are independent; those without slack may not be
+    factor, definite = _factor_at(problem, x, y, batch, limits.C)
+    inverse, nothing = masked_inverse(factor.S, active)[0], jnp.zeros_like(active)
+    begin = _Sqp(flat, nothing, active, inverse, factor, definite, far, yes, yes, active > 0)
+    end = lax.fori_loop(0, num_steps, step, begin)
+    solution = Tracked(
+        unravel(end.y), end.active, end.margin, end.feasible, _independent(end), end.definite, ~jnp.any(end.weak)
+    )
+    return Tracking(solution, ByRows(end.factor, end.inverse))
 
-    def holding_independent(_: tuple) -> tuple[Array, Array]:
-        return masked_inverse(factor.S, holding)[1], ~yes
 
-    more = independent & jnp.any(holding != active)
-    independent, _ = lax.while_loop(lambda c: c[1], holding_independent, (independent, more))  # one pass or none
-    seen = margin, feasible, independent, definite, ~jnp.any(weak)
-    return Tracked(unravel(flat), active, *seen), factor, inverse
+def _independent(end: _Sqp) -> Array:
+    """Whether the rows that hold with equality are independent: those of the active set are, the weak ones beside it
+    may not be.
+    """
+    holding = jnp.where(end.weak, 1, end.active)
+    more = end.independent & jnp.any(holding != end.active)
+    return once_if(more, lambda _: masked_inverse(end.factor.S, holding)[1], end.independent)
 
 
 def _track_in_box(
     problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
-) -> tuple[Tracked, Array, Array]:
-    """`track` with the given diagonal D: (what was found, D [n], which coordinates the last step left inside [n])."""
+) -> Tracking:
+    """`track` with the given diagonal D, by steps without a solve."""
     lo, hi = problem.y_set.bounds(y) if isinstance(problem.y_set, Box) else ((), ())
     (lo, _), (hi, _), (flat, unravel) = (ravel_pytree(part) for part in (lo, hi, y))
-    flat_q, inf = ravel_pytree(q)[0], jnp.full((), jnp.inf, flat.dtype)
+    flat_q, boxed = ravel_pytree(q)[0], lo.size > 0
 
-    def body(_: int, carry: tuple) -> tuple:
-        flat, y = carry[0], unravel(carry[0])
+    def step(_: int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        """(y, the point before it was cut off, D)."""
+        y = unravel(carry[0])
         D = ravel_pytree(oracles.lower_diagonal(problem, x, y, batch))[0]
-        z = flat - (ravel_pytree(oracles.residual(problem, x, y, batch))[0] + flat_q) / D
-        if not lo.size:
-            return z, z, D
-        return jnp.clip(z, lo, hi), z, D
+        z = carry[0] - (ravel_pytree(oracles.residual(problem, x, y, batch))[0] + flat_q) / D
+        return (jnp.clip(z, lo, hi) if boxed else z), z, D
 
-    start = flat, flat, jnp.ones_like(flat)
-    flat, z, D = lax.fori_loop(0, num_steps, body, start)
-    inside = (z > lo) & (z < hi) if lo.size else jnp.ones(flat.shape, bool)
-    room = jnp.where(lo == hi, inf, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi))) if lo.size else inf
+    flat, z, D = lax.fori_loop(0, num_steps, step, (flat, flat, jnp.ones_like(flat)))
+    inside, room = jnp.ones(flat.shape, bool), jnp.full((), jnp.inf, flat.dtype)
+    if boxed:
+        inside = (z > lo) & (z < hi)
+        room = jnp.where(lo == hi, room, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi)))
     yes = jnp.array(True)
     margin, noise = jnp.min(room), 100 * jnp.finfo(flat.dtype).eps * jnp.max(jnp.abs(z))
-    return Tracked(unravel(flat), active, margin, yes, yes, jnp.all(D > 0), margin > noise), D, inside
+    solution = Tracked(unravel(flat), active, margin, yes, yes, jnp.all(D > 0), margin > noise)
+    return Tracking(solution, ByDiagonal(D, inside))
 
 
-def gradient(
-    problem: BilevelProblem, x: PyTree, found: tuple[Tracked, Any, Array], upper: PyTree, lower: PyTree
-) -> PyTree:
-    """Grad F_q(x) of `track`'s result, shaped like x, with f on the batch `upper`."""
-    tracked, factor, inverse = found
-    unravel_y = ravel_pytree(tracked.y)[1]
-    fx, fy = oracles.upper_gradients(problem, x, tracked.y, upper)
-    if _diagonal_box(problem):
-        D, inside = factor, inverse
-        u = unravel_y(jnp.where(inside, ravel_pytree(fy)[0] / D, 0))
-        return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, tracked.y, u, lower))
-    u, v = kkt_solve(factor, inverse, tracked.active, ravel_pytree(fy)[0])
-    cross = ravel_pytree(oracles.cross(problem, x, tracked.y, unravel_y(u), lower))[0]
+def gradient(problem: BilevelProblem, x: PyTree, found: Tracking, upper: PyTree, lower: PyTree) -> PyTree:
+    """The gradient of F_q at x from `track`'s result, shaped like x, with f on the batch `upper`."""
+    y, by = found.solution.y, found.by
+    unravel_y = ravel_pytree(y)[1]
+    fx, fy = oracles.upper_gradients(problem, x, y, upper)
+    if isinstance(by, ByDiagonal):
+        u = unravel_y(jnp.where(by.inside, ravel_pytree(fy)[0] / by.D, 0))
+        return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, u, lower))
+    u, v = kkt_solve(by.factor, by.inverse, found.solution.active, ravel_pytree(fy)[0])
+    cross = ravel_pytree(oracles.cross(problem, x, y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
-    return unravel_x(flat - cross - constraints.rows(problem, x, tracked.y).B.T @ v)
+    return unravel_x(flat - cross - constraints.rows(problem, x, y).B.T @ v)
 
 
 class Info(NamedTuple):
@@ -180,21 +227,29 @@ class Info(NamedTuple):
     strict: Array
 
 
+class Iterate(NamedTuple):
+    """x, y; the active set at y; the step rule."""
+
+    x: PyTree
+    y: PyTree
+    active: Array
+    step: Stepper
+
+
 def implicit_step(
-    problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, step: Stepper, q: PyTree, upper: PyTree,
-    num_steps: int,
-) -> tuple[tuple[PyTree, PyTree, Array, Stepper], Info]:  # fmt: skip
-    """((x, y, active, stepper), info) after y = y_q(x), tracked, and x <- Proj_X(x - a grad F_q(x)).
+    problem: BilevelProblem, at: Iterate, q: PyTree, upper: PyTree, num_steps: int
+) -> tuple[Iterate, Info]:
+    """The iterate after y = y_q(x), tracked, and x <- Proj_X(x - a grad F_q(x)).
 
     f on the batch `upper`, g on all of its data; with an own y for each sample, on the batch's rows alone.
     """
-    here, q = per_sample.view(problem, y, upper), per_sample.rows_of(problem, q, upper)
-    found = track(here.problem, x, here.y, active, q, here.lower, num_steps)
-    direction = gradient(here.problem, x, found, here.upper, here.lower)
-    x, step = step(x, direction)
-    rows, active, *seen = found[0]
-    y = per_sample.put_back(problem, y, upper, rows)
-    return (problem.x_set.project(x), y, active, step), Info(jnp.linalg.norm(ravel_pytree(direction)[0]), *seen)
+    here, q = per_sample.view(problem, at.y, upper), per_sample.rows_of(problem, q, upper)
+    found = track(here.problem, at.x, here.y, at.active, q, here.lower, num_steps)
+    direction = gradient(here.problem, at.x, found, here.upper, here.lower)
+    x, step = at.step(at.x, direction)
+    y = per_sample.put_back(problem, at.y, upper, found.solution.y)
+    new = Iterate(problem.x_set.project(x), y, found.solution.active, step)
+    return new, Info(norm(direction), **found.solution.assumptions())
 
 
 def implicit_cost(problem: BilevelProblem, num_steps: int) -> OracleCount:

@@ -1,28 +1,31 @@
 """Strictly convex quadratic programs with two-sided rows, by a primal-dual active-set method with a finite fallback.
 
-    min over p of  R'p + p'H p/2   with  lo <= C (y + p) <= hi,    H = L L',  W = D C L'^-1,  S = W W',
+    min over p of  R'p + p'H p/2   with  lo <= C (y + p) <= hi.
 
-D diagonal, so that rows are measured in the norm of H^-1: S has a unit diagonal. From multipliers lam, scaled by D^-1,
-R = gradient + C'D lam, and an active set a, the model's step is
+With H = L L' and z = L'p it is a projection, and it is solved as one, in rows of unit length:
 
-    S_aa dlam_a = D (C (y + p0) - bound)_a,    p = p0 - H^-1 C'D dlam,    p0 = -H^-1 R,    dlam_i = -lam_i outside of a.
+    the z nearest to z0 = -L^-1 R  with  D (lo - C y) <= W z <= D (hi - C y),    W = D C L'^-1,    S = W W',
 
-The active set that the search starts from is tried first, and where it is the right one nothing else is done: one pass,
-without a factorization where its inverse is given. Else the search for a is a semismooth Newton method: solve for the
-rows in a, take in the rows that are violated, drop those with a multiplier of the wrong sign, all at once. It takes a
-few passes. Where the number of wrong rows has not fallen for three passes, one row is changed at a time until it has
-(Kostreva's rule, finite for independent rows). Where rows are dependent, or the search is long, the dual method of
-Goldfarb and Idnani (`least_distance`) takes over, in z = L'p: it is finite, and finds out where the rows contradict
-each other.
+where the diagonal D makes the diagonal of S one. The gradient R = grad g + C' lam counts multipliers lam already;
+in scaled rows they are D^-1 lam. A step on an active set a (1 at the upper bound, -1 at the lower, 0 between) changes
+them by dlam:
 
-Calls of LAPACK form one chain: XLA's thread pool can deadlock on two batched ones that wait for nothing of each other
-(jaxlib 0.10 on two cores). So `Factor.down` waits for W.
+    S_aa dlam_a = (W z0 - bound - S_ai dlam_i)_a,    dlam_i = -lam_i outside of a,    z = z0 - W' dlam.
+
+1. The active set that the search starts from is tried first. Where it is the right one nothing else is done: one pass,
+   without a factorization where its inverse is given.
+2. Else a semismooth Newton method searches: solve for the rows in a, take in the rows that are violated, drop those
+   with a multiplier of the wrong sign, all at once. It takes a few passes. Where the number of wrong rows has not
+   fallen for three passes, one row is changed at a time until it has (Kostreva's rule, finite for independent rows).
+3. Where rows are dependent, or the search is long, the dual method of Goldfarb and Idnani (`least_distance`) takes
+   over: it is finite, and finds out where the rows contradict each other.
 
 Reference: Hintermueller, Ito, Kunisch. The primal-dual active set strategy as a semismooth Newton method. SIAM Journal
 on Optimization 13, 2002. Kostreva. Block pivot methods for solving the complementarity problem. Linear Algebra and its
 Applications 21, 1978.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -30,7 +33,13 @@ import numpy as np
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
+from bilevel.backend.loops import once_if
+from bilevel.backend.order import after
 from bilevel.qp.least_distance import nearest
+
+MAX_CHANGES = 200  # passes of the search, after which the dual method takes over
+PATIENCE = 3  # passes in which the number of wrong rows need not fall
+EXACT, RIDGED, LAST = range(3)  # phases of the search, `_Search.phase`
 
 
 class Rows(NamedTuple):
@@ -43,22 +52,26 @@ class Rows(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """Of H and the rows: L [n, n], L L' = H; X = L^-1 where it was formed, which pays when the factor is used in many
-    calls, else None; W [m, n] = diag(d) C L'^-1; d [m], one over the norms of the rows of C L'^-1, so that those of W
-    have length one; S [m, m] = W W'; length [m], d_i |C_i|; trace [] of H.
-    """
+    """What steps need of H and of the rows' normals C, and what does not change with the bounds."""
 
     L: Array
+    """[n, n], lower triangular: L L' = H."""
     X: Array | None
+    """[n, n], L^-1 where it was formed, which pays when the factor is used in many calls."""
     W: Array
+    """[m, n], D C L'^-1: rows of length one."""
     S: Array
+    """[m, m], W W'."""
     d: Array
+    """[m], the diagonal of D: one over the lengths of the rows of C L'^-1."""
     length: Array
+    """[m], d_i |C_i|."""
     trace: Array
+    """[], of H."""
 
     def down(self, r: Array) -> Array:
-        """L^-1 r, once W is there."""
-        return solve_triangular(self.L, r + 0 * self.d[0], lower=True) if self.X is None else self.X @ r
+        """L^-1 r."""
+        return solve_triangular(self.L, after(r, self.d[0]), lower=True) if self.X is None else self.X @ r
 
     def up(self, r: Array) -> Array:
         """L'^-1 r."""
@@ -84,20 +97,6 @@ def with_rows(L: Array, trace: Array, C: Array) -> Factor:
     return Factor(L, None, W, W @ W.T, d, d * jnp.linalg.norm(C, axis=1), trace)
 
 
-class Model(NamedTuple):
-    """Solution of the quadratic model: step p [n], multipliers, active set, its inverse, how the search ended."""
-
-    p: Array
-    multipliers: Array
-    active: Array
-    inverse: Array  # [m, m], `masked_inverse` of S
-    empty: Array
-    unsolved: Array
-    dependent: Array
-    room: Array  # distance of each row to a change, rows in the norm of H^-1
-    noise: Array  # rounding in it
-
-
 def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:
     """(Y [m, m], whose Y'Y is the inverse of S + ridge I on the rows in a and zero elsewhere; whether these rows are
     independent).
@@ -111,96 +110,232 @@ def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Arra
     return Y, smallest > 1e3 * float(jnp.finfo(S.dtype).eps) * max(m, 1)
 
 
-def solve_model(
-    factor: Factor, limits: Rows, y: Array, z: Array, lam: Array | None, a: Array, max_changes: int,
-    inverse: Array | None = None,
-) -> Model:  # fmt: skip
-    """The quadratic model's solution from the active set a; z = L^-1 (grad_y g + C' lam), lam = 0 where it is None.
+class Point(NamedTuple):
+    """Where a model is made."""
 
-    inverse: `masked_inverse` of a, if it is at hand.
+    y: Array
+    """[n]"""
+    z: Array
+    """[n], L^-1 (grad_y g + C' lam)."""
+    lam: Array
+    """[m], multipliers that z counts."""
+
+
+class Model(NamedTuple):
+    """The solution of a quadratic model, and how the search for it ended."""
+
+    p: Array
+    """[n], the step from y."""
+    multipliers: Array
+    """[m], signed: >= 0 at hi, <= 0 at lo."""
+    active: Array
+    """[m], 1 at hi, -1 at lo, 0 between; for linearly dependent rows a set that spans them."""
+    inverse: Array
+    """[m, m], `masked_inverse` of S and `active`."""
+    empty: Array
+    """[], the rows contradict each other."""
+    unsolved: Array
+    """[], no finite step was found."""
+    dependent: Array
+    """[], the active rows are linearly dependent."""
+    room: Array
+    """[m], how far each row is from a change of sides, in rows of unit length: slack or |multiplier|."""
+    noise: Array
+    """[m], the rounding error in `room`."""
+
+
+class _Scaled(NamedTuple):
+    """The model in z = L'p and in rows of unit length."""
+
+    W: Array
+    S: Array
+    reach: Array
+    """[m], W z0: what the rows are at the unconstrained step."""
+    lo: Array
+    """[m], like `hi`: the bounds as seen from y, D (bound - C y)."""
+    hi: Array
+    lam: Array
+    """[m], the multipliers that z0 counts, D^-1 lam."""
+    noise: Array
+    """[m], the rounding error of a row and of a multiplier."""
+    fixed: Array
+    """[m], equalities: these stay active."""
+
+
+class _Step(NamedTuple):
+    """change [m] of the multipliers, and what the rows are after it, W z [m]."""
+
+    change: Array
+    value: Array
+
+
+class _Found(NamedTuple):
+    """An active set a [m], the step on it and its `masked_inverse`; and how the search ended, [] each."""
+
+    a: Array
+    step: _Step
+    inverse: Array
+    dependent: Array
+    empty: Array
+    unsolved: Array
+    failed: Array
+    """The primal-dual search found no end."""
+
+
+class _Search(NamedTuple):
+    """Carry of the primal-dual search."""
+
+    a: Array
+    """[m], the active set to solve for next; at the end, the one that was."""
+    step: _Step
+    inverse: Array
+    passes: Array
+    fewest: Array
+    """The least number of wrong rows so far."""
+    patience: Array
+    """Passes left until that number must have fallen; below zero one row is changed at a time."""
+    phase: Array
+    """EXACT; RIDGED once rows turn out dependent: a ridge on S makes every subset independent; LAST, one exact pass on
+    the set that was found with the ridge.
     """
-    _, _, W, S, d, length, _ = factor
-    eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
-    z0 = -z
-    at = limits.C @ y
-    lo, hi = d * (limits.lo - at), d * (limits.hi - at)
-    base = jnp.zeros_like(d) if lam is None else lam / d
-    fixed = limits.lo == limits.hi
-    reach = W @ z0
+    solved: Array
+    failed: Array
+
+
+def _scaled(factor: Factor, limits: Rows, at: Point) -> _Scaled:
+    eps, (m, n) = float(jnp.finfo(at.y.dtype).eps), limits.C.shape
+    d, z0, rows = factor.d, -at.z, limits.C @ at.y
     finite = lambda end: jnp.where(jnp.isfinite(end), jnp.abs(end), 0)  # noqa: E731
-    size = length * jnp.linalg.norm(y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
-    noise = 10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0))
-
-    def step_on(a: Array, inverse: Array) -> tuple[Array, Array]:
-        """(change of lam, C p), scaled."""
-        out = jnp.where(a != 0, 0, -base)
-        moved = 0 if lam is None else S @ out
-        rhs = jnp.where(a != 0, reach - jnp.where(a > 0, hi, lo) - moved, 0)
-        change = (inverse @ rhs) @ inverse + out
-        return change, reach - S @ change
-
-    def wrong(a: Array, change: Array, value: Array) -> Array:
-        """What each row should be instead: its violated side, 0 for a multiplier of the wrong sign, else a."""
-        drop = (a * (base + change) < -noise) & ~fixed
-        side = jnp.where(value > hi + noise, 1, jnp.where(value < lo - noise, -1, 0)).astype(a.dtype)
-        return jnp.where(a != 0, jnp.where(drop, 0, a), side)
-
-    # Phases: exact; with a ridge once rows turn out dependent, which makes every subset independent; a last exact pass.
-    exact, ridged, last_pass = range(3)
-
-    def search(c: tuple) -> tuple:
-        a, _, _, _, passes, best, patience, phase, _, _ = c
-        inverse, independent = masked_inverse(S, a, jnp.where(phase == ridged, eps**0.5, 0))
-        change, value = step_on(a, inverse)
-        better = wrong(a, change, value)
-        off = better != a
-        count = jnp.sum(off)
-        patience = jnp.where(count < best, 3, patience - 1)
-        last = m - 1 - jnp.argmax(off[::-1])
-        alone = (patience < 0) & (jnp.arange(m) != last)
-        good = independent & jnp.isfinite(jnp.sum(change))
-        settled = good & (count == 0)
-        done = settled & (phase != ridged)
-        begin_ridge, end_ridge = ~good & (phase == exact), settled & (phase == ridged)
-        failed = (~good & ~begin_ridge) | (passes >= max_changes) | (~settled & (phase == last_pass))
-        a = jnp.where(done | failed | begin_ridge | alone, a, better)
-        best = jnp.where(begin_ridge, m + 1, jnp.minimum(best, count))
-        phase = jnp.where(begin_ridge, ridged, jnp.where(end_ridge, last_pass, phase))
-        return a, change, value, inverse, passes + 1, best, patience, phase, done, failed & ~done
-
-    def dual(c: tuple) -> tuple:
-        """The dual method in z = L'p, from the unconstrained step."""
-        free = reach + S @ base
-        slack, allow = jnp.concatenate([hi - free, free - lo]), jnp.concatenate([noise, noise])
-        # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
-        exact = nearest(jnp.concatenate([W, -W]), slack, allow, skip=~c[-1])
-        a = exact.active[:m].astype(a0.dtype) - exact.active[m:].astype(a0.dtype)
-        inverse, independent = masked_inverse(S, a)
-        return a, *step_on(a, inverse), inverse, ~independent, exact.empty, jnp.isnan(exact.d).any(), no
-
-    def find(c: tuple) -> tuple:
-        """The search and, where it fails, the dual method: loops of at most one pass, since XLA's conditional would
-        copy every array that it sees.
-        """
-        begin = (*c[:4], jnp.array(0), jnp.array(m + 1), jnp.array(3), jnp.array(exact), no, no)
-        *found, failed = lax.while_loop(lambda c: ~(c[-1] | c[-2]), search, begin)
-        return lax.while_loop(lambda c: c[-1], dual, (*found[:4], no, no, no, failed))
-
-    no, a0 = jnp.array(False), a
-    inverse, independent = masked_inverse(S, a) if inverse is None else (inverse, ~no)
-    change, value = step_on(a, inverse)
-    better = wrong(a, change, value)
-    good = independent & jnp.isfinite(jnp.sum(change))
-    again = jnp.any(better != a) | ~good
-    a, change, value, inverse, dependent, empty, unsolved, _ = lax.while_loop(
-        lambda c: c[-1], find, (jnp.where(good, better, a), change, value, inverse, no, no, no, again)
+    size = factor.length * jnp.linalg.norm(at.y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
+    return _Scaled(
+        W=factor.W,
+        S=factor.S,
+        reach=factor.W @ z0,
+        lo=d * (limits.lo - rows),
+        hi=d * (limits.hi - rows),
+        lam=at.lam / d,
+        noise=10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0)),
+        fixed=limits.lo == limits.hi,
     )
-    total = base + change
-    slack = jnp.minimum(hi - value, value - lo)
-    room = jnp.where(fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), slack))
-    p = factor.up(z0 - change @ W)
-    unsolved = unsolved | ~jnp.isfinite(jnp.sum(p))
-    return Model(p, d * total, a, inverse, empty, unsolved, dependent, room, noise)
+
+
+def _step_on(model: _Scaled, a: Array, inverse: Array) -> _Step:
+    """The step on the active set a: the module's equations."""
+    outside = jnp.where(a != 0, 0, -model.lam)
+    bound = jnp.where(a > 0, model.hi, model.lo)
+    rhs = jnp.where(a != 0, model.reach - bound - model.S @ outside, 0)
+    change = (inverse @ rhs) @ inverse + outside
+    return _Step(change, model.reach - model.S @ change)
+
+
+def _mended(model: _Scaled, a: Array, step: _Step) -> Array:
+    """What each row should be instead: its violated side, 0 where its multiplier has the wrong sign, else a_i."""
+    drop = (a * (model.lam + step.change) < -model.noise) & ~model.fixed
+    above, below = step.value > model.hi + model.noise, step.value < model.lo - model.noise
+    return jnp.where(a != 0, jnp.where(drop, 0, a), jnp.where(above, 1, jnp.where(below, -1, 0)).astype(a.dtype))
+
+
+def _pass(model: _Scaled, max_changes: int, c: _Search) -> _Search:
+    """Solve for the rows in a, and change those that are wrong."""
+    eps, m = float(jnp.finfo(c.a.dtype).eps), len(c.a)
+    inverse, independent = masked_inverse(model.S, c.a, jnp.where(c.phase == RIDGED, eps**0.5, 0))
+    step = _step_on(model, c.a, inverse)
+    better = _mended(model, c.a, step)
+    wrong = better != c.a
+    count = jnp.sum(wrong)
+    good = independent & jnp.isfinite(jnp.sum(step.change))
+
+    settled = good & (count == 0)
+    solved = settled & (c.phase != RIDGED)
+    begin_ridge, end_ridge = ~good & (c.phase == EXACT), settled & (c.phase == RIDGED)
+    failed = (~good & ~begin_ridge) | (c.passes >= max_changes) | (~settled & (c.phase == LAST))
+
+    patience = jnp.where(count < c.fewest, PATIENCE, c.patience - 1)
+    last_wrong = m - 1 - jnp.argmax(wrong[::-1])
+    passed_over = (patience < 0) & (jnp.arange(m) != last_wrong)
+    return _Search(
+        a=jnp.where(solved | failed | begin_ridge | passed_over, c.a, better),
+        step=step,
+        inverse=inverse,
+        passes=c.passes + 1,
+        fewest=jnp.where(begin_ridge, m + 1, jnp.minimum(c.fewest, count)),
+        patience=patience,
+        phase=jnp.where(begin_ridge, RIDGED, jnp.where(end_ridge, LAST, c.phase)),
+        solved=solved,
+        failed=failed & ~solved,
+    )
+
+
+def _search(model: _Scaled, max_changes: int, first: _Found) -> _Found:
+    """The primal-dual search from the active set of `first`, and where it fails the dual method."""
+    no, count = jnp.array(False), jnp.array(len(first.a) + 1)
+    begin = _Search(
+        first.a, first.step, first.inverse, jnp.array(0), count, jnp.array(PATIENCE), jnp.array(EXACT), no, no
+    )
+    end = lax.while_loop(lambda c: ~(c.failed | c.solved), partial(_pass, model, max_changes), begin)
+    found = first._replace(a=end.a, step=end.step, inverse=end.inverse, failed=end.failed)
+    return once_if(end.failed, partial(_by_dual_method, model), found)
+
+
+def _by_dual_method(model: _Scaled, before: _Found) -> _Found:
+    """The same from multipliers of zero, by `least_distance`: lo <= W z <= hi as rows W, -W."""
+    free = model.reach + model.S @ model.lam
+    slack = jnp.concatenate([model.hi - free, free - model.lo])
+    allow = jnp.concatenate([model.noise, model.noise])
+    # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
+    exact = nearest(jnp.concatenate([model.W, -model.W]), slack, allow, skip=~before.failed)
+    at_hi, at_lo = (half.astype(before.a.dtype) for half in jnp.split(exact.active, 2))
+    a = at_hi - at_lo
+    inverse, independent = masked_inverse(model.S, a)
+    return _Found(
+        a=a,
+        step=_step_on(model, a, inverse),
+        inverse=inverse,
+        dependent=~independent,
+        empty=exact.empty,
+        unsolved=jnp.isnan(exact.d).any(),
+        failed=before.failed,
+    )
+
+
+def solve_model(
+    factor: Factor, limits: Rows, at: Point, active: Array, max_changes: int = MAX_CHANGES, inverse: Array | None = None
+) -> Model:
+    """The solution of the quadratic model at a point, searched for from an active set. Pure; for jit and vmap.
+
+    Args:
+        factor: of H and limits.C.
+        limits: the rows, of y and not of the step.
+        at: y, gradient and multipliers there.
+        active: [m], as `Model.active`, the set to start from.
+        max_changes: passes of the primal-dual search, after which the dual method takes over.
+        inverse: `masked_inverse` of `active`, if it is at hand.
+    """
+    model = _scaled(factor, limits, at)
+    no = jnp.array(False)
+    inverse, independent = masked_inverse(model.S, active) if inverse is None else (inverse, ~no)
+    step = _step_on(model, active, inverse)
+    better = _mended(model, active, step)
+    good = independent & jnp.isfinite(jnp.sum(step.change))
+    first = _Found(jnp.where(good, better, active), step, inverse, no, no, no, no)
+    again = jnp.any(better != active) | ~good
+    found = once_if(again, partial(_search, model, max_changes), first)
+
+    a, (change, value) = found.a, found.step
+    total = model.lam + change
+    slack = jnp.minimum(model.hi - value, value - model.lo)
+    p = factor.up(-at.z - change @ model.W)
+    return Model(
+        p=p,
+        multipliers=factor.d * total,
+        active=a,
+        inverse=found.inverse,
+        empty=found.empty,
+        unsolved=found.unsolved | ~jnp.isfinite(jnp.sum(p)),
+        dependent=found.dependent,
+        room=jnp.where(model.fixed, jnp.inf, jnp.where(a != 0, jnp.abs(total), slack)),
+        noise=model.noise,
+    )
 
 
 def kkt_solve(factor: Factor, inverse: Array, active: Array, r: Array, s: Array | None = None) -> tuple[Array, Array]:

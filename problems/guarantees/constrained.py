@@ -157,7 +157,7 @@ def gradient_at(instance: Rows, x: Array, y: Array, active: Array, q: Array, num
     """(grad F_q at x after num_steps SQP steps from (y, active); y; active)."""
     problem, lower = instance.problem, instance.problem.lower_data.full()
     found = tracking.track(problem, x, y, active, q, lower, num_steps)
-    return tracking.gradient(problem, x, found, instance.f, lower), found[0].y, found[0].active
+    return tracking.gradient(problem, x, found, instance.f, lower), found.solution.y, found.solution.active
 
 
 def _amplified(known: KnownRows) -> Array:

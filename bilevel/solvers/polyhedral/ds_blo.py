@@ -172,7 +172,7 @@ class DSBLO(Solver):
         def one(key: Array) -> tuple[PyTree, tracking.Tracked]:
             q = draws.perturbation(key, here.y, self.distribution, self.sigma)
             found = tracking.track(here.problem, x, here.y, active, q, here.lower, self.num_lower_steps)
-            return tracking.gradient(here.problem, x, found, here.upper, here.lower), found[0]
+            return tracking.gradient(here.problem, x, found, here.upper, here.lower), found.solution
 
         if self.num_perturbations == 1:
             gradient, found = one(key)
@@ -205,7 +205,7 @@ class DSBLO(Solver):
         batch, upper = self._batch(problem, state.upper, key_batch, xbar, state.y)
         g, found = self._gradient(problem, xbar, state.y, state.active, key_q, batch)
         m = jax.tree.map(lambda m, g: beta * m + (1 - beta) * g, state.m, g)
-        info = Info(norm(m), eta * size, *found[2:])
+        info = Info(norm(m), eta * size, **found.assumptions())
         return State(x, found.y, m, found.active, upper), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

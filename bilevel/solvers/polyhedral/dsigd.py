@@ -102,7 +102,7 @@ class DSIGD(Solver):
         upper, lower = problem.upper_data.full(), problem.lower_data.full()
         x, q = state.x, state.q
         found = tracking.track(problem, x, state.y, state.active, q, lower, self.num_lower_steps)
-        y, active, *seen = found[0]
+        y, active = found.solution.y, found.solution.active
         gradient = tracking.gradient(problem, x, found, upper, lower)
         here = oracles.upper_value(problem, x, y, upper)
         dtype, step = here.dtype, 1.0 if self.upper_step_size is None else self.upper_step_size
@@ -115,13 +115,13 @@ class DSIGD(Solver):
         move = lambda a: jax.tree.map(lambda b, d: b + a * d, x, d)  # noqa: E731
 
         def value(a: Array) -> Array:
-            there = tracking.track(problem, move(a), y, active, q, lower, self.num_lower_steps)[0]
+            there = tracking.track(problem, move(a), y, active, q, lower, self.num_lower_steps).solution
             return oracles.upper_value(problem, move(a), there.y, upper)
 
         sizes = shrink ** jnp.arange(self.num_trials, dtype=dtype)
         enough = oracles.batched(value)(sizes) <= here + decrease * sizes * slope + slack
         a = jnp.where(jnp.any(enough), sizes[jnp.argmax(enough)], 0)
-        return State(problem.x_set.project(move(a)), y, q, active), Info(norm(d), a, *seen)
+        return State(problem.x_set.project(move(a)), y, q, active), Info(norm(d), a, **found.solution.assumptions())
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         lower, points = tracking.track_cost(problem, self.num_lower_steps), self.num_trials + 1

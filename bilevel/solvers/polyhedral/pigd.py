@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel.parts import tracking
-from bilevel.parts.tracking import Info, implicit_cost, implicit_step
+from bilevel.parts.tracking import Info, Iterate, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
@@ -71,7 +71,7 @@ class PIGD(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         nothing = jax.tree.map(jnp.zeros_like, state.y)
-        new, info = implicit_step(problem, *state, nothing, problem.upper_data.full(), self.num_lower_steps)
+        new, info = implicit_step(problem, Iterate(*state), nothing, problem.upper_data.full(), self.num_lower_steps)
         return State(*new), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

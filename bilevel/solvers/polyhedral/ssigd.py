@@ -7,7 +7,7 @@ from jax import Array
 
 from bilevel.backend import draws
 from bilevel.parts import tracking
-from bilevel.parts.tracking import Info, implicit_cost, implicit_step
+from bilevel.parts.tracking import Info, Iterate, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
@@ -85,10 +85,10 @@ class SSIGD(Solver):
         return State(x, y, q, active, stepper(self.upper_step_size, decreasing, x), upper)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        x, y, q, active, step, upper = state
-        batch, upper = problem.upper_data.next(upper, key, x, y)
-        (x, y, active, step), info = implicit_step(problem, x, y, active, step, q, batch, self.num_lower_steps)
-        return State(x, y, q, active, step, upper), info
+        batch, upper = problem.upper_data.next(state.upper, key, state.x, state.y)
+        at = Iterate(state.x, state.y, state.active, state.step)
+        new, info = implicit_step(problem, at, state.q, batch, self.num_lower_steps)
+        return State(new.x, new.y, state.q, new.active, new.step, upper), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return implicit_cost(problem, self.num_lower_steps)

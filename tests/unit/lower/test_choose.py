@@ -197,6 +197,9 @@ def test_the_settings_that_a_solution_keeps_are_a_method():
     problem = make(Minimize(bent), y_set=Box(0.0, 0.5))
     x = jnp.ones(N)
     found = lower.polyhedral.solve(problem, x, jnp.zeros(N), None)
-    again = bilevel.hypergradient(problem, x, found.y, lower=found.kept())
+    with pytest.warns(DeprecationWarning, match="warm=Warm"):
+        kept = found.kept()
+    with pytest.warns(DeprecationWarning, match="warm=Warm"):
+        again = bilevel.hypergradient(problem, x, found.y, lower=kept)
     np.testing.assert_allclose(again.gradient, bilevel.hypergradient(problem, x).gradient, rtol=1e-12)
-    assert dataclasses.is_dataclass(found.kept())
+    assert dataclasses.is_dataclass(kept)

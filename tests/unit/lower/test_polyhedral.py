@@ -1,5 +1,7 @@
 """Polyhedral lower levels against Clarabel with dense KKT systems, against closed forms and finite differences."""
 
+import dataclasses
+
 import clarabel
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from scipy import sparse
 import bilevel
 from bilevel import constraints, oracles
 from bilevel.backend.precision import full_precision
-from bilevel.lower import ActiveSet, polyhedral
+from bilevel.lower import ActiveSet, Warm, polyhedral
 
 N, ROWS, DIM_X = 50, 30, 6
 Status = bilevel.Status
@@ -62,7 +64,7 @@ def make(data, rows, g=lower, dtype=np.float64, **more):
 
 @jax.jit
 def solve(problem, x, y, start=None):
-    return polyhedral.solve(problem, x, y, problem.lower_data.full(), ActiveSet(start=start))
+    return polyhedral.solve(problem, x, y, problem.lower_data.full(), warm=Warm(start))
 
 
 def gradient(problem, x, y, start=None):
@@ -155,7 +157,9 @@ def test_kept_factors_serve_another_x_and_stale_ones_are_noticed():
     data, rows, _, _ = instance(3)
     problem, x, y = make(data, rows), jnp.full(DIM_X, 1e-3), jnp.zeros(N)
     begin = solve(problem, jnp.zeros(DIM_X), y)
-    again = jax.jit(lambda problem, y, found: polyhedral.solve(problem, x, y, problem.lower_data.full(), found.kept()))
+    again = jax.jit(
+        lambda problem, y, found: polyhedral.solve(problem, x, y, problem.lower_data.full(), warm=found.warm())
+    )
     kept, exact = again(problem, begin.y, begin), solve(problem, x, y)
     assert Status(int(kept.status)) == Status.CONVERGED
     np.testing.assert_allclose(kept.y, exact.y, rtol=0, atol=1e-12)
@@ -167,11 +171,28 @@ def test_kept_factors_serve_another_x_and_stale_ones_are_noticed():
     assert Status(int(stale.status)) == Status.STALLED
 
 
+def test_where_a_warm_start_goes_and_where_it_went():
+    """As an argument; in the settings with a warning; and not to a method that knows no active set."""
+    data, rows, _, _ = instance(3)
+    problem, x, y = make(data, rows), jnp.full(DIM_X, 1e-3), jnp.zeros(N)
+    found = solve(problem, jnp.zeros(DIM_X), y)
+    new = bilevel.hypergradient(problem, x, found.y, warm=found.warm())
+    with pytest.warns(DeprecationWarning, match="warm=Warm"):
+        settings = ActiveSet(start=found.active, factor=found.warm().factor, inverse=found.inverse)
+    old = bilevel.hypergradient(problem, x, found.y, lower=settings)
+    np.testing.assert_array_equal(old.gradient, new.gradient)
+    exact = ActiveSet().solve(problem, x, y, problem.lower_data.full(), Warm(found.active))
+    np.testing.assert_allclose(exact.y, new.y, atol=1e-12)
+    free = dataclasses.replace(problem, coupling=None)
+    with pytest.raises(NotImplementedError, match="warm is for ActiveSet"):
+        bilevel.hypergradient(free, x, warm=found.warm())
+
+
 def test_kept_factors_of_a_nearby_problem_are_made_up_for_by_refinement_or_refused():
     data, rows, y_zero, active = instance(3)
     x, begin = jnp.full(DIM_X, 1e-3), solve(make(data, rows), jnp.zeros(DIM_X), jnp.zeros(N))
     gradient = jax.jit(
-        lambda problem, found: bilevel.hypergradient(problem, x, found.y, lower=found.kept(), estimate=False)
+        lambda problem, found: bilevel.hypergradient(problem, x, found.y, warm=found.warm(), estimate=False)
     )
     for factor, C in ((1.02, rows[0]), (1.0, 1.001 * rows[0] + 1e-3)):
         near, moved = data | {"H": factor * data["H"]}, (C, *rows[1:])

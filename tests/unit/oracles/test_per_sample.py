@@ -77,7 +77,7 @@ def tracked(problem, x, y, q, batch, num_steps):
     here = per_sample.view(problem, y, batch)
     active, rows = tracking.no_rows_active(problem, x, y), per_sample.rows_of(problem, q, batch)
     found = tracking.track(here.problem, x, here.y, active, rows, here.lower, num_steps)
-    return found[0].y, tracking.gradient(here.problem, x, found, here.upper, here.lower)
+    return found.solution.y, tracking.gradient(here.problem, x, found, here.upper, here.lower)
 
 
 @pytest.mark.parametrize("batch", [(0, 1, 2, 3, 4, 5), (4, 1)])

@@ -1,0 +1,124 @@
+"""A strongly convex g on a polyhedron: sequential quadratic programming with backtracking.
+
+At y with multipliers lam, the step p and the next multipliers solve the quadratic model
+
+    min over p of  p' grad_y g + p' g_yy p/2   with  lo <= C (y + p) <= hi,    y <- y + t p,
+
+t = 1 until y is feasible; from then on the first of 1, 1/2, 1/4, ... for which g falls by Armijo's rule.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
+from bilevel.qp.active_set import Factor, Model, Point, solve_model
+from bilevel.record import Status
+
+
+class _Search(NamedTuple):
+    """Carry: a pass looks at y + t p, and either moves there and makes a new model, or halves t."""
+
+    y: Array
+    t: Array
+    """[], step length."""
+    g: Array
+    """[], value at y."""
+    slope: Array
+    """[], p' grad_y g."""
+    reach: Array
+    """[], the longest step so far."""
+    feasible: Array
+    """[], whether y is, which the first full step makes it."""
+    factor: Factor
+    model: Model
+    """At y: the step p, the multipliers and the active set."""
+    steps: Array
+    status: Array
+
+
+class _Look(NamedTuple):
+    """What a pass sees at its trial point."""
+
+    y: Array
+    g: Array
+    grad: Array
+    """[n], grad_y g."""
+    R: Array
+    """[n], grad_y g + C' lam."""
+    finite: Array
+    accepted: Array
+
+
+def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
+    """The end of the search, where it converged with one more full step, which is too short to need a look."""
+    limits, dtype = level.limits, y.dtype
+    zero, no, nobody = jnp.zeros((), dtype), jnp.array(False), jnp.zeros_like(limits.lo)
+    start = None if warm.active is None else jnp.asarray(warm.active, dtype)
+    m, first = len(limits.C), nobody if start is None else start
+    nothing = Model(jnp.zeros_like(y), nobody, first, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
+    begin = _Search(
+        y, zero + 1, zero, zero, zero, no, level.factor_at(y), nothing, jnp.array(0), jnp.array(Status.MAX_STEPS)
+    )
+
+    def go_on(c: _Search) -> Array:
+        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
+
+    end = lax.while_loop(go_on, partial(_step, level, settings, start is None), begin)
+    last = end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0)
+    R = level.gradient(last) + limits.C.T @ end.model.multipliers
+    return Found(last, end.factor, end.model, limits.C @ last, R, end.steps, end.status)
+
+
+def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Search:
+    """One pass. The first (t p = 0) only looks at the start; `guessed`: whether it has to find an active set, too."""
+    first, limits = c.steps == 0, level.limits
+    look = _look(level, c)
+    ok = look.accepted
+    before = jnp.linalg.norm(c.factor.L @ (c.factor.L.T @ c.model.p))  # |H p| = |grad_y g + C' lam| at the last y
+    renew = ok & ~first & ~((jnp.linalg.norm(look.R) <= 0.1 * before) & (c.t == 1))
+    factor = lax.cond(renew, lambda: level.factor_at(look.y), lambda: c.factor)
+    z, active = factor.down(look.R), c.model.active
+    if guessed:
+        active = jnp.where(first, guess(limits, factor, look.y, z), active)
+    at = Point(look.y, z, c.model.multipliers)
+    model = lax.cond(ok, lambda: solve_model(factor, limits, at, active, settings.max_changes), lambda: c.model)
+    new = _Search(
+        y=jnp.where(ok, look.y, c.y),
+        t=jnp.where(ok, 1, c.t / 2).astype(c.t.dtype),
+        g=jnp.where(ok, look.g, c.g),
+        slope=look.grad @ model.p,
+        reach=jnp.maximum(c.reach, jnp.where(first, 0, jnp.linalg.norm(c.t * c.model.p))),
+        feasible=c.feasible | (ok & ~first & (c.t == 1)),
+        factor=factor,
+        model=model,
+        steps=c.steps + 1,
+        status=c.status,
+    )
+    status = ends(level, _status(settings, c, new, ok), factor, model)
+    return new._replace(status=jnp.where(first & ~look.finite, Status.NONFINITE, status))
+
+
+def _look(level: Level, c: _Search) -> _Look:
+    """The trial point, and whether the search moves there."""
+    y = c.y + c.t * c.model.p
+    g, grad = level.value_and_gradient(y)
+    R = grad + level.limits.C.T @ c.model.multipliers
+    finite = jnp.isfinite(g) & jnp.isfinite(R).all()
+    # Descent is asked for between feasible points only: the first full step makes y feasible.
+    eps = jnp.finfo(y.dtype).eps
+    enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
+    return _Look(y, g, grad, R, finite, finite & ((c.steps == 0) | ~c.feasible | enough))
+
+
+def _status(settings: Settings, old: _Search, new: _Search, ok: Array) -> Array:
+    """CONVERGED where the next step is short, or is rounding error: of full length, small, and not half the last."""
+    first, eps = old.steps == 0, jnp.finfo(new.y.dtype).eps
+    tol = 10 * eps if settings.tol is None else settings.tol
+    length, before = jnp.linalg.norm(new.model.p), jnp.linalg.norm(old.model.p)
+    scale = jnp.linalg.norm(new.y) + jnp.where(first, length, new.reach)
+    level = ~first & (old.t == 1) & (length >= before / 2) & (length <= jnp.sqrt(eps) * scale)
+    done = ok & ((length <= tol * scale) | level)
+    return jnp.where(done, Status.CONVERGED, jnp.where(new.t < eps, Status.STALLED, Status.MAX_STEPS))
