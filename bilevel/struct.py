@@ -9,7 +9,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar, dataclass_transform, overload
+from typing import Any, Literal, TypeVar, dataclass_transform, overload
 
 import jax
 
@@ -24,13 +24,23 @@ def static(default: Any = dataclasses.MISSING, **kwargs: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True}, **kwargs)
 
 
+def derived(compute: Callable[[Any], Any], *, init: Literal[False] = False) -> Any:
+    """An inherited field that this class computes from its other ones: neither an argument nor a leaf of it.
+
+    Args:
+        compute: instance -> the field's value, called at every access.
+        init: False, for type checkers, which then leave the field out of the constructor.
+    """
+    return dataclasses.field(init=init, repr=False, metadata={"derived": compute})
+
+
 @overload
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, derived, dataclasses.field))
 def struct(cls: type[T], /) -> type[T]: ...
 
 
 @overload
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, dataclasses.field))
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(static, derived, dataclasses.field))
 def struct(*, kw_only: bool = False) -> Callable[[type[T]], type[T]]: ...
 
 
@@ -49,13 +59,17 @@ def _make(cls: type[T], kw_only: bool) -> type[T]:
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
     if fields and all(field.kw_only for field in fields):
         _accept_old(cls)
+    for field in fields:
+        if "derived" in field.metadata:
+            setattr(cls, field.name, property(field.metadata["derived"]))
     _register(cls)
     return cls
 
 
 def _register(cls: type) -> None:
     """Register the dataclass `cls` as a pytree."""
-    names = [(field.name, field.metadata.get("static", False)) for field in dataclasses.fields(cls)]
+    own = [field for field in dataclasses.fields(cls) if "derived" not in field.metadata]
+    names = [(field.name, field.metadata.get("static", False)) for field in own]
     data = tuple(name for name, is_static in names if not is_static)
     meta = tuple(name for name, is_static in names if is_static)
     keys = tuple(map(jax.tree_util.GetAttrKey, data))

@@ -12,7 +12,7 @@ import pytest
 
 import bilevel
 import irl
-from bilevel.struct import InvalidInput, invalid, static, struct
+from bilevel.struct import InvalidInput, derived, invalid, static, struct
 
 
 @struct
@@ -41,6 +41,25 @@ def test_frozen_and_replaceable():
 @struct
 class Other(Point):
     """The same fields as `Point`."""
+
+
+@struct
+class Square(Point):
+    """`b` is the square of `a`, whatever `a` becomes."""
+
+    b: Any = derived(lambda point: point.a**2)
+
+
+def test_a_derived_field_is_read_and_never_given():
+    square = Square(3.0)
+    assert (square.b, square.power) == (9.0, 3)
+    assert jax.tree.leaves(square) == [3.0]
+    assert dataclasses.replace(square, a=4.0).b == 16
+    assert jax.jit(lambda s: jax.tree.map(lambda leaf: 2 * leaf, s))(square).b == 36
+    with pytest.raises(TypeError):
+        Square(3.0, b=5.0)
+    with pytest.raises(ValueError, match=r"field b .*init=False"):
+        dataclasses.replace(square, b=5.0)
 
 
 def test_two_classes_with_the_same_fields_are_two_structures():
