@@ -15,17 +15,25 @@ from typing import Any
 
 from irl import demonstrations, mdp, rewards, solvers
 from irl.deep import control, environments, expert
-from irl.deep.control import DeepReward, to_control
+from irl.deep.control import ControlImitation, DeepReward, to_control
 from irl.deep.environments import Absorbing, Environment, Tabular, make
 from irl.deep.sac import SAC
 from irl.demonstrations import Demonstrations, sample
 from irl.mdp import MDP, Successors
+from irl.problem import ImitationProblem
 from irl.rewards import LinearReward, NetworkReward, Reward, TableReward, TwoLayerReward
 from irl.solvers import *  # every solver found in irl/solvers, by discovery
 from irl.tabular import diagnostics, soft, spec
 from irl.tabular.diagnostics import EarlyStopping
 from irl.tabular.soft import occupancy, policy, value_iteration
-from irl.tabular.spec import constants, expert_occupancy, likelihood_gradient, start_measure, to_bilevel
+from irl.tabular.spec import (
+    TabularImitation,
+    constants,
+    expert_occupancy,
+    likelihood_gradient,
+    start_measure,
+    to_bilevel,
+)
 
 __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "to_control",
@@ -38,6 +46,9 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "DeepReward",
     "SAC",
     "Absorbing",
+    "ControlImitation",
+    "ImitationProblem",
+    "TabularImitation",
     "MDP",
     "Demonstrations",
     "EarlyStopping",

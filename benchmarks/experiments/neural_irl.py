@@ -74,10 +74,11 @@ class Trace(NamedTuple):
 def world() -> World:
     """The gridworld of seed 0."""
     instance = gridworld.make(trajectories=0)
-    mdp, reward = instance.problem.lower_data.full()
+    problem = instance.problem
+    assert isinstance(problem, irl.TabularImitation)
     assert instance.truth is not None
-    Q = irl.value_iteration(mdp, reward.table(instance.truth.x)).Q
-    return World(mdp, instance.problem.upper_data.full(), irl.policy(Q), -instance.truth.value)
+    Q = irl.value_iteration(problem.mdp, problem.reward.table(instance.truth.x)).Q
+    return World(problem.mdp, problem.occupancy(), irl.policy(Q), -instance.truth.value)
 
 
 def make_run(

@@ -54,17 +54,17 @@ class Frozen(Imitation):
     solver: Any = None
     source: Any = None
 
-    def reward(self, problem: bilevel.BilevelProblem, state: Any, steps: Any) -> jax.Array:
+    def reward(self, problem: irl.ControlImitation, state: Any, steps: Any) -> jax.Array:
         if self.solver is None:
             return steps.reward
         if isinstance(self.solver, irl.AIRL):  # without its shaping term, as its authors transfer it
-            return problem.lower_data.full().rewards(self.source.x, steps)
+            return problem.rewards(self.source.x, steps)
         return self.solver.reward(problem, self.source, steps)
 
 
-def in_world(problem: bilevel.BilevelProblem, world: Any) -> bilevel.BilevelProblem:
+def in_world(problem: irl.ControlImitation, world: Any) -> irl.ControlImitation:
     """The same task, rewards and standardised observations included, in another environment."""
-    return dataclasses.replace(problem, lower_data=bilevel.Full(problem.lower_data.full()._replace(environment=world)))
+    return dataclasses.replace(problem, environment=world)
 
 
 def run(name: str, seed: int, demonstrations: Any, mass: float, steps: int) -> dict[str, float]:

@@ -8,6 +8,7 @@ only be stepped, nothing of the lower level is known exactly, and the problem sa
               slow copies go to the critics
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,18 +18,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from bilevel import BilevelProblem, FixedPoint, Full, Reals, Status, oracles
+from bilevel import FixedPoint, Full, Reals, Status, oracles
 from bilevel.backend.tree import norm
+from bilevel.data import Source
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.sets import Set
-from bilevel.solver import Solver
-from bilevel.struct import invalid, static, struct
+from bilevel.struct import derived, invalid, static, struct
 from irl.deep import rollouts
 from irl.deep.environments import Absorbing, Environment
 from irl.deep.networks import init_mlp, mlp, pairs
 from irl.deep.rollouts import Steps
 from irl.deep.sac import SAC, Weights
 from irl.demonstrations import Demonstrations
+from irl.problem import ImitationProblem
 
 PyTree = Any
 
@@ -67,30 +69,35 @@ class DeepReward:
 
 
 class Task(NamedTuple):
-    """The lower level's data. center, scale [d]: mean and deviation of observations, half of them the demonstrations',
-    half of random actions. expert: the demonstrations' steps, flat.
-    """
+    """A batch of the lower level: all that T needs."""
 
-    environment: Any
     reward: Any
-    agent: Any
+    agent: SAC
     center: Array
+    """The mean of observations, [d]."""
     scale: Array
-    expert: Steps
+    """Their standard deviation, [d]."""
+    demonstrations: Steps
+    """The expert's steps, [n, T]."""
+
+    @property
+    def expert(self) -> Steps:
+        """The demonstrations' steps with one leading axis."""
+        return self.demonstrations.flat
 
     def standard(self, observation: Array) -> Array:
-        """Observations as rewards and discriminators see them."""
+        """Observations [b, d] as rewards and discriminators see them."""
         return (observation - self.center[None, :]) / self.scale[None, :]
 
     def rewards(self, x: PyTree, steps: Any) -> Array:
-        """r(s, a; x) of flat steps, [b]."""
+        """The rewards r(s, a; x) of steps with one leading axis, [b]."""
         return self.reward(x, self.standard(steps.observation), steps.action)
 
 
 class Experts(NamedTuple):
-    """The upper level's data: the demonstrations' steps [n, T], and the agent that prices them."""
+    """A batch of the upper level: the demonstrations' steps [n, T], and the agent that gives their likelihood."""
 
-    agent: Any
+    agent: SAC
     steps: Steps
 
 
@@ -119,6 +126,55 @@ def lower_map(x: PyTree, y: Weights, batch: Task) -> Weights:
     actor, critics = jax.grad(losses, argnums=(0, 1))(y.actor, y.critics)
     minus = functools.partial(jax.tree.map, jnp.subtract)
     return Weights(minus(y.actor, actor), minus(y.critics, critics), y.critics, y.log_temperature)
+
+
+def _task(problem: "ControlImitation") -> Task:
+    return Task(problem.reward, problem.agent, problem.center, problem.scale, problem.demonstrations)
+
+
+@struct
+class ControlImitation(ImitationProblem):
+    """The bilevel problem of this module's docstring, as `to_control` makes it.
+
+    Args:
+        environment: in which the agent acts.
+        reward: r(s, a; x), `DeepReward` or anything with its init and __call__, of standardised observations.
+        agent: settings of the lower level.
+        demonstrations: the expert's steps [n, T].
+        center, scale: by which observations are standardised, both [d].
+    """
+
+    _: dataclasses.KW_ONLY
+    environment: Environment
+    reward: Any
+    agent: SAC
+    demonstrations: Steps
+    center: Any
+    scale: Any
+    upper: Callable[..., Array] = derived(lambda problem: upper)
+    lower: FixedPoint = derived(lambda problem: FixedPoint(lower_map))
+    upper_data: Source = derived(lambda problem: Full(Experts(problem.agent, problem.demonstrations)))
+    lower_data: Source = derived(lambda problem: Full(_task(problem)))
+
+    made_by = "irl.to_control"
+    parts = ("environment", "reward", "agent", "demonstrations", "center", "scale")
+
+    @property
+    def expert(self) -> Steps:
+        """The demonstrations' steps with one leading axis."""
+        return self.demonstrations.flat
+
+    def on_full_data(self) -> "ControlImitation":
+        """The same problem, whose batches are all of the demonstrations as it is."""
+        return self
+
+    def standard(self, observation: Array) -> Array:
+        """Observations [b, d] as rewards and discriminators see them."""
+        return _task(self).standard(observation)
+
+    def rewards(self, x: PyTree, steps: Any) -> Array:
+        """The rewards r(s, a; x) of steps with one leading axis, [b]."""
+        return _task(self).rewards(x, steps)
 
 
 def _standard(environment: Environment, expert: Steps) -> tuple[Array, Array]:
@@ -171,7 +227,7 @@ def to_control(
     *,
     agent: SAC = SAC(),  # noqa: B008
     x_set: Set = Reals(),  # noqa: B008
-) -> BilevelProblem:
+) -> ControlImitation:
     """The bilevel problem of this module's docstring.
 
     Args:
@@ -189,42 +245,30 @@ def to_control(
         invalid("environment (to_control)", type(environment).__name__, "an Environment", do)
     reward = DeepReward() if reward is None else reward
     steps = rollouts.demonstrated(environment, demonstrations)
-    flat = steps.flat
-    task = Task(environment, reward, agent, *_standard(environment, flat), flat)
+    center, scale = _standard(environment, steps.flat)
     sizes = Sizes(environment.observation_size, environment.action_size, environment.num_actions)
-    return BilevelProblem(
-        upper=upper,
-        lower=FixedPoint(lower_map),
-        x_set=x_set,
-        upper_data=Full(Experts(agent, steps)),
-        lower_data=Full(task),
-        init=_init(sizes, _parts(reward), _parts(agent)),
-    )
+    return ControlImitation(
+        environment=environment, reward=reward, agent=agent, demonstrations=steps, center=center, scale=scale,
+        x_set=x_set, init=_init(sizes, _parts(reward), _parts(agent)),
+    )  # fmt: skip
 
 
-def measure(problem: BilevelProblem, x: PyTree, y: Weights) -> Measurement:
+def measure(problem: ControlImitation, x: PyTree, y: Weights) -> Measurement:
     """What can be said of (x, y) without a model: -Lhat, the lower residual, and whether the reward is saturated.
 
     There is no exact lower level to judge by, so hypergradient and error bound are NaN, and no run is called converged.
     SATURATED: at half of the demonstrations' steps or more the network is within 1 % of its clamp, or beyond.
     """
-    task = problem.lower_data.full()
     nan = jnp.full((), jnp.nan)
     value = oracles.upper_value(problem, x, y, problem.upper_data.full())
-    residual = norm(oracles.residual(problem, x, y, task))
-    r = jnp.where(task.expert.inside, task.rewards(x, task.expert), 0)
-    bound = getattr(task.reward, "clamp", jnp.inf)
-    share = jnp.sum(jnp.abs(r) >= 0.99 * bound, dtype=float) / jnp.sum(task.expert.inside, dtype=float)
+    residual = norm(oracles.residual(problem, x, y, problem.lower_data.full()))
+    expert = problem.expert
+    r = jnp.where(expert.inside, problem.rewards(x, expert), 0)
+    bound = getattr(problem.reward, "clamp", jnp.inf)
+    share = jnp.sum(jnp.abs(r) >= 0.99 * bound, dtype=float) / jnp.sum(expert.inside, dtype=float)
     status = jnp.where(share >= 0.5, int(Status.SATURATED), int(Status.UNCHECKED))
     return Measurement(value, nan, nan, residual, jnp.zeros(()), status, nan)
 
 
 REFEREE = Referee("what can be said without a model", measure)
 """Of problems of `to_control`: no run is called converged, and nothing checks its numbers."""
-
-
-def refuse_other_problems(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for solvers of problems of `to_control`."""
-    if isinstance(problem.lower, FixedPoint) and problem.lower.T is lower_map:
-        return None
-    return f"{type(solver).__name__} needs a problem of irl.to_control; got {type(problem.lower).__name__}."

@@ -25,9 +25,11 @@ from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.deep import control, rollouts
+from irl.deep.control import ControlImitation
 from irl.deep.environments import Environment
 from irl.deep.rollouts import Lanes, Memory, Practice, Steps
 from irl.deep.sac import Learner, Weights
+from irl.problem import refuse_others
 
 PyTree = Any
 
@@ -145,36 +147,34 @@ class Imitation(Solver):
             want = f"a multiple of {self.num_env_steps // per}, the number of blocks"
             invalid(f"num_lower_steps ({name})", self.num_lower_steps, want, do)
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:
-        task = problem.lower_data.full()
+    def init(self, problem: ControlImitation, key: Array) -> State:
         key_x, key_practice, key_extra = jax.random.split(key, 3)
         x, y = problem.init(key_x)
         sizes = {"num_lanes": self.lanes, "capacity": self.capacity, "num_random": self.num_random}
-        practice = rollouts.begin(task.environment, task.agent, key_practice, **sizes)
+        practice = rollouts.begin(problem.environment, problem.agent, key_practice, **sizes)
         moments = practice.learner[1:]
         rule, extra = stepper(self.upper_step_size, None, x), self.init_extra(problem, key_extra)
         return State(x, y, moments, practice.memory, practice.lanes, rule, extra, practice.memory.count)
 
-    def init_extra(self, problem: BilevelProblem, key: Array) -> PyTree:
+    def init_extra(self, problem: ControlImitation, key: Array) -> PyTree:
         """What the method keeps beside x and y."""
         return ()
 
-    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
+    def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:
         """The reward that the agent is trained on, at flat transitions, [b]."""
-        return problem.lower_data.full().rewards(state.x, steps)
+        return problem.rewards(state.x, steps)
 
-    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array | None:
+    def logit(self, problem: ControlImitation, state: State, steps: Any) -> Array | None:
         """The discriminator's logit that flat steps are the expert's, [b]; None where the method has none."""
         return None
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+    def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
         """(state with x moved, the norm of its direction); here x stays."""
         return state, jnp.zeros(())
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
+    def step(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Info]:
         key_lower, key_episodes, key_upper, key_value = jax.random.split(key, 4)
-        task, expert = problem.lower_data.full(), problem.upper_data.full().steps
-        environment, agent = task.environment, task.agent
+        environment, agent, expert = problem.environment, problem.agent, problem.demonstrations
         before = state.y
         state, losses = self.lower(problem, state, key_lower)
 
@@ -218,37 +218,35 @@ class Imitation(Solver):
         weigh = lambda steps: rollouts.weights(environment, steps, discount).reshape(-1) / whole  # noqa: E731
         return Pair(seen.flat, weigh(seen), expert.flat, weigh(expert), len(seen.reward), len(expert.reward))
 
-    def lower(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Any]:
+    def lower(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Any]:
         """Steps in the environment and updates of the agent, in turns."""
-        task = problem.lower_data.full()
 
         def update(learner: Learner, memory: Memory, key: Array) -> tuple[Learner, Any]:
             return self.update(problem, state._replace(y=learner.weights, memory=memory), learner, key)
 
         practice = Practice(Learner(state.y, *state.moments), state.memory, state.lanes)
         sizes = {"num_steps": self.num_env_steps, "num_updates": self.num_lower_steps, "block": self.block}
-        practice, losses = rollouts.practise(task.environment, task.agent, practice, key, update, **sizes)
+        practice, losses = rollouts.practise(problem.environment, problem.agent, practice, key, update, **sizes)
         learner, memory, lanes = practice
         env_steps = state.env_steps + self.num_env_steps
         return state._replace(
             y=learner.weights, moments=learner[1:], memory=memory, lanes=lanes, env_steps=env_steps
         ), losses  # fmt: skip
 
-    def update(self, problem: BilevelProblem, state: State, learner: Learner, key: Array) -> tuple[Learner, Any]:
+    def update(self, problem: ControlImitation, state: State, learner: Learner, key: Array) -> tuple[Learner, Any]:
         """One update of the agent on transitions drawn from the memory, labelled with the reward of now."""
-        agent = problem.lower_data.full().agent
         key_draw, key_update = jax.random.split(key)
-        batch = state.memory.draw(key_draw, agent.batch_size)
-        return agent.update(learner, batch._replace(reward=self.reward(problem, state, batch)), key_update)
+        batch = state.memory.draw(key_draw, problem.agent.batch_size)
+        return problem.agent.update(learner, batch._replace(reward=self.reward(problem, state, batch)), key_update)
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:
+    def cost(self, problem: ControlImitation) -> OracleCount:
         return OracleCount(upper_gradients=self.num_upper_steps, lower_gradients=self.num_lower_steps)
 
     def referee(self, problem: BilevelProblem) -> Referee:
         return control.REFEREE
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return control.refuse_other_problems(self, problem)
+        return refuse_others(self, problem, ControlImitation)
 
 
 def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
@@ -310,7 +308,7 @@ class Adversarial(Imitation):
         return fit + c * gradient_penalty(sloped, pair, scale, key) if c else fit
 
 
-def step_x(problem: BilevelProblem, state: State, direction: PyTree) -> tuple[State, Array]:
+def step_x(problem: ControlImitation, state: State, direction: PyTree) -> tuple[State, Array]:
     """(state with x one projected step against the direction, the direction's norm)."""
     x, rule = state.step_x(state.x, direction)
     return state._replace(x=problem.x_set.project(x), step_x=rule), norm(direction)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
 from bilevel.struct import struct
-from irl.deep.control import Task
+from irl.deep.control import ControlImitation
 from irl.deep.imitation import Adversarial, Pair, State, step_x
 from irl.deep.networks import init_mlp, mlp
 
@@ -23,10 +22,10 @@ class Shaping(NamedTuple):
     step: Stepper
 
 
-def potential(task: Task, x: PyTree, h: PyTree, steps: Any) -> Array:
+def potential(problem: ControlImitation, x: PyTree, h: PyTree, steps: Any) -> Array:
     """F = r(s, a; x) + gamma h(s') - h(s), [b]; h is 0 behind an end."""
-    here, there = (mlp(h, task.standard(s))[:, 0] for s in (steps.observation, steps.next_observation))
-    return task.rewards(x, steps) + task.agent.discount * jnp.where(steps.terminated, 0, there) - here
+    here, there = (mlp(h, problem.standard(s))[:, 0] for s in (steps.observation, steps.next_observation))
+    return problem.rewards(x, steps) + problem.agent.discount * jnp.where(steps.terminated, 0, there) - here
 
 
 @struct(kw_only=True)
@@ -52,26 +51,23 @@ class AIRL(Adversarial):
     its units, and alpha = 1 is the paper's D. Both sides of the loss count the same.
     """
 
-    def init_extra(self, problem: BilevelProblem, key: Array) -> Shaping:
-        task = problem.lower_data.full()
-        h = init_mlp(key, (task.environment.observation_size, 64, 64, 1))
+    def init_extra(self, problem: ControlImitation, key: Array) -> Shaping:
+        h = init_mlp(key, (problem.environment.observation_size, 64, 64, 1))
         return Shaping(h, stepper(self.upper_step_size, None, h))
 
-    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        return potential(problem.lower_data.full(), state.x, state.extra.h, steps)
+    def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        return potential(problem, state.x, state.extra.h, steps)
 
-    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        task = problem.lower_data.full()
-        log_pi = task.agent.log_prob(state.y, steps.observation, steps.action)
+    def logit(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        log_pi = problem.agent.log_prob(state.y, steps.observation, steps.action)
         return self.reward(problem, state, steps) / jnp.exp(state.y.log_temperature) - log_pi
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
-        task = problem.lower_data.full()
+    def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
 
         def loss(x: PyTree, h: PyTree) -> Array:
             at = state._replace(x=x, extra=state.extra._replace(h=h))
             f = lambda steps: self.reward(problem, at, steps) / jnp.exp(state.y.log_temperature)  # noqa: E731
-            return self.loss(lambda steps: self.logit(problem, at, steps), f, pair, task.scale, key)
+            return self.loss(lambda steps: self.logit(problem, at, steps), f, pair, problem.scale, key)
 
         to_x, to_h = jax.grad(loss, argnums=(0, 1))(state.x, state.extra.h)
         h, rule = state.extra.step(state.extra.h, to_h)

@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.struct import struct
-from irl.deep.control import upper
+from irl.deep.control import ControlImitation, Experts, upper
 from irl.deep.imitation import Imitation, State
 from irl.deep.sac import Learner, Losses
 
@@ -33,14 +32,13 @@ class BC(Imitation):
     Differs from the paper: a stochastic policy and its likelihood instead of squared errors.
     """
 
-    def lower(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Any]:
-        batch = problem.upper_data.full()
-        agent, steps = batch.agent, batch.steps.flat
+    def lower(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Any]:
+        agent, steps = problem.agent, problem.expert
         chances = steps.inside.astype(float) / jnp.sum(steps.inside, dtype=float)
 
         def update(learner: Learner, key: Array) -> tuple[Learner, Array]:
             drawn = jax.random.choice(key, len(chances), (agent.batch_size,), p=chances)
-            few = batch._replace(steps=jax.tree.map(lambda leaf: leaf[drawn], steps))
+            few = Experts(agent, jax.tree.map(lambda leaf: leaf[drawn], steps))
             return agent.fit(learner, lambda weights: upper(state.x, weights, few))
 
         keys = jax.random.split(key, self.num_lower_steps)
@@ -48,5 +46,5 @@ class BC(Imitation):
         losses = Losses(jnp.zeros(()), losses[-1], jnp.zeros(()))  # -log pi at the demonstrations for the entropy
         return state._replace(y=learner.weights, moments=learner[1:]), losses
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:
+    def cost(self, problem: ControlImitation) -> OracleCount:
         return OracleCount(upper_gradients=self.num_lower_steps)

@@ -3,8 +3,8 @@
 import jax
 from jax import Array
 
-from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
+from irl.deep.control import ControlImitation
 from irl.deep.imitation import Imitation, Pair, State, step_x
 
 
@@ -30,7 +30,6 @@ class DeepMLIRL(Imitation):
     `control.Task`); weights 1 by default where the theory has gamma^t.
     """
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
-        task = problem.lower_data.full()
-        direction = jax.grad(lambda x: pair.gap(lambda steps: task.rewards(x, steps)))(state.x)
+    def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        direction = jax.grad(lambda x: pair.gap(lambda steps: problem.rewards(x, steps)))(state.x)
         return step_x(problem, state, direction)

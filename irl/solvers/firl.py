@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 
-from bilevel.problem import BilevelProblem
 from bilevel.step import Stepper, stepper
 from bilevel.struct import invalid, static, struct
+from irl.deep.control import ControlImitation
 from irl.deep.imitation import Imitation, Pair, State, classify, step_x
 
 PyTree = Any
@@ -68,26 +68,27 @@ class FIRL(Imitation):
         if self.num_rollouts < 2:
             invalid("num_rollouts (FIRL)", self.num_rollouts, "at least 2", "A covariance needs two episodes.")
 
-    def init_extra(self, problem: BilevelProblem, key: Array) -> Discriminator:
-        task = problem.lower_data.full()
-        weights = task.reward.init(task.environment, key)
+    def init_extra(self, problem: ControlImitation, key: Array) -> Discriminator:
+        weights = problem.reward.init(problem.environment, key)
         return Discriminator(weights, stepper(optax.adam(1e-3), None, weights))
 
-    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        return problem.lower_data.full().rewards(state.extra.weights, steps)
+    def logit(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        return problem.rewards(state.extra.weights, steps)
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
-        task, n = problem.lower_data.full(), pair.num_agent
+    def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
+        n = pair.num_agent
 
         def fit(_: Array, D: Discriminator) -> Discriminator:
-            gradient = jax.grad(lambda weights: classify(lambda steps: task.rewards(weights, steps), pair))(D.weights)
+            gradient = jax.grad(lambda weights: classify(lambda steps: problem.rewards(weights, steps), pair))(
+                D.weights
+            )
             return Discriminator(*D.step(D.weights, gradient))
 
         D = lax.fori_loop(0, self.num_discriminator_steps, fit, state.extra)
         sums = lambda values: jnp.sum((pair.agent_weights * values).reshape(n, -1), axis=1)  # noqa: E731
-        clamp = getattr(task.reward, "clamp", 10.0)
-        h = sums(H[self.divergence](task.rewards(D.weights, pair.agent), clamp))
+        clamp = getattr(problem.reward, "clamp", 10.0)
+        h = sums(H[self.divergence](problem.rewards(D.weights, pair.agent), clamp))
         away = lax.stop_gradient(h - jnp.mean(h)) / (n - 1)
         alpha = jnp.exp(state.y.log_temperature)
-        direction = jax.grad(lambda x: jnp.sum(away * sums(task.rewards(x, pair.agent))) / alpha)(state.x)
+        direction = jax.grad(lambda x: jnp.sum(away * sums(problem.rewards(x, pair.agent))) / alpha)(state.x)
         return step_x(problem, state._replace(extra=D), direction)

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax import Array
 
-from bilevel.problem import BilevelProblem
 from bilevel.struct import struct
+from irl.deep.control import ControlImitation
 from irl.deep.imitation import Adversarial, Pair, State, step_x
 
 PyTree = Any
@@ -36,17 +36,16 @@ class GAIL(Adversarial):
     count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
     """
 
-    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        return jax.nn.softplus(problem.lower_data.full().rewards(state.x, steps))
+    def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        return jax.nn.softplus(problem.rewards(state.x, steps))
 
-    def logit(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        return problem.lower_data.full().rewards(state.x, steps)
+    def logit(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        return problem.rewards(state.x, steps)
 
-    def move(self, problem: BilevelProblem, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
-        task = problem.lower_data.full()
+    def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
 
         def loss(x: PyTree) -> Array:
-            logit = functools.partial(task.rewards, x)
-            return self.loss(logit, logit, pair, task.scale, key)
+            logit = functools.partial(problem.rewards, x)
+            return self.loss(logit, logit, pair, problem.scale, key)
 
         return step_x(problem, state, jax.grad(loss)(state.x))

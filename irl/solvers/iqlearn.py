@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.problem import BilevelProblem
 from bilevel.struct import static, struct
 from irl.deep import rollouts
+from irl.deep.control import ControlImitation
 from irl.deep.imitation import Imitation, State
 from irl.deep.sac import Batch, Learner, Losses, Net
 
@@ -42,20 +42,20 @@ class IQLearn(Imitation):
     regularisation: float = 0.5
     use_memory: bool = static(default=False)
 
-    def reward(self, problem: BilevelProblem, state: State, steps: Any) -> Array:
-        agent, y = problem.lower_data.full().agent, state.y
+    def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:
+        agent, y = problem.agent, state.y
         V = agent.soft_value(y, y.critics, steps.next_observation, jax.random.key(0))
         Q = jnp.min(agent.values(y.critics, steps.observation, steps.action), axis=0)
         return Q - agent.discount * jnp.where(steps.terminated, 0, V)
 
-    def update(self, problem: BilevelProblem, state: State, learner: Learner, key: Array) -> tuple[Learner, Any]:
-        task = problem.lower_data.full()
-        agent, size = task.agent, task.agent.batch_size
+    def update(self, problem: ControlImitation, state: State, learner: Learner, key: Array) -> tuple[Learner, Any]:
+        agent, size = problem.agent, problem.agent.batch_size
         given = size // 2 if self.use_memory else size
         key_memory, key_expert, key_here, key_there, key_actor = jax.random.split(key, 5)
-        chances = rollouts.weights(task.environment, task.expert, self.occupancy_discount)
+        shown = problem.expert
+        chances = rollouts.weights(problem.environment, shown, self.occupancy_discount)
         drawn = jax.random.choice(key_expert, len(chances), (given,), p=chances / jnp.sum(chances))
-        batch = expert = Batch(*(getattr(task.expert, name)[drawn] for name in Batch._fields))
+        batch = expert = Batch(*(getattr(shown, name)[drawn] for name in Batch._fields))
         if self.use_memory:
             key_draw, key_policy = jax.random.split(key_memory)
             seen = state.memory.draw(key_draw, given)

@@ -11,7 +11,9 @@ from bilevel.record import OracleCount
 from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import static, struct
+from irl.problem import refuse_others
 from irl.tabular import soft, spec
+from irl.tabular.spec import TabularImitation
 
 PyTree = Any
 
@@ -63,28 +65,26 @@ class MCEIRL(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:
+    def init(self, problem: TabularImitation, key: Array) -> State:
         x, y = problem.init(key)
         default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
         return State(x, y, stepper(self.upper_step_size, default, x))
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        (mdp, reward), x = problem.lower_data.full(), state.x
-        y = soft.value_iteration(mdp, reward.table(x), state.y, max_sweeps=self.max_sweeps).Q
-        c = spec.expert_batch(mdp, problem.upper_data.full())
-        d = soft.occupancy(mdp, soft.policy(y), spec.agent_start(problem, mdp, c))
-        direction = spec.match(reward, x, d, c)
+    def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
+        x, mdp, c = state.x, problem.mdp, problem.occupancy()
+        y = soft.value_iteration(mdp, problem.reward.table(x), state.y, max_sweeps=self.max_sweeps).Q
+        d = soft.occupancy(mdp, soft.policy(y), problem.agent_start(c))
+        direction = spec.match(problem.reward, x, d, c)
         x, step_x = state.step_x(x, direction)
         return State(problem.x_set.project(x), y, step_x), Info(norm(direction))
 
-    def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, Array]:
+    def output(self, problem: TabularImitation, state: State) -> tuple[PyTree, Array]:
         """The last x with its own soft Q, not that of the x before."""
-        mdp, reward = problem.lower_data.full()
-        return state.x, soft.value_iteration(mdp, reward.table(state.x), state.y).Q
+        return state.x, soft.value_iteration(problem.mdp, problem.reward.table(state.x), state.y).Q
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:
-        horizon = problem.lower_data.full().mdp.horizon
+    def cost(self, problem: TabularImitation) -> OracleCount:
+        horizon = problem.mdp.horizon
         return OracleCount(upper_gradients=1, lower_gradients=self.max_sweeps if horizon is None else horizon)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return spec.refuse_other_problems(self, problem)
+        return refuse_others(self, problem, TabularImitation)

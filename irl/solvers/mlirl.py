@@ -14,19 +14,24 @@ from bilevel.solver import Solver
 from bilevel.step import Stepper, step_sizes, stepper
 from bilevel.struct import static, struct
 from irl import demonstrations
+from irl.problem import refuse_others
 from irl.tabular import soft, spec
+from irl.tabular.spec import TabularImitation
 
 PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y = Q; the rule for x; the states of the two sources."""
+    """What the next step needs."""
 
     x: PyTree
+    """The reward's parameters."""
     y: Array
+    """The soft Q, shaped like `mdp.shape`."""
     step_x: Stepper
-    upper: PyTree
-    lower: PyTree
+    """The rule for x."""
+    source: PyTree
+    """The state of the demonstrations' source."""
 
 
 class Info(NamedTuple):
@@ -77,54 +82,56 @@ class MLIRL(Solver):
         """Accept numbers, schedules and transformations."""
         step_sizes(self, "upper_step_size")
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:
-        key_start, key_upper, key_lower = jax.random.split(key, 3)
+    def init(self, problem: TabularImitation, key: Array) -> State:
+        key_start, key_source, _ = jax.random.split(key, 3)  # three, as runs of earlier versions
         x, y = problem.init(key_start)
         default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
-        upper, lower = problem.upper_data.init(key_upper), problem.lower_data.init(key_lower)
-        return State(x, y, stepper(self.upper_step_size, default, x), upper, lower)
+        return State(x, y, stepper(self.upper_step_size, default, x), problem.demonstrations.init(key_source))
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        key_upper, key_lower, key_agent = jax.random.split(key, 3)
+    def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
+        key_batch, _, key_agent = jax.random.split(key, 3)  # three, as runs of earlier versions
         x = state.x
-        batch_f, upper = problem.upper_data.next(state.upper, key_upper, x, state.y)
-        batch_g, lower = problem.lower_data.next(state.lower, key_lower, x, state.y)
-        mdp, reward = batch_g
+        batch, source = problem.demonstrations.next(state.source, key_batch, x, state.y)
 
         before = soft.log_policy(state.y)
-        y = self._sweeps(problem, x, state.y, before, batch_g)
+        y = self._sweeps(problem, x, state.y, before)
         log_pi = soft.log_policy(y)
 
-        c = spec.expert_batch(mdp, batch_f)
-        if self.num_rollouts is None:
-            d = soft.occupancy(mdp, jnp.exp(log_pi), spec.agent_start(problem, mdp, c))
-        else:
-            sizes = {"num_trajectories": self.num_rollouts, "length": self.rollout_length}
-            d = demonstrations.sample(mdp, jnp.exp(log_pi), key_agent, **sizes).occupancy(mdp)
-        direction = spec.match(reward, x, d, c)
+        c = problem.occupancy(batch)
+        d = self._agent(problem, jnp.exp(log_pi), c, key_agent)
+        direction = spec.match(problem.reward, x, d, c)
         x, step_x = state.step_x(x, direction)
         info = Info(norm(direction), jnp.max(jnp.abs(log_pi - before)))
-        return State(problem.x_set.project(x), y, step_x, upper, lower), info
+        return State(problem.x_set.project(x), y, step_x, source), info
 
-    def _sweeps(self, problem: BilevelProblem, x: PyTree, y: Array, log_pi: Array, batch: PyTree) -> Array:
+    def _sweeps(self, problem: TabularImitation, x: PyTree, y: Array, log_pi: Array) -> Array:
+        """The table Q after T sweeps from y: of the Bellman operator, or of the evaluation of the policy log_pi."""
         if self.policy_evaluation and self.num_lower_steps > 1:
-            mdp, reward = batch
-            r = reward.table(x)
-            sweep = lambda _, Q: soft.evaluate(mdp, r, Q, log_pi)  # noqa: E731
+            r = problem.reward.table(x)
+            sweep = lambda _, Q: soft.evaluate(problem.mdp, r, Q, log_pi)  # noqa: E731
         else:
+            batch = problem.lower_data.full()
             sweep = lambda _, Q: Q - oracles.residual(problem, x, Q, batch)  # noqa: E731
         return lax.fori_loop(0, self.num_lower_steps, sweep, y)
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:
+    def _agent(self, problem: TabularImitation, pi: Array, c: Array, key: Array) -> Array:
+        """The occupancy of the policy pi: the exact one, or that of sampled trajectories."""
+        if self.num_rollouts is None:
+            return soft.occupancy(problem.mdp, pi, problem.agent_start(c))
+        sizes = {"num_trajectories": self.num_rollouts, "length": self.rollout_length}
+        return demonstrations.sample(problem.mdp, pi, key, **sizes).occupancy(problem.mdp)
+
+    def cost(self, problem: TabularImitation) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=self.num_lower_steps)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = spec.refuse_other_problems(self, problem)
-        if reason is None and self.num_rollouts is not None and not spec.is_surrogate(problem):
+        if not isinstance(problem, TabularImitation):
+            return refuse_others(self, problem, TabularImitation)
+        horizon = problem.mdp.horizon
+        if self.num_rollouts is not None and not problem.is_surrogate:
             return "MLIRL with num_rollouts starts the agent from rho: make the problem with objective='surrogate'."
-        horizon = problem.lower_data.full().mdp.horizon if reason is None else None
         if horizon is not None and self.policy_evaluation:
             return "MLIRL with policy_evaluation needs a discounted MDP; got a horizon, where sweeps are exact anyway."
         if horizon is not None and self.num_rollouts is not None and self.rollout_length > horizon:
             return f"MLIRL.rollout_length: got {self.rollout_length}; expected at most the horizon {horizon}."
-        return reason
+        return None

@@ -14,44 +14,70 @@ from bilevel.solver import Solver
 from bilevel.step import Stepper, require_numbers, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.mdp import MDP
+from irl.problem import refuse_others
 from irl.rewards import TwoLayer, one_hot_pairs
 from irl.tabular import soft, spec
+from irl.tabular.spec import TabularImitation
 
 PyTree = Any
 
 
 class Mean(NamedTuple):
-    """The averages of x and of D."""
+    """The averages that `output` returns."""
 
     x: PyTree
+    """Of the reward's parameters."""
     D: Array
+    """Of D."""
 
 
 class State(NamedTuple):
-    """x; y = the truncated Q table [S, A] of D; D [2, m/2, d], the Q network's distance from its initialisation.
-
-    network: the initialisation. mean: averages. count: steps so far. visits: [n], states of the agent's n chains. The
-    rules for x and D, the state of the demonstrations' source.
-    """
+    """What the next step needs."""
 
     x: PyTree
+    """The reward's parameters."""
     y: Array
+    """The truncated Q of D, [S, A]."""
     D: Array
+    """The Q network's distance from its initialisation, [2, m/2, d]."""
     network: TwoLayer
+    """That initialisation."""
     mean: Mean
+    """The averages of x and of D so far."""
     count: Array
+    """Steps so far, []."""
     visits: Array
+    """The states of the agent's n chains, [n]; one chain that stays where it is, without num_transitions."""
     step_x: Stepper
+    """The rule for x."""
     step_D: Stepper
-    upper: PyTree
+    """The rule for D."""
+    source: PyTree
+    """The state of the demonstrations' source."""
 
 
 class Info(NamedTuple):
-    """direction: |h(agent) - h(expert)|. td_error: root mean square of delta. distance: |D|."""
+    """What a step of NeuralIRL shows."""
 
     direction: Array
+    """|h(agent) - h(expert)|, []: the norm of the estimate of grad F, without weight decay."""
     td_error: Array
+    """The root mean square of delta over the pairs of the step, []."""
     distance: Array
+    """|D| after the step, []; at most the radius B."""
+
+
+class Learned(NamedTuple):
+    """One TD step of the Q network."""
+
+    D: Array
+    step_D: Stepper
+    visits: Array
+    """The chains' states after the step, [n]."""
+    pairs: tuple[Array, Array] | None
+    """The (states, actions) that the chains showed, both [n]; None where all pairs were used."""
+    td_error: Array
+    """As in `Info`."""
 
 
 @struct(kw_only=True)
@@ -114,10 +140,10 @@ class NeuralIRL(Solver):
             if isinstance(number, int | float) and not 0 <= number < float("inf"):
                 invalid(f"NeuralIRL.{name}", number, "a finite number >= 0", "Leave it out for the default.")
 
-    def init(self, problem: BilevelProblem, key: Array) -> State:
-        key_start, key_upper, key_network, key_visits = jax.random.split(key, 4)
+    def init(self, problem: TabularImitation, key: Array) -> State:
+        key_start, key_source, key_network, key_visits = jax.random.split(key, 4)
         x, y = problem.init(key_start)
-        mdp, _ = problem.lower_data.full()
+        mdp = problem.mdp
         z = self._inputs(mdp)
         network = TwoLayer.draw(key_network, self.width, z.shape[-1])
         D = network.origin
@@ -130,52 +156,63 @@ class NeuralIRL(Solver):
         return State(
             x, self._table(mdp, network, D), D, network, Mean(x, D), jnp.zeros((), D.dtype), visits,
             stepper(self.upper_step_size, upper, x), stepper(self.lower_step_size, lower, D),
-            problem.upper_data.init(key_upper),
+            problem.demonstrations.init(key_source),
         )  # fmt: skip
 
-    def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        key_upper, key_agent = jax.random.split(key)
-        x, network = state.x, state.network
-        batch, upper = problem.upper_data.next(state.upper, key_upper, x, state.y)
-        mdp, reward = problem.lower_data.full()
-        r = reward.table(x)
-        Q, pull = jax.vjp(lambda D: self._table(mdp, network, D), state.D)
-        truncated = _truncate(mdp, r, Q)
-        c = spec.expert_batch(mdp, batch)
+    def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
+        key_batch, key_agent = jax.random.split(key)
+        mdp, x = problem.mdp, state.x
+        batch, source = problem.demonstrations.next(state.source, key_batch, x, state.y)
+        c, r = problem.occupancy(batch), problem.reward.table(x)
 
+        new = self._learn(mdp, r, state, key_agent)
+        y = _truncate(mdp, r, self._table(mdp, state.network, new.D))
+        slope = spec.match(problem.reward, x, self._agent(problem, y, c, new.pairs), c)
+        x, step_x = self._move(problem, state, slope)
+
+        mean = self._average(state, Mean(x, new.D))
+        info = Info(norm(slope), new.td_error, norm(new.D))
+        count = state.count + 1
+        return State(x, y, new.D, state.network, mean, count, new.visits, step_x, new.step_D, source), info
+
+    def _learn(self, mdp: MDP, r: Array, state: State, key: Array) -> Learned:
+        """One TD step for the reward r, over all pairs with equal weights or over one transition of each chain."""
+        Q, pull = jax.vjp(lambda D: self._table(mdp, state.network, D), state.D)
+        truncated = _truncate(mdp, r, Q)
         if self.num_transitions is None:
-            visits, sampled = state.visits, None
+            visits, pairs = state.visits, None
             weighted = (Q - soft.bellman(mdp, r, truncated)) / Q.size
             td_error = jnp.sqrt(jnp.sum(weighted**2) * Q.size)
         else:
-            visits, sampled, following = _transitions(mdp, truncated, state.visits, key_agent)
-            delta = Q[sampled] - r[sampled] - mdp.discount * soft.value(truncated)[following]
-            weighted = jnp.zeros_like(Q).at[sampled].add(delta / delta.size)
+            visits, pairs, following = _transitions(mdp, truncated, state.visits, key)
+            delta = Q[pairs] - r[pairs] - mdp.discount * soft.value(truncated)[following]
+            weighted = jnp.zeros_like(Q).at[pairs].add(delta / delta.size)
             td_error = jnp.sqrt(jnp.mean(delta**2))
         D, step_D = state.step_D(state.D, pull(weighted)[0])
-        D = Ball(self.radius).project(D)
+        return Learned(Ball(self.radius).project(D), step_D, visits, pairs, td_error)
 
-        y = _truncate(mdp, r, self._table(mdp, network, D))
-        if sampled is None:
-            d = soft.occupancy(mdp, soft.policy(y), spec.agent_start(problem, mdp, c))
-        else:
-            d = jnp.zeros_like(Q).at[sampled].add(_scale(mdp) / sampled[0].size)
-        slope = spec.match(reward, x, d, c)
-        slower = (state.count + 1) ** -jnp.asarray(self.upper_decay, D.dtype)
-        direction = jax.tree.map(lambda g, at: slower.astype(g.dtype) * (g + self.weight_decay * at), slope, x)
-        x, step_x = state.step_x(x, direction)
-        x = problem.x_set.project(x)
+    def _agent(self, problem: TabularImitation, Q: Array, c: Array, pairs: tuple[Array, Array] | None) -> Array:
+        """The occupancy [S, A] of the policy of Q, or an estimate of it by the pairs that the chains visited."""
+        if pairs is None:
+            return soft.occupancy(problem.mdp, soft.policy(Q), problem.agent_start(c))
+        return jnp.zeros_like(Q).at[pairs].add(_scale(problem.mdp) / pairs[0].size)
 
+    def _move(self, problem: TabularImitation, state: State, slope: PyTree) -> tuple[PyTree, Stepper]:
+        """(x, its rule) after the step along the slope and the weight decay, both times (k + 1)^-s."""
+        slower = (state.count + 1) ** -jnp.asarray(self.upper_decay, state.count.dtype)
+        decayed = lambda g, at: slower.astype(g.dtype) * (g + self.weight_decay * at)  # noqa: E731
+        x, step_x = state.step_x(state.x, jax.tree.map(decayed, slope, state.x))
+        return problem.x_set.project(x), step_x
+
+    def _average(self, state: State, new: Mean) -> Mean:
+        """The averages with the k-th point weighted like k^p."""
         part = (self.averaging + 1) / (state.count + 1 + self.averaging)
-        mean = jax.tree.map(lambda old, new: old + jnp.asarray(part, old.dtype) * (new - old), state.mean, Mean(x, D))
-        info = Info(norm(slope), td_error, norm(D))
-        return State(x, y, D, network, mean, state.count + 1, visits, step_x, step_D, upper), info
+        return jax.tree.map(lambda old, new: old + jnp.asarray(part, old.dtype) * (new - old), state.mean, new)
 
-    def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, Array]:
+    def output(self, problem: TabularImitation, state: State) -> tuple[PyTree, Array]:
         """The averages."""
-        mdp, reward = problem.lower_data.full()
-        Q = self._table(mdp, state.network, state.mean.D)
-        return state.mean.x, _truncate(mdp, reward.table(state.mean.x), Q)
+        Q = self._table(problem.mdp, state.network, state.mean.D)
+        return state.mean.x, _truncate(problem.mdp, problem.reward.table(state.mean.x), Q)
 
     def _inputs(self, mdp: MDP) -> Array:
         return one_hot_pairs(mdp.num_states, mdp.num_actions) if self.inputs is None else self.inputs
@@ -185,16 +222,17 @@ class NeuralIRL(Solver):
         scale = _scale(mdp)
         return scale * (mdp.discount * jnp.log(float(mdp.num_actions)) + network(D, self._inputs(mdp)))
 
-    def cost(self, problem: BilevelProblem) -> OracleCount:
+    def cost(self, problem: TabularImitation) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=1)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = spec.refuse_other_problems(self, problem)
-        if reason is None and problem.lower_data.full().mdp.horizon is not None:
+        if not isinstance(problem, TabularImitation):
+            return refuse_others(self, problem, TabularImitation)
+        if problem.mdp.horizon is not None:
             return "NeuralIRL needs a discounted MDP; got a horizon."
-        if reason is None and self.num_transitions is not None and not spec.is_surrogate(problem):
+        if self.num_transitions is not None and not problem.is_surrogate:
             return "NeuralIRL with num_transitions starts from rho: make the problem with objective='surrogate'."
-        return reason
+        return None
 
 
 def _scale(mdp: MDP) -> Array:

@@ -6,26 +6,25 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel import BilevelProblem
 from bilevel.struct import invalid
 from irl.tabular import soft
+from irl.tabular.spec import TabularImitation
 
 PyTree = Any
 
 
 @jax.jit
-def tracking_error(problem: BilevelProblem, x: PyTree, y: Array) -> Array:
+def tracking_error(problem: TabularImitation, x: PyTree, y: Array) -> Array:
     """The largest |log pi_y - log pi_x|, shape []: the policy of y against the soft-optimal one of the reward at x."""
-    mdp, reward = problem.lower_data.full()
-    exact = soft.value_iteration(mdp, reward.table(x)).Q
+    exact = soft.value_iteration(problem.mdp, problem.reward.table(x)).Q
     return jnp.max(jnp.abs(soft.log_policy(y) - soft.log_policy(exact)))
 
 
 @jax.jit
-def objective(problem: BilevelProblem, x: PyTree) -> Array:
+def objective(problem: TabularImitation, x: PyTree) -> Array:
     """F(x) by dynamic programming, shape []: minus the mean log-likelihood, or minus Lhat for the surrogate."""
-    mdp, reward = problem.lower_data.full()
-    return problem.upper(x, soft.value_iteration(mdp, reward.table(x)).Q, problem.upper_data.full())
+    Q = soft.value_iteration(problem.mdp, problem.reward.table(x)).Q
+    return problem.upper(x, Q, problem.upper_data.full())
 
 
 def epic_distance(first: Array, second: Array, discount: float | Array) -> Array:
@@ -73,7 +72,7 @@ class EarlyStopping:
         x, value, step: the best x, its F on the held-out demonstrations, and its step; None before the first look.
     """
 
-    def __init__(self, held_out: BilevelProblem, patience: int = 5) -> None:
+    def __init__(self, held_out: TabularImitation, patience: int = 5) -> None:
         """`held_out`: a problem of `to_bilevel` with the same reward. `patience`: looks without a better x, >= 1."""
         if not (isinstance(patience, int) and patience >= 1):
             invalid("patience (EarlyStopping)", patience, "a whole number >= 1", "It counts measurements.")

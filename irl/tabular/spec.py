@@ -29,6 +29,7 @@ Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement lear
     NeurIPS 2022, arXiv:2210.01282.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -42,35 +43,35 @@ from bilevel import BilevelProblem, Constants, FixedPoint, Full, Minibatch, Real
 from bilevel.data import Source
 from bilevel.parts.tuning import upper_curvature
 from bilevel.sets import Set
-from bilevel.solver import Solver
-from bilevel.struct import invalid, struct
+from bilevel.struct import derived, invalid, static, struct
 from irl.demonstrations import Demonstrations, Trajectories
 from irl.mdp import MDP
+from irl.problem import ImitationProblem
 from irl.rewards import LinearReward, Reward
 from irl.tabular import soft
 
 PyTree = Any
 
 
-class Environment(NamedTuple):
-    """What the lower level sees."""
+class Model(NamedTuple):
+    """A batch of the lower level: an MDP with a reward."""
 
     mdp: MDP
     reward: Any
 
 
 class Scored(NamedTuple):
-    """A batch of demonstrations, `Trajectories` or an occupancy, with the environment that prices them."""
+    """A batch of the surrogate's upper level: `Trajectories` or an occupancy, and the model that prices them."""
 
-    environment: Environment
+    model: Model
     expert: Any
 
 
 @struct
 class Beside(Source):
-    """The batches of `source`, each as `Scored` with the environment."""
+    """The batches of `source`, each as `Scored` with the model."""
 
-    environment: Environment
+    model: Model
     source: Source
 
     @property
@@ -86,13 +87,13 @@ class Beside(Source):
 
     def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
         batch, state = self.source.next(state, key, x, y)
-        return Scored(self.environment, batch), state
+        return Scored(self.model, batch), state
 
     def full(self) -> PyTree:
-        return Scored(self.environment, self.source.full())
+        return Scored(self.model, self.source.full())
 
     def block(self, index: Array) -> PyTree:
-        return Scored(self.environment, self.source.block(index))
+        return Scored(self.model, self.source.block(index))
 
     def validate(self, name: str) -> None:
         self.source.validate(name)
@@ -110,20 +111,84 @@ def upper_of_trajectories(x: PyTree, y: Array, batch: Trajectories) -> Array:
 
 def upper_surrogate(x: PyTree, y: Array, batch: Scored) -> Array:
     """<rho, V_y> - <c, r(x)>, shape []: the upper objective of objective="surrogate"."""
-    mdp, reward = batch.environment
+    mdp, reward = batch.model
     V, r = soft.value(y), reward.table(x)
-    c = _pairs(expert_batch(mdp, batch))
+    c = _pairs(occupancy_of(mdp, batch.expert))
     return jnp.sum(mdp.start * (V if mdp.horizon is None else V[0])) - jnp.sum(c * r)
 
 
-def lower_map(x: PyTree, y: Array, batch: Environment) -> Array:
+def occupancy_of(mdp: MDP, expert: PyTree) -> Array:
+    """The occupancy c, shaped `mdp.shape`, of a batch of demonstrations: `Trajectories`, or c itself."""
+    return expert.occupancy(mdp) if isinstance(expert, Trajectories) else expert
+
+
+def lower_map(x: PyTree, y: Array, batch: Model) -> Array:
     """The soft Bellman operator T_x y, shaped like y."""
     return soft.bellman(batch.mdp, batch.reward.table(x), y)
 
 
+def _upper(problem: "TabularImitation") -> Callable[..., Array]:
+    if problem.is_surrogate:
+        return upper_surrogate
+    return upper_of_trajectories if isinstance(problem.demonstrations.arrays, Trajectories) else upper_of_occupancy
+
+
+def _upper_data(problem: "TabularImitation") -> Source:
+    source = problem.demonstrations
+    return Beside(Model(problem.mdp, problem.reward), source) if problem.is_surrogate else source
+
+
+@struct
+class TabularImitation(ImitationProblem):
+    """The bilevel problem of this module's docstring, as `to_bilevel` makes it.
+
+    Args:
+        mdp: with S states and A actions, discounted or with a horizon T.
+        reward: r(s, a; x), with the two members of `rewards.Reward`.
+        demonstrations: the source of what the expert did. Its batches are the occupancy c, shaped `mdp.shape`, or
+            `Trajectories`.
+        objective: "likelihood" or "surrogate".
+    """
+
+    _: dataclasses.KW_ONLY
+    mdp: MDP
+    reward: Any
+    demonstrations: Full | Minibatch
+    objective: Literal["likelihood", "surrogate"] = static(default="likelihood")
+    upper: Callable[..., Array] = derived(_upper)
+    lower: FixedPoint = derived(lambda problem: FixedPoint(lower_map))
+    upper_data: Source = derived(_upper_data)
+    lower_data: Source = derived(lambda problem: Full(Model(problem.mdp, problem.reward)))
+
+    made_by = "irl.to_bilevel"
+    parts = ("mdp", "reward", "demonstrations")
+
+    @property
+    def is_surrogate(self) -> bool:
+        """Whether the agent of F starts from rho, whatever the demonstrations."""
+        return self.objective == "surrogate"
+
+    def on_full_data(self) -> "TabularImitation":
+        """The same problem with all of the demonstrations in every batch."""
+        return dataclasses.replace(self, demonstrations=Full(self.demonstrations.full()))
+
+    def occupancy(self, batch: PyTree = None) -> Array:
+        """The occupancy c, shaped `mdp.shape`, of a batch of `demonstrations`; of all of them by default."""
+        return occupancy_of(self.mdp, self.demonstrations.full() if batch is None else batch)
+
+    def agent_start(self, c: Array) -> Array:
+        """What the agent starts from, so that `match` is grad F for c: rho, or `start_measure`."""
+        return self.mdp.start if self.is_surrogate else start_measure(self.mdp, c)
+
+
+def start(mdp: MDP, reward: Reward) -> Callable[[Array], tuple[PyTree, Array]]:
+    """The start as `BilevelProblem.init`: key -> (the reward's x0, Q = 0)."""
+    return _start(reward.init, mdp.shape)
+
+
 @functools.cache
-def _init(reward_init: Callable, shape: tuple[int, ...]) -> Callable[[Array], tuple[PyTree, Array]]:
-    """One function per reward and sizes, so that another instance compiles nothing."""
+def _start(reward_init: Callable, shape: tuple[int, ...]) -> Callable[[Array], tuple[PyTree, Array]]:
+    """One function for equal rewards and sizes, so that another instance compiles nothing."""
     return lambda key: (reward_init(key), jnp.zeros(shape, float))
 
 
@@ -135,7 +200,7 @@ def to_bilevel(
     objective: Literal["likelihood", "surrogate"] = "likelihood",
     batch_size: int | None = None,
     x_set: Set = Reals(),  # noqa: B008
-) -> BilevelProblem:
+) -> TabularImitation:
     """The bilevel problem of this module's docstring, for every solver that takes fixed points.
 
     Args:
@@ -160,23 +225,14 @@ def to_bilevel(
         do = "Build the reward for the states and actions of this MDP."
         invalid("reward (to_bilevel)", f"a table of shape {table}", f"shape {shape}, [S, A] of the MDP", do)
     if batch_size is None:
-        upper, data = upper_of_occupancy, Full(expert_occupancy(mdp, demonstrations))
+        source = Full(expert_occupancy(mdp, demonstrations))
     elif isinstance(demonstrations, Demonstrations):
-        demonstrations.validate(mdp)
-        upper, data = upper_of_trajectories, Minibatch(demonstrations.batch(mdp.discount), batch_size)
+        source = Minibatch(demonstrations.validate(mdp).batch(mdp.discount), batch_size)
     else:
         do = "Leave out batch_size, or give Demonstrations."
         invalid("batch_size (to_bilevel)", batch_size, "None for a known occupancy", do)
-    environment = Environment(mdp, reward)
-    if objective == "surrogate":
-        upper, data = upper_surrogate, Beside(environment, data)
-    return BilevelProblem(
-        upper=upper,
-        lower=FixedPoint(lower_map),
-        x_set=x_set,
-        upper_data=data,
-        lower_data=Full(environment),
-        init=_init(reward.init, mdp.shape),
+    return TabularImitation(
+        mdp=mdp, reward=reward, demonstrations=source, objective=objective, x_set=x_set, init=start(mdp, reward)
     )
 
 
@@ -234,37 +290,10 @@ def likelihood_gradient(mdp: MDP, c: Array, reward: Reward, x: PyTree, start: Ar
     return match(reward, x, soft.occupancy(mdp, pi, start), c)
 
 
-def is_surrogate(problem: BilevelProblem) -> bool:
-    """Whether F of a problem of `to_bilevel` starts the agent from rho."""
-    return problem.upper is upper_surrogate
-
-
-def expert_batch(mdp: MDP, batch: PyTree) -> Array:
-    """The occupancy c, shaped `mdp.shape`, of a batch of the upper level."""
-    expert = batch.expert if isinstance(batch, Scored) else batch
-    return expert.occupancy(mdp) if isinstance(expert, Trajectories) else expert
-
-
-def agent_start(problem: BilevelProblem, mdp: MDP, c: Array) -> Array:
-    """What the agent starts from, so that `match` is grad F for c: rho or `start_measure`."""
-    return mdp.start if is_surrogate(problem) else start_measure(mdp, c)
-
-
 def default_step(problem: BilevelProblem, x: PyTree, y: Array) -> Array:
     """1/L with L the estimated curvature of F at x: F is flatter where the policy is more certain; else 1e-2."""
     size = 1 / upper_curvature(problem.on_full_data(), x, y)
     return jnp.where(jnp.isfinite(size) & (size > 0), size, 1e-2)
-
-
-def refuse_other_problems(solver: Solver, problem: BilevelProblem) -> str | None:
-    """The reason for IRL solvers: they read the MDP, the reward and the demonstrations out of the problem."""
-    if isinstance(problem.lower, FixedPoint) and problem.lower.T is lower_map:
-        return None
-    got = getattr(problem.lower, "T", getattr(problem.lower, "g", None))
-    return (
-        f"{type(solver).__name__} needs a problem of inverse reinforcement learning, made by irl.to_bilevel; got the "
-        f"lower level {type(problem.lower).__name__}({getattr(got, '__name__', got)})."
-    )
 
 
 def constants(mdp: MDP, c: Array, reward: LinearReward) -> Constants:

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax import Array
 
 import irl
-from bilevel import BilevelProblem, FixedPoint, Full
+from bilevel import Full
 from bilevel.guarantees import Guarantee
 from irl.tabular import soft, spec
 from problems import strategies
@@ -81,10 +81,7 @@ def ml_irl(make: Callable[..., Any] = irl.MLIRL) -> Guarantee:
 
     def measure(instance: Learning, horizon: tuple[int, ...]) -> Array:
         mdp, reward, c = instance.world.mdp, instance.world.reward, instance.world.expert
-        problem = BilevelProblem(
-            spec.upper_of_occupancy, FixedPoint(spec.lower_map), upper_data=Full(c),
-            lower_data=Full(spec.Environment(mdp, reward)), init=spec._init(reward.init, mdp.shape),
-        )  # fmt: skip
+        problem = irl.TabularImitation(mdp=mdp, reward=reward, demonstrations=Full(c), init=spec.start(mdp, reward))
         key, rows = jax.random.key(0), []
         for K in horizon:
             solver = make(upper_step_size=step_size(instance.constants, K))

@@ -93,7 +93,7 @@ def finite_sample(occupancy: Callable = demonstrations.Demonstrations.occupancy)
         policy = c / jnp.sum(c, axis=1, keepdims=True)
 
         def L(c: Array) -> Array:
-            return -spec.upper_surrogate(instance.table, Q, spec.Scored(spec.Environment(mdp, reward), c))
+            return -spec.upper_surrogate(instance.table, Q, spec.Scored(spec.Model(mdp, reward), c))
 
         apart = []
         for n in horizon:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 import bilevel
 import irl
 from irl.solvers.neuralirl import bounds
-from irl.tabular import soft, spec
+from irl.tabular import soft
 
 S, A = 5, 3
 seeds = st.integers(0, 2**31 - 1)
@@ -90,7 +90,7 @@ def path(problem, solver, key):
     def step(state, k):
         state = solver.step(problem, state, jax.random.fold_in(key, k))[0]
         lengths = [jnp.linalg.norm(part) for part in (state.D, state.mean.D, state.x, state.mean.x)]
-        lo, hi = bounds(problem.lower_data.full().mdp, problem.lower_data.full().reward.table(state.x))
+        lo, hi = bounds(problem.mdp, problem.reward.table(state.x))
         return state, (jnp.stack(lengths), jnp.all(jnp.isfinite(state.y)), lo <= hi)
 
     return jax.lax.scan(step, solver.init(problem, key), jnp.arange(20))[1]
@@ -113,4 +113,4 @@ def test_every_iterate_is_in_its_ball(seed, eta, alpha, B, B_r):
     assert (lengths[:, 2:] <= B_r * (1 + 1e-12)).all()
     x = problem.x_set.sample(key, reward.init(key))
     assert np.abs(reward.table(x)).max() <= B_r * (1 + 1e-12)
-    assert spec.refuse_other_problems(irl.NeuralIRL(), problem) is None
+    assert irl.NeuralIRL().unsupported(problem) is None

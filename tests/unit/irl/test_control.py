@@ -143,22 +143,22 @@ def problem(clamp=10.0, world=Corridor(), **settings):  # noqa: B008
 def test_an_expert_that_hardly_moves_does_not_set_the_scale(world):
     """Observations are standardised by the half-and-half mixture with random actions, absorbing states left out."""
     still = irl.Demonstrations.of(np.zeros((1, 6, 1)), [[0] * 6], last=[[0.0]], terminated=[False])
-    task = irl.to_control(world, still, agent=TINY).lower_data.full()
+    p = irl.to_control(world, still, agent=TINY)
     wandered = rollouts.wander(world, jax.random.key(0), num_lanes=8, num_steps=128).flat.observation
     at = np.asarray(wandered)[..., 0]
     if wandered.shape[1] == 2:
         at = at[wandered[:, 1] == 0]
-        assert (task.center[-1], task.scale[-1]) == (0, 1)
+        assert (p.center[-1], p.scale[-1]) == (0, 1)
     mixture = np.concatenate([np.zeros(len(at)), at])
-    np.testing.assert_allclose([task.center[0], task.scale[0]], [mixture.mean(), mixture.std()])
-    assert np.abs(task.standard(jnp.asarray(wandered))).max() < 5
+    np.testing.assert_allclose([p.center[0], p.scale[0]], [mixture.mean(), mixture.std()])
+    assert np.abs(p.standard(jnp.asarray(wandered))).max() < 5
 
 
-def pair_of(solver, task, expert_steps, key):
+def pair_of(solver, p, key):
     seen = rollouts.episodes(
-        task.environment, lambda s, key: jax.nn.one_hot(jax.random.bernoulli(key, 0.6, (3,)).astype(int), 2), key, 3
+        p.environment, lambda s, key: jax.nn.one_hot(jax.random.bernoulli(key, 0.6, (3,)).astype(int), 2), key, 3
     )
-    return seen, solver.pair(task.environment, seen, expert_steps)
+    return seen, solver.pair(p.environment, seen, p.demonstrations)
 
 
 class TestDirections:
@@ -166,31 +166,31 @@ class TestDirections:
         """With r = x . (s, a): the direction is the difference of the episodes' mean sums over the time limit, 6."""
         linear = irl.DeepReward(1e6, hidden=())
         p = irl.to_control(Corridor(), demonstrations(), linear, agent=TINY)
-        task, solver = p.lower_data.full(), irl.DeepMLIRL(upper_step_size=1.0, **SHORT)
-        seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        solver = irl.DeepMLIRL(upper_step_size=1.0, **SHORT)
+        seen, pair = pair_of(solver, p, key)
         state = solver.init(p, key)
         after, _ = solver.move(p, state, pair, key)
 
         def sums(steps):
             inputs = np.concatenate(
-                [(np.asarray(steps.observation) - np.asarray(task.center)) / np.asarray(task.scale), steps.action],
+                [(np.asarray(steps.observation) - np.asarray(p.center)) / np.asarray(p.scale), steps.action],
                 axis=-1,
             )
             return (inputs * np.asarray(steps.inside)[..., None]).sum(axis=(0, 1)) / len(steps.inside) / 6
 
-        exact = sums(seen) - sums(p.upper_data.full().steps)
+        exact = sums(seen) - sums(p.demonstrations)
         np.testing.assert_allclose(state.x[0].weights[:, 0] - after.x[0].weights[:, 0], exact, rtol=1e-9)
 
     def test_discriminators_descend_the_logistic_loss(self, key):
         """GAIL's direction against finite differences of the loss in NumPy."""
         p = problem()
-        task, solver = p.lower_data.full(), irl.GAIL(upper_step_size=1.0, **SHORT)
-        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        solver = irl.GAIL(upper_step_size=1.0, **SHORT)
+        _, pair = pair_of(solver, p, key)
         state = solver.init(p, key)
 
         def loss(bias):
             x = (state.x[0], state.x[1]._replace(bias=state.x[1].bias + bias))
-            agent, given = (np.asarray(task.rewards(x, steps)) for steps in (pair.agent, pair.expert))
+            agent, given = (np.asarray(p.rewards(x, steps)) for steps in (pair.agent, pair.expert))
             D = lambda f: 1 / (1 + np.exp(f))  # noqa: E731
             sides = np.log(D(agent)), np.log(1 - D(given))
             weights = pair.agent_weights, pair.expert_weights
@@ -203,30 +203,30 @@ class TestDirections:
     def test_gradient_penalty_of_a_linear_logit_is_its_slope_less_one_squared(self, key):
         """Closed form at every point: |(w, v)| - 1 with w by standardised observations. A flat logit has penalty 1."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
-        task, solver = p.lower_data.full(), irl.GAIL(upper_step_size=1.0, **SHORT)
-        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        solver = irl.GAIL(upper_step_size=1.0, **SHORT)
+        _, pair = pair_of(solver, p, key)
         x = solver.init(p, key).x
         slope = np.linalg.norm(np.asarray(x[0].weights))
-        penalty = gradient_penalty(lambda steps: task.rewards(x, steps), pair, task.scale, key)
+        penalty = gradient_penalty(lambda steps: p.rewards(x, steps), pair, p.scale, key)
         np.testing.assert_allclose(penalty, (slope - 1) ** 2, rtol=1e-9)
-        there = lambda steps: 3 * steps.next_observation[:, 0] / task.scale[0]  # noqa: E731
-        assert jnp.abs(gradient_penalty(there, pair, task.scale, key) - 4) < 1e-9
+        there = lambda steps: 3 * steps.next_observation[:, 0] / p.scale[0]  # noqa: E731
+        assert jnp.abs(gradient_penalty(there, pair, p.scale, key) - 4) < 1e-9
         flat = lambda steps: 0 * steps.action[:, 0]  # noqa: E731
-        assert jnp.abs(gradient_penalty(flat, pair, task.scale, key) - 1) < 1e-5
-        steep = jax.grad(lambda c: gradient_penalty(lambda steps: c * flat(steps), pair, task.scale, key))(1.0)
+        assert jnp.abs(gradient_penalty(flat, pair, p.scale, key) - 1) < 1e-5
+        steep = jax.grad(lambda c: gradient_penalty(lambda steps: c * flat(steps), pair, p.scale, key))(1.0)
         assert jnp.isfinite(steep)
 
         assert not pair.agent.inside.all()
         hidden = jnp.where(pair.agent.inside[:, None], pair.agent.observation, jnp.nan)
         padded = pair._replace(agent=pair.agent._replace(observation=hidden))
-        assert jnp.isfinite(gradient_penalty(lambda steps: steps.observation[:, 0] ** 2, padded, task.scale, key))
+        assert jnp.isfinite(gradient_penalty(lambda steps: steps.observation[:, 0] ** 2, padded, p.scale, key))
 
     @pytest.mark.parametrize("kind", [irl.GAIL, irl.AIRL])
     def test_discriminators_descend_the_gradient_penalty(self, kind, key):
         """What it adds for a linear reward, in closed form: for AIRL of r/alpha, whatever log pi is."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
-        task, solver = p.lower_data.full(), kind(upper_step_size=1.0, **SHORT)
-        _, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+        solver = kind(upper_step_size=1.0, **SHORT)
+        _, pair = pair_of(solver, p, key)
         state = solver.init(p, key)
         if kind is irl.AIRL:
             state = state._replace(extra=state.extra._replace(h=jax.tree.map(jnp.zeros_like, state.extra.h)))
@@ -243,18 +243,17 @@ class TestDirections:
     def test_divergences_move_the_reward_by_the_covariance(self, key):
         """f-IRL with every divergence against the covariance over episodes, written out; an early end counts 0."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
-        task = p.lower_data.full()
         for divergence, h in {
             "fkl": lambda u: -u, "rkl": lambda u: -np.log(u) - 10, "js": lambda u: -np.log(1 + u)
         }.items():  # fmt: skip
             solver = irl.FIRL(upper_step_size=1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
-            seen, pair = pair_of(solver, task, p.upper_data.full().steps, key)
+            seen, pair = pair_of(solver, p, key)
             state = solver.init(p, key)
             after, _ = solver.move(p, state, pair, key)
             inside = np.asarray(seen.inside)
-            u = np.exp(np.asarray(task.rewards(after.extra.weights, pair.agent))).reshape(inside.shape)
+            u = np.exp(np.asarray(p.rewards(after.extra.weights, pair.agent))).reshape(inside.shape)
             inputs = np.concatenate(
-                [(np.asarray(seen.observation) - np.asarray(task.center)) / np.asarray(task.scale), seen.action],
+                [(np.asarray(seen.observation) - np.asarray(p.center)) / np.asarray(p.scale), seen.action],
                 axis=-1,
             )
             first, second = (h(u) * inside / 6).sum(axis=1), (inputs * inside[..., None] / 6).sum(axis=1)
@@ -266,11 +265,11 @@ class TestDirections:
 
     def test_adversarial_reward_is_shaped_and_ends_without_a_future(self, key):
         p = problem()
-        solver, task = irl.AIRL(upper_step_size=1.0, **SHORT), p.lower_data.full()
-        state, steps = solver.init(p, key), task.expert
-        h = lambda s: networks.mlp(state.extra.h, task.standard(s))[:, 0]  # noqa: E731
+        solver = irl.AIRL(upper_step_size=1.0, **SHORT)
+        state, steps = solver.init(p, key), p.expert
+        h = lambda s: networks.mlp(state.extra.h, p.standard(s))[:, 0]  # noqa: E731
         exact = (
-            task.rewards(state.x, steps)
+            p.rewards(state.x, steps)
             + 0.9 * np.where(steps.terminated, 0, h(steps.next_observation))
             - h(steps.observation)
         )
@@ -285,7 +284,7 @@ class TestDirections:
         p = irl.to_control(world, given, agent=irl.SAC(hidden=(), learning_rate=0.004, batch_size=300))
         solver = irl.BC(num_lower_steps=600, num_env_steps=100, block=50)
         state, _ = jax.jit(solver.lower)(p, solver.init(p, key), key)
-        pi = np.exp(p.lower_data.full().agent.log_policy(state.y, jnp.eye(2)))
+        pi = np.exp(p.agent.log_policy(state.y, jnp.eye(2)))
         np.testing.assert_allclose(pi[0], [0.25, 0.75], atol=0.03)
         assert pi[1, 0] > 0.95
 
@@ -298,15 +297,14 @@ class TestDirections:
         learner = sac.Learner(state.y, *state.moments)
         _, losses = jax.jit(solver.update)(p, state, learner, key)
         keys, given = jax.random.split(key, 5), 8 if use_memory else 16
-        task = p.lower_data.full()
-        chances = np.asarray(task.expert.inside) / np.sum(np.asarray(task.expert.inside))
+        chances = np.asarray(p.expert.inside) / np.sum(np.asarray(p.expert.inside))
         drawn = jax.random.choice(keys[1], len(chances), (given,), p=jnp.asarray(chances))
         names = "observation", "action", "next_observation", "terminated"
-        s, a, after, ended = expert = [np.asarray(getattr(task.expert, name))[drawn] for name in names]
+        s, a, after, ended = expert = [np.asarray(getattr(p.expert, name))[drawn] for name in names]
         if use_memory:
             key_draw, key_policy = jax.random.split(keys[0])
             own = state.memory.draw(key_draw, 8)
-            own = own._replace(action=task.agent.sample(state.y, own.observation, key_policy))
+            own = own._replace(action=p.agent.sample(state.y, own.observation, key_policy))
             parts = zip(expert, (getattr(own, name) for name in names), strict=True)
             s, a, after, ended = (np.concatenate(part) for part in parts)
 
@@ -357,7 +355,7 @@ class TestRuns:
         tabular = irl.to_bilevel(mdp, irl.Demonstrations.of([[0, 1]], [[0, 1]]), irl.TableReward(2, 2))
         deep = problem().validate()
         for kind in (irl.DeepMLIRL, irl.BC, irl.GAIL, irl.AIRL, irl.IQLearn, irl.FIRL):
-            assert "needs a problem of irl.to_control" in kind().unsupported(tabular)
+            assert "made by irl.to_control" in kind().unsupported(tabular)
             assert kind().unsupported(deep) is None
         for kind in (irl.MLIRL, irl.MCEIRL, irl.NeuralIRL):
             assert "made by irl.to_bilevel" in kind().unsupported(deep)
@@ -376,9 +374,9 @@ class TestRuns:
         x, y = jax.tree.map(jnp.zeros_like, p.init(jax.random.key(0)))
         residual = control.lower_map(x, y, p.lower_data.full()).critics[0][-1].bias - y.critics[0][-1].bias
         V = math.log(2)  # log_temperature is 0: alpha = 1
-        ended = np.asarray(p.lower_data.full().expert.terminated)
-        errors = -0.9 * V * np.where(ended, 0, 1) * np.asarray(p.lower_data.full().expert.inside)
-        a = np.asarray(p.lower_data.full().expert.action)
+        ended = np.asarray(p.expert.terminated)
+        errors = -0.9 * V * np.where(ended, 0, 1) * np.asarray(p.expert.inside)
+        a = np.asarray(p.expert.action)
         np.testing.assert_allclose(residual, -(errors @ a) / len(errors), rtol=1e-10)
 
 

@@ -212,11 +212,11 @@ class TestObjectworld:
     def test_the_table_attains_the_expert(self):
         """At the true rewards f is the expert's entropy, the gradient is zero; no other model promises an optimum."""
         instance = problems.make("objectworld", size=3, objects=3, model="table")
-        mdp, _ = instance.problem.validate().lower_data.full()
+        mdp = instance.problem.validate().mdp
         x = jnp.asarray(objectworld.true_reward(objectworld.distances(np.random.default_rng(0), 3, 3, 2), 2.0))
         x = jnp.repeat(x[:, None], 5, axis=1)
         np.testing.assert_allclose(objective(instance.problem, x), instance.truth.value, rtol=1e-12)
-        gradient = irl.likelihood_gradient(mdp, instance.problem.upper_data.full(), irl.TableReward(9, 5), x)
+        gradient = irl.likelihood_gradient(mdp, instance.problem.occupancy(), irl.TableReward(9, 5), x)
         np.testing.assert_allclose(gradient, 0, atol=1e-10)
         assert instance.problem.x_set.violation(x) == 0
         assert problems.make("objectworld", size=3, objects=3).truth is None

@@ -15,8 +15,7 @@ from irl.tabular.diagnostics import objective, tracking_error
 from problems import gridworld
 
 POPULATION = gridworld.make(size=3, trajectories=0)
-MDP, TRUE = POPULATION.problem.lower_data.full()
-EXPERT = POPULATION.problem.upper_data.full()
+MDP, EXPERT = POPULATION.problem.mdp, POPULATION.problem.occupancy()
 advance = jax.jit(bilevel.advance)
 BAD = {"upper_decay": -1.0, "weight_decay": float("nan"), "averaging": float("inf"), "radius": 0.0}
 
@@ -45,7 +44,7 @@ def test_a_step_is_the_papers_in_numpy(key):
     gamma, b = 0.9, np.repeat([1.0, -1.0], 3) / 6**0.5
     z = np.concatenate([np.repeat(np.eye(9)[:, None], 5, 1), np.repeat(np.eye(5)[None], 9, 0)], axis=2) / 2**0.5
     W = np.tile(np.asarray(start.network.weights), (2, 1))
-    V = np.tile(np.asarray(problem.lower_data.full().reward.network.weights), (2, 1))
+    V = np.tile(np.asarray(problem.reward.network.weights), (2, 1))
     D, x = np.asarray(start.D).reshape(6, 14), np.asarray(start.x).reshape(6, 9)
     r = np.tile((np.maximum(V + x, 0).T @ b)[:, None], 5)  # inputs of the reward are unit vectors
     low, high = ((end + gamma * np.log(5)) * 10 for end in (r.min(), r.max()))

@@ -16,7 +16,7 @@ import irl
 import problems
 from benchmarks.cli import main as cli
 from bilevel import oracles
-from irl.tabular import soft, spec
+from irl.tabular import soft
 from irl.tabular.diagnostics import objective
 from problems import gridworld
 
@@ -35,9 +35,9 @@ def transitions(mdp):
 
 def surrogate(problem):
     """The function x -> (-Lhat, its gradient) in NumPy: value iteration, feature matching."""
-    mdp, reward = problem.lower_data.full()
+    mdp, reward = problem.mdp, problem.reward
     P, rho, gamma = transitions(mdp), np.asarray(mdp.start), float(mdp.discount)
-    c, features = np.asarray(spec.expert_batch(mdp, problem.upper_data.full())), np.asarray(reward.features)
+    c, features = np.asarray(problem.occupancy()), np.asarray(reward.features)
 
     def objective(x):
         r, V = features @ x, np.zeros(len(rho))
@@ -70,9 +70,9 @@ class TestOptimum:
     def test_causal_entropy_is_maximum_likelihood_with_a_horizon(self, key):
         """A NumPy MCE-IRL (backward pass, forward pass, feature matching) against MLIRL and MCEIRL on T = 6 steps."""
         instance = gridworld.make(objective="surrogate", horizon=6, discount=1.0, **SIZES)
-        mdp, reward = instance.problem.lower_data.full()
+        mdp, reward = instance.problem.mdp, instance.problem.reward
         P, rho, features = transitions(mdp), np.asarray(mdp.start), np.asarray(reward.features)
-        drawn = instance.problem.upper_data.full().expert
+        drawn = instance.problem.occupancy()
         mu_E = drawn.sum(axis=0).ravel() @ features.reshape(-1, 4)
 
         def match(x):
@@ -136,7 +136,7 @@ class TestSteps:
     def test_policy_evaluation(self, key):
         """T sweeps of NumPy with the policy held; one sweep is the soft Bellman operator."""
         problem = gridworld.make(**SIZES).problem
-        mdp, reward = problem.lower_data.full()
+        mdp, reward = problem.mdp, problem.reward
         P, x = transitions(mdp), jnp.ones(4)
         start = irl.MLIRL(upper_step_size=0.1).init(problem, key)._replace(x=x, y=jax.random.normal(key, mdp.shape))
         Q = np.asarray(start.y)

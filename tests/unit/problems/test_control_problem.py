@@ -9,6 +9,7 @@ import irl
 import problems
 from benchmarks.experiments.transfer_control import Frozen, in_world
 from bilevel import InvalidInput
+from irl.deep.sac import Batch
 from problems import control
 
 
@@ -28,18 +29,17 @@ def test_an_instance_scores_policies_between_random_actions_and_the_expert(monke
     x, y = problem.init(jax.random.key(0))
     score = instance.metrics(x, y)
     assert 0 <= score["return"] <= 9
-    steps = problem.upper_data.full().steps
+    steps = problem.demonstrations
     np.testing.assert_array_equal(steps.action[0, :, 1], np.ones(10))
     # Frozen: the reward of a method where another process is stepped, without AIRL's shaping, or the true one.
-    task = problem.lower_data.full()
     flat = steps.flat
-    batch = irl.sac.Batch(flat.observation, flat.action, flat.next_observation, jnp.arange(10.0), flat.terminated)
+    batch = Batch(flat.observation, flat.action, flat.next_observation, jnp.arange(10.0), flat.terminated)
     moved = in_world(problem, irl.Tabular(mdp, jnp.ones((2, 2)), max_steps=5))
     source = irl.AIRL(num_random=10, capacity=20).init(problem, jax.random.key(1))
     frozen = Frozen(solver=irl.AIRL(num_random=10, capacity=20), source=source)
-    np.testing.assert_array_equal(frozen.reward(moved, source, batch), task.rewards(source.x, batch))
+    np.testing.assert_array_equal(frozen.reward(moved, source, batch), problem.rewards(source.x, batch))
     np.testing.assert_array_equal(Frozen().reward(moved, source, batch), batch.reward)
-    assert moved.lower_data.full().environment.max_steps == 5
+    assert moved.environment.max_steps == 5
 
 
 def test_what_is_out_of_range_is_named():
