@@ -15,14 +15,17 @@ from irl.mdp import MDP, check_range, whole_numbers
 
 
 class Trajectories(NamedTuple):
-    """A batch of trajectories: states, actions [b, T] and the weights n w_i/(sum of w) gamma^t [b, T]."""
+    """A batch of b trajectories of at most T steps."""
 
     states: Any
+    """[b, T]."""
     actions: Any
+    """[b, T]."""
     weights: Any
+    """n w_i/(sum of w) gamma^t, with trajectory i's weight w_i, and 0 in the padding; [b, T]."""
 
     def pick(self, table: Array) -> Array:
-        """The entries [b, T] of a table [S, A], or of one [T, S, A] each at its time."""
+        """The entries [b, T] of a table [S, A] at the states and actions; of a table [T, S, A], each at its time."""
         if table.ndim == 2:
             return table[self.states, self.actions]
         return table[jnp.arange(self.states.shape[1])[None, :], self.states, self.actions]
@@ -38,13 +41,15 @@ class Demonstrations:
     """n trajectories of at most T steps; a pytree. Build it with `of`, `load` or `sample`.
 
     Attributes:
-        states: [n, T] whole numbers, or observations [n, T, d]. actions: [n, T] whole numbers, or [n, T, k] beside
-            observations, which `to_control` clips to [-1, 1] as its environments do. Entries from a trajectory's
-            length on are padding, set to 0.
-        lengths: [n] whole numbers in [1, T].
-        weights: [n] numbers >= 0, how much each trajectory counts; only their ratios matter.
-        last: [n, d], the observation after the last action; terminated: [n], whether the process ended there, or only
-            the watching; returns: [n], the sum of true rewards. None where they are not known.
+        states: whole numbers [n, T], or observations [n, T, d]. From a trajectory's length on, states and actions are
+            padding, set to 0.
+        actions: whole numbers [n, T], or, beside observations, numbers [n, T, k], which `to_control` clips to [-1, 1]
+            as its environments do.
+        lengths: whole numbers in [1, T], [n].
+        weights: how much each trajectory counts, numbers >= 0 [n]; only their ratios matter.
+        last: the observation after the last action, [n, d]; None where it is not known.
+        terminated: whether the process ended there, and not only the watching, [n]; None where it is not known.
+        returns: the sums of true rewards, [n]; None where they are not known.
     """
 
     states: Any
@@ -60,7 +65,7 @@ class Demonstrations:
         cls, states: Any, actions: Any, lengths: Any = None, weights: Any = None, last: Any = None,
         terminated: Any = None, returns: Any = None,
     ) -> "Demonstrations":  # fmt: skip
-        """From arrays; lengths default to T and weights to 1; last, terminated and returns may be unknown.
+        """From arrays as in the class's attributes; lengths default to T, weights to 1.
 
         Raises:
             InvalidInput: for wrong shapes or kinds of numbers, lengths outside of [1, T], weights that are negative,
@@ -117,7 +122,7 @@ class Demonstrations:
 
     @classmethod
     def _from_transitions(cls, arrays: Any) -> "Demonstrations":
-        """What follows the first terminal step of a row is padding."""
+        """From the arrays of a replay memory; what follows the first terminal step of a row is padding."""
         ends = np.asarray(arrays["terminal"], bool)
         terminated = ends.any(axis=1)
         lengths = np.where(terminated, ends.argmax(axis=1) + 1, ends.shape[1])
@@ -189,7 +194,7 @@ class Demonstrations:
         return self.batch(mdp.discount).occupancy(mdp)
 
     def batch(self, discount: Array) -> "Trajectories":
-        """States, actions and discounted weights: what the likelihood needs."""
+        """All trajectories with their discounted weights: what the likelihood needs."""
         return Trajectories(self.states, self.actions, self.discounted_weights(discount))
 
     def validate(self, mdp: MDP) -> "Demonstrations":
@@ -221,7 +226,7 @@ def _numbers(name: str, values: Any) -> Array:
 
 
 def _extras(n: int, inner: tuple[int, ...], given: dict[str, Any]) -> dict[str, Any]:
-    """The optional arrays, checked, as floats and bools; None stays None."""
+    """The optional arrays of n trajectories, checked, as floats and bools; None stays None."""
     out: dict[str, Any] = {}
     for name, shape in (("last", (n, *inner)), ("terminated", (n,)), ("returns", (n,))):
         array = given[name]

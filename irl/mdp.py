@@ -20,13 +20,15 @@ UNROLLED = 16  # successor lists up to this length are summed term by term
 
 @struct
 class Successors:
-    """Next states [S, A, K], whole numbers in [0, S), and their probabilities [S, A, K]; repeats add up.
+    """Lists of next states, at most K for each pair; a state that is listed twice has the sum of its probabilities.
 
     Numbers outside of [0, S) are undefined behaviour in compiled code: `MDP.sparse` checks them.
     """
 
     next_states: Any
+    """Whole numbers in [0, S), [S, A, K]."""
     probabilities: Any
+    """[S, A, K]."""
 
 
 @struct
@@ -72,12 +74,12 @@ class MDP:
 
     @property
     def num_states(self) -> int:
-        """S."""
+        """The number S of states."""
         return self._rows.shape[0]
 
     @property
     def num_actions(self) -> int:
-        """A."""
+        """The number A of actions."""
         return self._rows.shape[1]
 
     @property
@@ -135,7 +137,7 @@ class MDP:
         return dataclasses.replace(self, transitions=P)
 
     def validate(self) -> "MDP":
-        """Check the concrete arrays; return self.
+        """Check the arrays, which must not be traced; return self.
 
         Raises:
             InvalidInput: naming the array, and the state and action at fault.
@@ -166,7 +168,7 @@ class MDP:
 
 
 def at(V: Array, states: Array) -> Array:
-    """V[states], shaped like states, which `MDP.sparse` has checked: checks are a third of a sweep."""
+    """The entries V[states], shaped like states, not checked again: `MDP.sparse` did, and it is a third of a sweep."""
     return V.at[states].get(mode="promise_in_bounds")
 
 

@@ -15,7 +15,7 @@ PyTree = Any
 
 
 class Reward:
-    """The protocol. Anything with these two members is a reward, if it is a pytree with its arrays as leaves."""
+    """The protocol: a pytree with its arrays as leaves and these two members is a reward."""
 
     def table(self, x: PyTree) -> Array:
         """r(., .; x), shape [S, A]."""
@@ -23,7 +23,7 @@ class Reward:
 
     @property
     def init(self) -> Callable[[Array], PyTree]:
-        """A function key -> x0; the same function for equal sizes, so that another instance compiles nothing."""
+        """The start, a function key -> x0; one function for equal sizes, so that another instance compiles nothing."""
         raise NotImplementedError
 
 
@@ -62,8 +62,8 @@ class LinearReward(Reward):
 class TableReward(Reward):
     """One parameter for each state and action: r(., .; x) = x, shape [S, A]; x0 = 0.
 
-    The likelihood does not see r - gamma E phi(s') + phi(s) for any phi [S], nor bounds it along pairs that no
-    demonstration visits: give `to_bilevel` an x_set where x matters.
+    The likelihood is the same for r - gamma E phi(s') + phi(s) with any phi [S], and need not bound the reward of pairs
+    that no demonstration visits: give `to_bilevel` an x_set where x itself matters.
     """
 
     num_states: int = static()
@@ -85,7 +85,9 @@ class NetworkReward(Reward):
     is a function of x.
 
     Attributes:
-        inputs: [S, A, d]. apply: (x, inputs) -> [S, A, outputs]. start: key -> x0, for one input.
+        inputs: what the module sees of each pair, [S, A, d].
+        apply: (x, inputs) -> [S, A, outputs].
+        start: key -> x0.
     """
 
     inputs: Any
@@ -122,7 +124,10 @@ class NetworkReward(Reward):
 
 
 def _linen(module: Any, size: int) -> tuple[Callable, Callable]:
-    """Equal modules have one pair of functions, so that another instance compiles nothing; lists in fields break it."""
+    """The pair (apply, start): the same for equal modules, so that another instance compiles nothing.
+
+    A module whose fields hold lists is unhashable and gets a pair of its own.
+    """
     try:
         return _cached_linen(module, size)
     except TypeError:  # unhashable
@@ -139,7 +144,7 @@ def _cached_linen(module: Any, size: int) -> tuple[Callable, Callable]:
 
 
 def _in_floats(params: PyTree) -> PyTree:
-    """In JAX's default precision, as everything else of a reward."""
+    """The parameters in JAX's default precision, as everything else of a reward."""
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, float), params)
 
 
@@ -212,10 +217,10 @@ class TwoLayer:
 
 @struct
 class TwoLayerReward(Reward):
-    """r(s, a; x) = scale f(inputs(s, a); x), `TwoLayer` with x = D [2, m/2, d], its distance from the initialisation.
+    """r(s, a; x) = scale f(inputs(s, a); x), where f is `TwoLayer` and x = D [2, m/2, d] its distance from the start.
 
-    So x0 = 0 and r = 0 there, x_set = Ball(B) is the ball around the initialisation, and |r| <= scale B. Weight decay
-    pulls towards the initialisation. Build it with `TwoLayerReward.of`.
+    So x0 = 0, where r = 0; x_set = Ball(B) is the ball around the initialisation, in which |r| <= scale B; and weight
+    decay pulls towards the initialisation. Build it with `TwoLayerReward.of`.
     """
 
     network: TwoLayer

@@ -29,26 +29,29 @@ MUJOCO = ("Hopper-v5", "HalfCheetah-v5", "Walker2d-v5", "Ant-v5")
 
 
 class Timestep(NamedTuple):
-    """observation [d]; reward []; terminated, truncated [] bool."""
+    """What an environment shows after a step, before any reset."""
 
     observation: Array
+    """[d]."""
     reward: Array
+    """[]."""
     terminated: Array
+    """Whether the process ended, [] bool."""
     truncated: Array
+    """Whether only the watching ended, [] bool."""
 
 
 class Environment:
-    """The protocol, a pytree.
-
-    Attributes:
-        observation_size: d. num_actions: A, or None where actions are continuous. action_size: k, or A for one-hot
-        vectors of discrete actions. max_steps: the time limit of an episode.
-    """
+    """The protocol, a pytree."""
 
     observation_size: int
+    """The number d of entries of an observation."""
     num_actions: int | None
+    """The number A of actions, or None where they are continuous."""
     action_size: int
+    """The number k of entries of an action, or A where actions are discrete and networks see them one-hot."""
     max_steps: int
+    """The time limit of an episode."""
 
     def reset(self, key: Array) -> tuple[PyTree, Array]:
         """(state, observation [d]) at the start of an episode."""
@@ -145,7 +148,7 @@ def _floats(leaf: Any) -> Array:
 
 
 class _relaxed:
-    """It mixes dtypes and ranks freely."""
+    """A context in which dtypes and ranks are promoted freely, as gymnax, whose code mixes them, needs."""
 
     def __enter__(self) -> None:
         self.contexts = jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow")
@@ -165,7 +168,7 @@ class Simulator:
     """
 
     def __init__(self, name: str, changes: dict[str, Any]) -> None:
-        """Make it and check that a step is a function of the row alone."""
+        """Make the simulator, and check that a step depends on the row and the action alone."""
         try:
             import gymnasium
             import mujoco
@@ -334,10 +337,10 @@ class Tabular(Environment):
 class Absorbing(Environment):
     """`environment` without ends: where it terminates, the state is absorbed, and stays so with reward 0.
 
-    Against survival bias: without it the learned reward is 0 after an end, whatever the reward network says, so that
-    positive rewards pay for living longer. Observations have one more entry, 1 in the absorbing state, whose other
-    entries are 0: the reward there is learned like any other. An absorbed state steps once to itself and is then
-    truncated, since nothing new would follow: `rollouts.tail` counts that step for all the later ones.
+    It is there against survival bias. Without it the learned reward is 0 after an end, whatever the reward network
+    says, so that positive rewards pay for living longer. Observations have one more entry, 1 in the absorbing state,
+    whose other entries are 0: the reward there is learned like any other. An absorbed state steps once to itself and is
+    then truncated, since nothing new would follow: `rollouts.weights` counts that step for all the later ones.
     """
 
     environment: Any

@@ -18,10 +18,12 @@ from irl.demonstrations import Demonstrations
 
 
 class Expert(NamedTuple):
-    """weights: the policy. returns: of the episodes measured on the way, one mean a chunk."""
+    """What `train` returns."""
 
     weights: Weights
+    """The best policy that was measured."""
     returns: list[float]
+    """The mean return of five episodes after each chunk."""
 
 
 def agent_of(environment: Environment, name: str) -> SAC:

@@ -35,68 +35,85 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y = the agent's weights; Adam's moments of the agent; memory and environments; the rule for x.
-
-    extra: what a method has beside, a discriminator for one. env_steps: how many so far, rollouts among them.
-    """
+    """What the next step needs."""
 
     x: PyTree
+    """The reward's parameters."""
     y: Weights
+    """The agent's networks."""
     moments: tuple[PyTree, PyTree, PyTree]
+    """Adam's moments for actor, critics and temperature."""
     memory: Memory
+    """The transitions that the agent learns from."""
     lanes: Lanes
+    """The environments in which it collects them."""
     step_x: Stepper
+    """The rule for x."""
     extra: PyTree
+    """What a method keeps beside, such as a discriminator."""
     env_steps: Array
+    """Environment steps so far, those of the rollouts included, []."""
 
 
 class Info(NamedTuple):
-    """What people look at, scalars. Lhat: E_expert sum of w r - E V(s0), the surrogate of the likelihood.
-
-    direction: |the direction of x|. policy_change: root mean square of log pi_{k+1} - log pi_k at the demonstrations.
-    returns, length: of the rollouts, by the true reward. reward_expert, reward_agent: weighted means of the learned
-    reward. reward_std: over the demonstrations. critic: the last update's error. entropy, temperature: of pi.
-    env_steps: in all. told_apart: the share of steps that the discriminator gives to the right side, 1/2 by chance and
-    NaN where there is none. overlap: whether it is below `SURE`; above, its reward is nearly constant on each side.
-    """
+    """What a step of these solvers shows; every entry is a scalar []."""
 
     Lhat: Array
+    """The surrogate of the log-likelihood: E_expert sum_t gamma^t r - E V(s_0), with V the agent's soft value."""
     direction: Array
+    """The norm of the direction that x moved along."""
     policy_change: Array
+    """The root mean square of log pi_{k+1}(a|s) - log pi_k(a|s) over the demonstrations' steps."""
     returns: Array
+    """The mean return of the rollouts, by the true reward."""
     length: Array
+    """Their mean length."""
     reward_expert: Array
+    """The weighted mean of the learned reward over the demonstrations."""
     reward_agent: Array
+    """The same over the rollouts."""
     reward_std: Array
+    """The standard deviation of the learned reward over the demonstrations."""
     critic: Array
+    """The critics' loss at the step's last update."""
     entropy: Array
+    """The policy's mean entropy at the states of that update."""
     temperature: Array
+    """The temperature alpha."""
     env_steps: Array
+    """Environment steps so far, those of the rollouts included."""
     told_apart: Array
+    """The share of steps that the discriminator gives to the right side: 1/2 by chance, NaN where there is none."""
     overlap: Array
+    """Whether that share is below `SURE`. Above, the reward is nearly constant on each side and teaches nothing."""
 
 
 SURE = 0.99
 
 
 class Pair(NamedTuple):
-    """The agent's and the expert's steps, flat, with weights whose sum is 1 for an episode that runs to the end."""
+    """The agent's and the expert's steps, each with one leading axis, and their weights.
+
+    The weights of an episode sum to 1 where it reaches the time limit.
+    """
 
     agent: Steps
     agent_weights: Array
     expert: Steps
     expert_weights: Array
     num_agent: int
+    """How many episodes the agent's steps are from."""
     num_expert: int
+    """How many the expert's are from."""
 
     def gap(self, values: Callable[[Steps], Array]) -> Array:
-        """Mean over episodes of the weighted sum of values, the agent's minus the expert's, []."""
+        """The agent's mean minus the expert's, [], over episodes, of the weighted sum of values(steps)."""
         agent = jnp.sum(self.agent_weights * values(self.agent)) / self.num_agent
         return agent - jnp.sum(self.expert_weights * values(self.expert)) / self.num_expert
 
 
 def default_rule(learning_rate: float, decay: float) -> optax.GradientTransformation:
-    """Adam with weight decay as part of the gradient."""
+    """Adam on the gradient plus decay times the parameters."""
     return optax.chain(optax.add_decayed_weights(decay), optax.adam(learning_rate))
 
 
@@ -105,15 +122,19 @@ class Imitation(Solver):
     """The loop of this file's docstring; a solver overrides `reward` and `move`, or more.
 
     Args:
-        upper_step_size: for x: a > 0, an optax schedule or an optax transformation. Default: Adam, `learning_rate`,
-            with weight decay 1e-3.
-        occupancy_discount: weights discount^t of an episode's steps in the upper level, in (0, 1]. 1, the default, is
-            what implementations use: every visited state counts the same.
-        num_env_steps: steps in the environment each step. num_lower_steps: updates of the agent each step.
-        num_rollouts: whole episodes each step; they do not go into the memory.
-        num_upper_steps: moves of x each step, on the same episodes.
-        block: environment steps between two batches of updates. lanes: environments that step together.
-        capacity: transitions in memory. num_random: uniform actions before the first step.
+        upper_step_size: the step of x: a > 0, an optax schedule or an optax transformation.
+            Default: Adam with `learning_rate` and weight decay 1e-3.
+        occupancy_discount: step t of an episode has the weight occupancy_discount^t in the upper level, in (0, 1].
+            Default: 1, as in implementations, so that every visited state counts the same.
+        num_env_steps: steps in the environment each step of the solver, a multiple of block * lanes.
+        num_lower_steps: updates of the agent each step, a multiple of the number of blocks.
+        num_rollouts: whole episodes each step, >= 1; they do not go into the memory.
+        num_upper_steps: moves of x each step, >= 1, all on the same episodes.
+        block: environment steps of every lane between two batches of updates, >= 1.
+        lanes: environments that step together, >= 1.
+        capacity: transitions that the memory holds, more than block * lanes.
+        num_random: uniform actions before the first step.
+        learning_rate: Adam's where upper_step_size is left out, > 0.
     """
 
     upper_step_size: Any = None
@@ -157,19 +178,19 @@ class Imitation(Solver):
         return State(x, y, moments, practice.memory, practice.lanes, rule, extra, practice.memory.count)
 
     def init_extra(self, problem: ControlImitation, key: Array) -> PyTree:
-        """What the method keeps beside x and y."""
+        """What the method keeps beside x and y: `State.extra` at the start."""
         return ()
 
     def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:
-        """The reward that the agent is trained on, at flat transitions, [b]."""
+        """The reward that the agent is trained on, [b], at steps or a batch with one leading axis."""
         return problem.rewards(state.x, steps)
 
     def logit(self, problem: ControlImitation, state: State, steps: Any) -> Array | None:
-        """The discriminator's logit that flat steps are the expert's, [b]; None where the method has none."""
+        """The discriminator's logit for "these steps are the expert's", [b]; None where the method has none."""
         return None
 
     def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:
-        """(state with x moved, the norm of its direction); here x stays."""
+        """(state with x moved, the norm of its direction, []). Here x stays where it is."""
         return state, jnp.zeros(())
 
     def step(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Info]:
@@ -250,7 +271,7 @@ class Imitation(Solver):
 
 
 def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
-    """The logistic loss of logits that say expert, [], both sides counting the same."""
+    """The logistic loss of logits for "these steps are the expert's", [], in which both sides count the same."""
     agent = jnp.sum(pair.agent_weights * jax.nn.softplus(logit(pair.agent))) / jnp.sum(pair.agent_weights)
     expert = jnp.sum(pair.expert_weights * jax.nn.softplus(-logit(pair.expert))) / jnp.sum(pair.expert_weights)
     return agent + expert

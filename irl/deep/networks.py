@@ -13,14 +13,16 @@ LOG_STD = (-5.0, 2.0)
 
 
 class Layer(NamedTuple):
-    """weights [inputs, outputs], bias [outputs]."""
+    """An affine map."""
 
     weights: Array
+    """[inputs, outputs]."""
     bias: Array
+    """[outputs]."""
 
 
 def init_mlp(key: Array, sizes: tuple[int, ...]) -> tuple[Layer, ...]:
-    """Layers with weights and biases uniform in +-1/sqrt(inputs)."""
+    """The layers of a perceptron with the given widths, weights and biases uniform in +-1/sqrt(inputs)."""
     layers = []
     for k, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         key_w, key_b = jax.random.split(jax.random.fold_in(key, k))
@@ -31,7 +33,7 @@ def init_mlp(key: Array, sizes: tuple[int, ...]) -> tuple[Layer, ...]:
 
 
 def mlp(layers: tuple[Layer, ...], inputs: Array) -> Array:
-    """ReLU between the layers, none after the last; inputs [b, d]."""
+    """The outputs [b, outputs] at inputs [b, d]: ReLU between the layers, none after the last."""
     for k, (weights, bias) in enumerate(layers):
         inputs = inputs @ weights + bias[None, :]
         if k < len(layers) - 1:
@@ -45,10 +47,12 @@ def pairs(observations: Array, actions: Array) -> Array:
 
 
 class Gaussian(NamedTuple):
-    """mean, log_std [b, k] of u, where the action is tanh u."""
+    """The distribution of actions tanh u with a Gaussian u."""
 
     mean: Array
+    """Of u, [b, k]."""
     log_std: Array
+    """The logarithm of its standard deviation, [b, k]."""
 
     @classmethod
     def of(cls, outputs: Array) -> "Gaussian":
@@ -72,6 +76,9 @@ class Gaussian(NamedTuple):
         return self._density(u, (u - self.mean) * jnp.exp(-self.log_std))
 
     def _density(self, u: Array, noise: Array) -> Array:
-        """log(1 - tanh(u)^2) = 2 (log 2 - u - softplus(-2 u)), which does not cancel."""
+        """The log-density [b] of tanh u, where noise = (u - mean)/std.
+
+        It has log(1 - tanh(u)^2) as 2 (log 2 - u - softplus(-2 u)), which does not cancel.
+        """
         normal = -0.5 * noise**2 - self.log_std - 0.5 * jnp.log(2 * jnp.pi)
         return jnp.sum(normal - 2 * (jnp.log(2.0) - u - jax.nn.softplus(-2 * u)), axis=-1)

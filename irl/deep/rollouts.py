@@ -20,24 +20,28 @@ PyTree = Any
 
 
 class Steps(NamedTuple):
-    """Transitions with any leading axes: observation, next_observation [..., d]; action [..., k], one-hot if discrete.
-
-    reward [...]; terminated, truncated [...] bool; time [...], steps since the episode's start; inside [...] bool:
-    whether the step belongs to an episode, or is padding behind its end.
-    """
+    """Transitions, with any leading axes "…"."""
 
     observation: Array
+    """[…, d]."""
     action: Array
+    """[…, k]; one-hot where actions are discrete."""
     next_observation: Array
+    """[…, d]."""
     reward: Array
+    """The true reward, […]; 0 where it is not known."""
     terminated: Array
+    """Whether the process ended with this step, […] bool."""
     truncated: Array
+    """Whether only the watching ended with it, […] bool."""
     time: Array
+    """Steps since the episode's start, […]."""
     inside: Array
+    """Whether the step belongs to an episode, and is not padding behind its end, […] bool."""
 
     @property
     def flat(self) -> "Steps":
-        """With one leading axis."""
+        """The same steps with one leading axis."""
         lead = self.reward.ndim
         return jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[lead:]), self)
 
@@ -48,15 +52,18 @@ class Steps(NamedTuple):
 
 
 class Lanes(NamedTuple):
-    """n environments between two steps: their states, observations [n, d], and times [n]."""
+    """n environments between two steps."""
 
     state: PyTree
+    """Their states, with a leading axis of n."""
     observation: Array
+    """What they show, [n, d]."""
     time: Array
+    """Steps since the start of each one's episode, [n]."""
 
 
 def start(environment: Environment, key: Array, num_lanes: int) -> Lanes:
-    """Freshly reset environments."""
+    """Lanes of `num_lanes` freshly reset environments."""
     state, observation = jax.vmap(environment.reset)(jax.random.split(key, num_lanes))
     return Lanes(state, observation, jnp.zeros(num_lanes, int))
 
@@ -196,22 +203,23 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
 
 @struct
 class Memory:
-    """A ring of the last `capacity` transitions.
-
-    rows [capacity, 2 d + k + 2]: observation, action, next_observation, true reward, terminated; count: how many ever.
-    """
+    """The last `capacity` transitions, of which the oldest are overwritten first."""
 
     rows: Any
+    """[capacity, 2 d + k + 2]: observation, action, next_observation, true reward, terminated."""
     count: Any
+    """How many transitions were ever added, []."""
     sizes: tuple[int, int] = static()
+    """(d, k)."""
 
     @classmethod
     def empty(cls, environment: Environment, capacity: int) -> "Memory":
+        """A memory without transitions."""
         d, k = environment.observation_size, environment.action_size
         return cls(jnp.zeros((capacity, 2 * d + k + 2), float), jnp.zeros((), int), (d, k))
 
     def add(self, steps: Steps) -> "Memory":
-        """With more steps (any leading axes), fewer than the capacity."""
+        """The memory with more steps, of any leading axes and fewer than the capacity."""
         s = steps.flat
         ends = jnp.stack([s.reward, s.terminated.astype(s.reward.dtype)], axis=1)
         rows = [s.observation, s.action, s.next_observation, ends]

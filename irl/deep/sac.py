@@ -35,39 +35,54 @@ Net = tuple[Layer, ...]
 
 
 class Weights(NamedTuple):
-    """What a policy and its values are made of: the y of deep inverse RL. actor is () for discrete actions."""
+    """What a policy and its values are made of: the y of deep inverse RL."""
 
     actor: Net
+    """observation -> mean and log std of u, 2 k outputs; () for discrete actions."""
     critics: tuple[Net, Net]
+    """Q_1 and Q_2: of (observation, action), one output; of the observation, A outputs where actions are discrete."""
     targets: tuple[Net, Net]
+    """Their slow copies."""
     log_temperature: Array
+    """The logarithm of alpha, []."""
 
 
 class Learner(NamedTuple):
-    """weights, and Adam's moments for actor, critics and temperature."""
+    """The weights with what Adam remembers."""
 
     weights: Weights
     actor: PyTree
+    """Adam's moments for the actor."""
     critics: PyTree
+    """Those for the critics."""
     temperature: PyTree
+    """Those for log alpha."""
 
 
 class Batch(NamedTuple):
-    """Transitions: observation, next_observation [b, d]; action [b, k] or one-hot [b, A]; reward, terminated [b]."""
+    """Transitions as an update takes them."""
 
     observation: Array
+    """[b, d]."""
     action: Array
+    """[b, k], or one-hot [b, A]."""
     next_observation: Array
+    """[b, d]."""
     reward: Array
+    """[b]."""
     terminated: Array
+    """Whether the process ended, so that the value behind is 0, [b] bool."""
 
 
 class Losses(NamedTuple):
-    """Scalars of one update. critic: mean squared error of one critic. entropy: of pi at the batch. value: mean Q."""
+    """What an update shows; every entry is a scalar []."""
 
     critic: Array
+    """The critics' loss 1/2 sum_i E (Q_i - y)^2: about the mean squared error of one of them."""
     entropy: Array
+    """The mean entropy of pi at the batch."""
     value: Array
+    """The mean of Q_i over the batch and both critics."""
 
 
 _adam = optax.scale_by_adam()
@@ -79,11 +94,14 @@ class SAC:
 
     Args:
         discount: gamma in (0, 1).
-        temperature: alpha > 0; where `tuned`, only its start.
-        learning_rate: Adam's, > 0. target_rate: tau in (0, 1].
-        target_entropy: of the tuned temperature; None: -k for k continuous actions, half of log A for A discrete ones.
-        hidden: the widths of hidden layers. batch_size: transitions an update.
-        tuned: tune the temperature.
+        temperature: alpha > 0, or only its start where it is `tuned`.
+        learning_rate: Adam's, > 0, of actor, critics and temperature alike.
+        target_rate: tau in (0, 1].
+        target_entropy: the entropy that a tuned temperature aims at.
+            Default: -k for k continuous actions, (log A)/2 for A discrete ones.
+        hidden: the widths of the hidden layers of actor and critics.
+        batch_size: transitions of an update, >= 1.
+        tuned: whether the temperature is tuned.
     """
 
     discount: float = 0.99
@@ -96,7 +114,7 @@ class SAC:
     tuned: bool = static(default=False)
 
     def __post_init__(self) -> None:
-        """Check what is concrete."""
+        """Check the numbers that are known; traced ones are not."""
         for name, low, high in (("discount", 0, 1), ("temperature", 0, None), ("learning_rate", 0, None)):
             value = getattr(self, name)
             if isinstance(value, int | float) and not (value > low and (high is None or value < high)):
@@ -115,14 +133,14 @@ class SAC:
         return Learner(weights, *(_adam.init(part) for part in (actor, critics, weights.log_temperature)))  # pyright: ignore[reportArgumentType]
 
     def sample(self, weights: Weights, observation: Array, key: Array) -> Array:
-        """Actions of the policy at [b, d]: [b, k], or one-hot [b, A]."""
+        """One action of the policy at each observation [b, d]: [b, k], or one-hot [b, A]."""
         if weights.actor:
             return Gaussian.of(mlp(weights.actor, observation)).sample(key)[0]
         logits = self.log_policy(weights, observation)
         return jax.nn.one_hot(jax.random.categorical(key, logits), logits.shape[-1], dtype=logits.dtype)
 
     def mode(self, weights: Weights, observation: Array) -> Array:
-        """The tanh of the mean, or the best action, one-hot."""
+        """The policy's best action at each observation [b, d]: tanh of the mean, or the likeliest one, one-hot."""
         if weights.actor:
             return jnp.tanh(Gaussian.of(mlp(weights.actor, observation)).mean)
         logits = self.log_policy(weights, observation)
@@ -171,13 +189,13 @@ class SAC:
         return self.follow(learner), Losses(error, entropy, jnp.mean(Q))
 
     def critic_step(self, learner: Learner, loss: Callable) -> tuple[Learner, tuple[Array, Any]]:
-        """(learner after one Adam step of the critics on `loss(critics) -> (value, aux)`, (value, aux))."""
+        """(learner after one Adam step of the critics, (value, aux)), where loss(critics) -> (value, aux)."""
         (value, aux), gradient = jax.value_and_grad(loss, has_aux=True)(learner.weights.critics)
         critics, moments = self._adam(learner.weights.critics, gradient, learner.critics)
         return learner._replace(weights=learner.weights._replace(critics=critics), critics=moments), (value, aux)
 
     def fit(self, learner: Learner, loss: Callable[[Weights], Array]) -> tuple[Learner, Array]:
-        """(learner after one Adam step of actor and critics on any loss of the weights, the loss)."""
+        """(learner after one Adam step of actor and critics, the loss before it), where loss(weights) -> []."""
         weights = learner.weights
 
         def of(actor: Net, critics: tuple[Net, Net]) -> Array:
@@ -217,7 +235,7 @@ class SAC:
         return learner._replace(weights=learner.weights._replace(log_temperature=log_alpha), temperature=moments)
 
     def follow(self, learner: Learner) -> Learner:
-        """Move the slow copies."""
+        """The learner with its slow copies moved towards the critics."""
         weights, tau = learner.weights, self.target_rate
         targets = jax.tree.map(lambda slow, fast: slow + tau * (fast - slow), weights.targets, weights.critics)
         return learner._replace(weights=weights._replace(targets=targets))

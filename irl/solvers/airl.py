@@ -16,39 +16,45 @@ PyTree = Any
 
 
 class Shaping(NamedTuple):
-    """h(s), a network, and the rule for its weights."""
+    """The shaping term h(s)."""
 
     h: PyTree
+    """The weights of its network."""
     step: Stepper
+    """The rule for them."""
 
 
 def potential(problem: ControlImitation, x: PyTree, h: PyTree, steps: Any) -> Array:
-    """F = r(s, a; x) + gamma h(s') - h(s), [b]; h is 0 behind an end."""
+    """The reward f = r(s, a; x) + gamma h(s') - h(s) at steps with one leading axis, [b]; h(s') = 0 behind an end."""
     here, there = (mlp(h, problem.standard(s))[:, 0] for s in (steps.observation, steps.next_observation))
     return problem.rewards(x, steps) + problem.agent.discount * jnp.where(steps.terminated, 0, there) - here
 
 
 @struct(kw_only=True)
 class AIRL(Adversarial):
-    """Adversarial inverse RL, for problems of `irl.to_control`: with f = r(s, a; x) + gamma h(s') - h(s) and
-    D = exp(f/alpha)/(exp(f/alpha) + pi(a|s)) the chance that (s, a, s') is the expert's,
+    """Adversarial inverse RL, for problems of `irl.to_control`.
+
+    The discriminator is made of a reward, a shaping term and the policy: with f = r(s, a; x) + gamma h(s') - h(s) it
+    gives D = exp(f/alpha)/(exp(f/alpha) + pi(a|s)) as the chance that (s, a, s') is the expert's.
 
         y <- SAC updates with rewards f                                                   num_lower_steps times
         (x, h) <- one step up E_expert log D + E_agent log(1 - D) - c E (|grad f|/alpha - 1)^2    the same.
 
     The recovered reward is r(.; x), disentangled from the dynamics where it is `DeepReward(state_only=True)`.
 
-    Assumptions: for the recovery deterministic dynamics that decompose, and a true reward of the state alone.
+    Assumptions: none to imitate. To recover the reward, up to a constant: deterministic dynamics that are
+    decomposable in the paper's sense, and a true reward that depends on the state alone.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`; upper_step_size serves h, too; and
-        gradient_penalty: c >= 0, as of `GAIL`; the slope is that of f/alpha, not of log pi. Only without it is f/alpha
-            log pi at the optimum, and r what is recovered.
+    Args: those of `imitation.Imitation`, whose upper_step_size serves h as well, and
+        gradient_penalty: c >= 0, as for `GAIL`; the slope is that of f/alpha, without log pi.
+            Default: 0. Only then is f/alpha = log pi at the optimum, and r the reward that is recovered.
 
     Reference: Fu, Luo, Levine. Learning robust rewards with adversarial inverse reinforcement learning. ICLR 2018,
         arXiv:1710.11248, Algorithm 1.
-    Differs from the paper: SAC, whose entropy term is the -log pi in the reward: with temperature alpha, f is in
-    its units, and alpha = 1 is the paper's D. Both sides of the loss count the same.
+    Differs from the paper: the agent is SAC, and its entropy term takes the place of -log pi in the reward; f is
+        then measured in units of the temperature alpha, and alpha = 1 gives the paper's D. Both sides of the loss count
+        the same.
     """
 
     def init_extra(self, problem: ControlImitation, key: Array) -> Shaping:

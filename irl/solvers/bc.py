@@ -15,21 +15,22 @@ from irl.deep.sac import Learner, Losses
 
 @struct(kw_only=True)
 class BC(Imitation):
-    """Behavioural cloning, for problems of `irl.to_control`: no lower level, no reward; x stays where it is.
+    """Behavioural cloning, for problems of `irl.to_control`: the lower level and the reward play no part, x stays.
 
         y <- y - b grad_y f,    f = -mean of log pi_y(a|s) over the demonstrations        num_lower_steps times
 
-    by Adam, on batches of their steps. With continuous actions the actor moves, with discrete ones the critics, whose
-    softmax the policy is. Episodes are played only to be measured.
+    by Adam, with the agent's learning rate b, on batches of the demonstrations' steps. With continuous actions the
+    actor moves; with discrete ones the critics do, since the policy is their softmax. Episodes are played only to be
+    measured.
 
-    Assumptions: none; errors add up along an episode, since the policy is never tried.
+    Assumptions: none. The policy is never tried while it learns, so its errors add up along an episode.
     Cost per step: num_lower_steps upper gradients.
 
-    Args: as of `imitation.Imitation`; what belongs to the memory and to x has no effect.
+    Args: those of `imitation.Imitation`; the ones about the memory and about x have no effect.
 
     Reference: Pomerleau. Efficient training of artificial neural networks for autonomous navigation. Neural
         Computation 3(1), 1991.
-    Differs from the paper: a stochastic policy and its likelihood instead of squared errors.
+    Differs from the paper: a stochastic policy and its likelihood in place of squared errors.
     """
 
     def lower(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Any]:
@@ -43,7 +44,7 @@ class BC(Imitation):
 
         keys = jax.random.split(key, self.num_lower_steps)
         learner, losses = lax.scan(update, Learner(state.y, *state.moments), keys)
-        losses = Losses(jnp.zeros(()), losses[-1], jnp.zeros(()))  # -log pi at the demonstrations for the entropy
+        losses = Losses(jnp.zeros(()), losses[-1], jnp.zeros(()))  # f is shown in the entropy's column
         return state._replace(y=learner.weights, moments=learner[1:]), losses
 
     def cost(self, problem: ControlImitation) -> OracleCount:

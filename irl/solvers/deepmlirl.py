@@ -10,24 +10,25 @@ from irl.deep.imitation import Imitation, Pair, State, step_x
 
 @struct(kw_only=True)
 class DeepMLIRL(Imitation):
-    """ML-IRL, for problems of `irl.to_control`: the iteration of `MLIRL` with samples and networks in place of tables,
+    """ML-IRL, for problems of `irl.to_control`: the iteration of `MLIRL` with samples and networks in place of tables.
 
         y <- SAC updates on transitions drawn from the memory, with rewards r(s, a; x)     num_lower_steps times
         pi = the policy of y
         x <- Proj_X(x - a (h(agent) - h(expert))),    h = mean over episodes of sum_t w_t grad r(s_t, a_t; x)/W.
 
-    Every episode is divided by the same W, the sum of w_t up to the time limit, never by its own length: one that ends
-    early has less weight, or with `Absorbing` the same, the rest of it in the absorbing state.
+    The weights are w_t = occupancy_discount^t, and W is their sum up to the time limit. Every episode is divided by
+    this W and never by its own length: one that ends early weighs less, or, with `Absorbing`, the same, the rest of it
+    in the absorbing state.
 
     Assumptions: those of `MLIRL`, up to the error of the networks, which is not known.
     Cost per step: num_upper_steps upper gradients on episodes, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`.
+    Args: those of `imitation.Imitation`.
 
     Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
         NeurIPS 2022, arXiv:2210.01282, Section 6.
     Differs from the paper: rewards see observations standardised by demonstrations and random actions together (see
-    `control.Task`); weights 1 by default where the theory has gamma^t.
+        `to_control`); the weights are 1 by default, where the theory has gamma^t.
     """
 
     def move(self, problem: ControlImitation, state: State, pair: Pair, key: Array) -> tuple[State, Array]:

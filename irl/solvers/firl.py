@@ -14,7 +14,7 @@ from irl.deep.imitation import Imitation, Pair, State, classify, step_x
 
 PyTree = Any
 
-H = {  # h_f of log u, u = rho_E/rho, plus a constant that makes it 0 at the least u, log u = -clamp
+H = {  # (log u, clamp) -> h_f(u) plus a constant, such that the least value of log u, -clamp, gives about 0
     "fkl": lambda log_u, clamp: -jnp.exp(log_u),
     "rkl": lambda log_u, clamp: -log_u - clamp,
     "js": lambda log_u, clamp: -jax.nn.softplus(log_u),
@@ -22,39 +22,46 @@ H = {  # h_f of log u, u = rho_E/rho, plus a constant that makes it 0 at the lea
 
 
 class Discriminator(NamedTuple):
-    """The weights of the logit log u, and the rule for them."""
+    """The logit log u, a network like the reward."""
 
     weights: PyTree
+    """Its weights."""
     step: Stepper
+    """The rule for them."""
 
 
 @struct(kw_only=True)
 class FIRL(Imitation):
-    """f-IRL, for problems of `irl.to_control`. With rho the visits of the agent, u = rho_E/rho, estimated by a
-    discriminator whose logit is log u, and n episodes tau of the agent,
+    """f-IRL, for problems of `irl.to_control`: descent on an f-divergence between the expert's visits and the agent's.
+
+    With rho and rho_E the densities of the agent's and the expert's visits, u = rho_E/rho is estimated by a
+    discriminator D whose logit is log u. For n episodes tau of the agent,
 
         y <- SAC updates with rewards r(s, a; x)                                          num_lower_steps times
         D <- Adam steps on the logistic loss of expert against agent                      num_discriminator_steps times
         x <- Proj_X(x - a/(alpha W) cov_tau(sum_t w_t h_f(u_t), sum_t w_t grad r(s_t, a_t; x)))
 
-    where h_f = -u (forward KL), 1 - log u (reverse KL), -log(1 + u) (Jensen-Shannon); W = sum of w_t to the time limit.
+    where h_f = -u (forward KL), 1 - log u (reverse KL) or -log(1 + u) (Jensen-Shannon), alpha is the temperature,
+    w_t = occupancy_discount^t, and W is the sum of w_t up to the time limit.
 
-    The covariance is its only signal, and dies where the agent's episodes are all alike. On Pendulum they became so at
-    some seeds: spins that the reward overrates, each of their steps at D's clamp, and nothing brings the reward down
-    again. With rewards of the state alone, `DeepReward(state_only=True)`, as its authors use, it happened less often.
+    The covariance over episodes is the only signal, and vanishes where the agent's episodes are all alike. On Pendulum
+    that happened at some seeds: the agent spins, which the reward overrates, D is at its clamp at every step, and
+    nothing brings the reward down again. With rewards of the state alone, `DeepReward(state_only=True)`, as its authors
+    use them, it happened less often.
 
-    Assumptions: the agent is soft-optimal for x, as by the lower level; D separates no better than the true ratio.
+    Assumptions: the agent is soft-optimal for x, as the lower level says; D is the true ratio, and not sharper.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`, and
+    Args: those of `imitation.Imitation`, with num_rollouts >= 2 for the covariance, and
         divergence: "fkl", "rkl" or "js".
-        num_discriminator_steps: on the episodes of the step. num_rollouts: at least 2, for the covariance.
+        num_discriminator_steps: steps of D on the episodes of each step, >= 0.
 
     Reference: Ni, Sikchi, Wang, Gupta, Lee, Eysenbach. f-IRL: inverse reinforcement learning via state marginal
         matching. CoRL 2020, arXiv:2011.04709, Theorem 4.1 and Algorithm 1.
-    Differs from the paper: visits of what the reward sees, states or pairs of states and actions. Its episodes all have
-    one length, and constants in h_f drop out of the covariance; where one ends early, the missing steps are ones that
-    the expert never took, u near 0, and count h_f = 0: for the reverse KL 1 - log u is shifted by its largest value.
+    Differs from the paper: the visits are of what the reward sees, states or pairs of states and actions. The paper's
+        episodes all have one length, so that constants in h_f drop out of the covariance. Where an episode ends early
+        here, its missing steps count as ones that the expert never took, with u near 0 and h_f = 0; for the reverse KL,
+        1 - log u is shifted by its largest value to that end.
     """
 
     divergence: str = static(default="fkl")

@@ -15,25 +15,29 @@ PyTree = Any
 
 @struct(kw_only=True)
 class GAIL(Adversarial):
-    """Generative adversarial imitation, for problems of `irl.to_control`: with D = sigmoid(-r(s, a; x)), the reward
-    network as the logit that (s, a) is the expert's,
+    """Generative adversarial imitation, for problems of `irl.to_control`.
+
+    The reward network is a discriminator: r(s, a; x) is the logit for "(s, a) is the expert's", and
+    D = sigmoid(-r(s, a; x)) the chance that it is the agent's.
 
         y <- SAC updates with rewards -log D(s, a) = log(1 + exp r(s, a; x))              num_lower_steps times
         x <- one step up E_agent log D + E_expert log(1 - D) - c E (|grad r| - 1)^2       num_upper_steps times.
 
-    x is no reward that one could train on again: at the optimum D is 1/2 everywhere.
+    What x becomes is no reward to train another agent on: at the optimum D is 1/2 everywhere.
 
-    Assumptions: none in practice; the saddle need not be reached. Rewards are positive: where episodes can end early,
-    they pay for living, unless the environment has the absorbing state.
+    Assumptions: none are checked, and the saddle point need not be reached. Rewards are positive, so that where
+    episodes can end early they pay the agent for staying alive, unless the environment has the absorbing state.
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`, and
-        gradient_penalty: c >= 0, 10 as a rule, see `imitation.gradient_penalty`. 0, the default, is the paper's; then
-            the discriminator of a continuous task can be right everywhere, and its reward nearly constant.
+    Args: those of `imitation.Imitation`, and
+        gradient_penalty: c >= 0, the weight of `imitation.gradient_penalty`; 10 is usual.
+            Default: 0, as in the paper. The discriminator of a continuous task can then be right everywhere, and the
+            reward that it gives nearly constant.
 
     Reference: Ho, Ermon. Generative adversarial imitation learning. NeurIPS 2016, arXiv:1606.03476, Algorithm 1.
-    Differs from the paper: SAC, whose memory is labelled anew, instead of TRPO; both sides of the discriminator's loss
-    count the same, whatever the length of the agent's episodes; its logit is cut off as rewards are.
+    Differs from the paper: the agent is SAC, whose memory gets new rewards at each update, and not TRPO; both sides of
+        the discriminator's loss count the same, whatever the length of the agent's episodes; its logit is cut off at
+        the reward's clamp.
     """
 
     def reward(self, problem: ControlImitation, state: State, steps: Any) -> Array:

@@ -15,24 +15,26 @@ from irl.deep.sac import Batch, Learner, Losses, Net
 
 @struct(kw_only=True)
 class IQLearn(Imitation):
-    """Inverse soft Q-learning, for problems of `irl.to_control`: no reward network, x stays where it is. With V_i the
-    soft value of one critic Q_i and the policy, and r_i = Q_i - gamma V_i(s') the reward that it implies,
+    """Inverse soft Q-learning, for problems of `irl.to_control`: the critics imply a reward, and x stays where it is.
+
+    With V_i the soft value of one critic Q_i under the policy, and r_i = Q_i - gamma V_i(s') the reward it implies,
 
         Q_i <- one step down -E_expert r_i + E[V_i(s) - gamma V_i(s')] + E r_i^2/(4 c),    for both critics
         actor and temperature as in SAC                                                    num_lower_steps times
 
-    over the expert's steps alone: offline. With `use_memory` as in its authors' code for Hopper: V_i(s') is the slow
-    copies'; (1 - gamma) E_expert V_i(s) is the second term, every demonstrated state as a start; and half of the last
-    expectation is over states in memory with the policy's own actions there, beside the s' of the actions taken then.
+    where all expectations are over the expert's steps: nothing is learnt from the environment. With `use_memory` three
+    things are as in its authors' code for Hopper. V_i(s') is that of the slow copies. The second term is
+    (1 - gamma) E_expert V_i(s), as if every demonstrated state were a start. And half of the last expectation is over
+    transitions (s, s') in memory, each with a fresh action of the policy at s in place of the one that led to s'.
 
-    Assumptions: as of soft Q-learning.
+    Assumptions: those of soft Q-learning.
     Cost per step: num_lower_steps lower gradients (updates).
 
-    Args: as of `imitation.Imitation`; what belongs to x has no effect; and
-        regularisation: c > 0 of the chi-square term.
+    Args: those of `imitation.Imitation`, of which those about x have no effect, and
+        regularisation: c > 0, the weight of the chi-square term is 1/(4 c).
         use_memory: see above. Measured: without it little is learnt beyond what `BC` learns; with it policies come
-            close to the expert and leave it again, as the critics tell the few demonstrated pairs from all others. Its
-            authors use temperatures of 0.01 mostly, and learning rates of 3e-4 and, for the actor, 3e-5.
+            close to the expert and leave it again, once the critics tell the few demonstrated pairs from all others.
+            Its authors mostly use temperatures of 0.01, and learning rates of 3e-4 and, for the actor, 3e-5.
 
     Reference: Garg, Chakraborty, Cundy, Song, Ermon. IQ-Learn: inverse soft-Q learning for imitation. NeurIPS 2021,
         arXiv:2106.12142, Algorithm 1.

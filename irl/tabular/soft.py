@@ -26,20 +26,23 @@ from bilevel.backend.precision import full_precision
 from bilevel.linear import DENSE_LIMIT
 from irl.mdp import MDP, Successors, at
 
-LOOK_EVERY = 10
+LOOK_EVERY = 10  # sweeps between two looks at the change
 UNROLLED = 64  # actions times successors up to which a sweep is written out term by term
 
 
 class SoftSolution(NamedTuple):
-    """Q [S, A] or [T, S, A]; error: max |Q - Q*| is at most this, up to rounding []; sweeps taken []."""
+    """What `value_iteration` returns."""
 
     Q: Array
+    """[S, A], or [T, S, A] with a horizon."""
     error: Array
+    """A bound of max |Q - Q*|, up to rounding, []."""
     sweeps: Array
+    """How many sweeps it took, []."""
 
 
 def value(Q: Array) -> Array:
-    """V = log sum_a exp Q, shape [S] or [T, S]."""
+    """The soft value V = log sum_a exp Q, shape [S] or [T, S]."""
     return jax.nn.logsumexp(Q, axis=-1)
 
 
@@ -54,7 +57,7 @@ def policy(Q: Array) -> Array:
 
 
 def bellman(mdp: MDP, r: Array, Q: Array) -> Array:
-    """T Q = r + gamma E V(s'), shaped like Q, for r [S, A] and Q [S, A], or [T, S, A] with a horizon."""
+    """The table T Q = r + gamma E V(s'), shaped like Q, for r [S, A] and Q [S, A], or [T, S, A] with a horizon."""
     if mdp.horizon is None:
         return r + mdp.discount * mdp.expect(value(Q))
     V = value(Q)
@@ -65,7 +68,7 @@ def bellman(mdp: MDP, r: Array, Q: Array) -> Array:
 def evaluate(mdp: MDP, r: Array, Q: Array, log_pi: Array) -> Array:
     """One sweep of soft policy evaluation, r + gamma E sum_a' pi (Q - log pi)(s', a'), shape [S, A]; no horizon.
 
-    At log_pi = `log_policy(Q)` it is `bellman`.
+    It is `bellman` where log_pi = `log_policy(Q)`.
     """
     return r + mdp.discount * mdp.expect(jnp.sum(jnp.exp(log_pi) * (Q - log_pi), axis=-1))
 
@@ -75,23 +78,29 @@ def evaluate(mdp: MDP, r: Array, Q: Array, log_pi: Array) -> Array:
 def value_iteration(
     mdp: MDP, r: Array, Q: Array | None = None, tol: float | None = None, max_sweeps: int = 100_000
 ) -> SoftSolution:
-    """Soft value iteration from Q (default 0) until a sweep changes no V(s) by more than tol (1 + max |V|).
+    """Soft value iteration, until a sweep changes no V(s) by more than tol (1 + max |V|).
 
-    It carries V = log sum_a exp Q and looks at the change every `LOOK_EVERY` sweeps. tol defaults to 10 eps of r's
-    dtype. With Q = r + gamma E V and c = max |log sum_a exp Q - V| the distance to Q* is at most c gamma/(1 - gamma),
-    the error returned.
-    With a horizon it is the exact recursion, whatever Q and tol.
+    The iteration is in V = log sum_a exp Q and looks at the change every `LOOK_EVERY` sweeps. With the last V,
+    Q = r + gamma E V and c = max |log sum_a exp Q - V|, the distance of Q to Q* is at most c gamma/(1 - gamma): the
+    error that is returned. With a horizon it is the exact recursion, whatever Q, tol and max_sweeps.
+
+    Args:
+        mdp: with S states and A actions.
+        r: the reward, [S, A].
+        Q: the start, [S, A]. Default: 0.
+        tol: > 0. Default: 10 eps of r's dtype.
+        max_sweeps: >= 0; the sweep that gives Q counts, and with 0 the start is returned with the error inf.
     """
     if mdp.horizon is not None:
         return SoftSolution(_backwards(mdp, r), jnp.zeros((), r.dtype), jnp.array(mdp.horizon))
-    tol = 10 * jnp.finfo(r.dtype).eps if tol is None else tol
+    limit = 10 * jnp.finfo(r.dtype).eps if tol is None else tol
     if max_sweeps == 0:
         return SoftSolution(jnp.zeros_like(r) if Q is None else Q, jnp.full((), jnp.inf, r.dtype), jnp.array(0))
     sweep, most = _sweep(mdp, r), max_sweeps - 1  # the last one gives Q
 
     def go_on(carry: tuple[Array, Array, Array]) -> Array:
         V, change, k = carry
-        return (change > tol * (1 + jnp.max(jnp.abs(V)))) & (k < most)
+        return (change > limit * (1 + jnp.max(jnp.abs(V)))) & (k < most)
 
     def sweeps(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         V, _, k = carry
@@ -99,18 +108,19 @@ def value_iteration(
         V, before = lax.fori_loop(0, count, lambda _, pair: (sweep(pair[0]), pair[0]), (V, V))
         return V, jnp.max(jnp.abs(V - before)), k + count
 
-    # of Q = 0 written down: XLA would take seconds of compiling to fold the sums of a million constants
+    # The V of Q = 0 is written down, since XLA would take seconds of compiling to fold the sums of a million constants.
     V = jnp.full(len(r), jnp.log(jnp.asarray(mdp.num_actions, r.dtype))) if Q is None else value(Q)
     begin = V, jnp.full((), jnp.inf, r.dtype), jnp.array(0)
     V, _, count = lax.while_loop(go_on, sweeps, begin)
-    Q = r + mdp.discount * mdp.expect(V)
-    return SoftSolution(Q, jnp.max(jnp.abs(value(Q) - V)) * mdp.discount / (1 - mdp.discount), count + 1)
+    last = r + mdp.discount * mdp.expect(V)
+    return SoftSolution(last, jnp.max(jnp.abs(value(last) - V)) * mdp.discount / (1 - mdp.discount), count + 1)
 
 
 def _sweep(mdp: MDP, r: Array) -> Callable[[Array], Array]:
-    """V -> log sum_a exp(r + gamma E V), [S], to be called many times.
+    """The map v -> log sum_a exp(r + gamma E v) of values [S], to be called many times.
 
-    Short successor lists: action by action and term by term, from arrays laid out so, all in one pass over the states.
+    Short successor lists are summed action by action and term by term, from arrays that are laid out so: XLA then makes
+    one pass over the states of it.
     """
     lists = mdp.transitions
     if not isinstance(lists, Successors) or math.prod(lists.next_states.shape[1:]) > UNROLLED:
@@ -126,13 +136,15 @@ def _sweep(mdp: MDP, r: Array) -> Callable[[Array], Array]:
 
 
 def _log_sum_exp(rows: list[Array]) -> Array:
-    """The logarithm of sum_a exp(rows[a]), shaped like a row. A stack of them XLA would write out first."""
+    """The logarithm of sum_a exp(rows[a]), shaped like a row; XLA would write a stack of them to memory first."""
     top = functools.reduce(jnp.maximum, rows)
     top = jnp.where(jnp.isfinite(top), top, 0)
     return top + jnp.log(functools.reduce(jnp.add, [jnp.exp(row - top) for row in rows]))
 
 
 def _backwards(mdp: MDP, r: Array) -> Array:
+    """The Q [T, S, A] of the recursion backwards from the horizon."""
+
     def back(V: Array, _: None) -> tuple[Array, Array]:
         Q = r + mdp.discount * mdp.expect(V)
         return value(Q), Q
@@ -141,6 +153,8 @@ def _backwards(mdp: MDP, r: Array) -> Array:
 
 
 def _forwards(mdp: MDP, policy: Array, sources: Array) -> Array:
+    """The occupancies [T, S, A] of a policy [T, S, A] where the measure sources[t] [S] enters at time t."""
+
     def push(arriving: Array, at: tuple[Array, Array]) -> tuple[Array, Array]:
         source, pi = at
         d = (source + arriving)[:, None] * pi
@@ -152,13 +166,19 @@ def _forwards(mdp: MDP, policy: Array, sources: Array) -> Array:
 @jax.jit
 @full_precision
 def occupancy(mdp: MDP, policy: Array, start: Array | None = None) -> Array:
-    """d(s, a) = E sum_t gamma^t 1{s_t = s, a_t = a}, shape [S, A], of a policy [S, A].
+    """The occupancy d(s, a) = E sum_t gamma^t 1{s_t = s, a_t = a}, shape [S, A], of a policy [S, A].
 
-    The states' part m = sum_a d solves m = start + gamma (flow of m under the policy); `start` [S], default the MDP's,
-    may be any measure, signed ones included. Dense transitions, or few states: one linear solve. Successor lists: the
-    iteration m <- start + gamma flow(m), a contraction in the 1-norm, to rounding.
-    With a horizon: d_t(s, a) = gamma^t P(s_t = s, a_t = a), shape [T, S, A], of a policy [T, S, A]; `start` may be [T,
-    S], what enters at each time.
+    With a horizon it is d_t(s, a) = gamma^t P(s_t = s, a_t = a), shape [T, S, A], of a policy [T, S, A].
+
+    The states' part m = sum_a d solves m = start + gamma (flow of m under the policy). With dense transitions or few
+    states that is one linear solve; with successor lists, the iteration m <- start + gamma flow(m), a contraction in
+    the 1-norm, to rounding error.
+
+    Args:
+        mdp: with S states and A actions.
+        policy: probabilities, [S, A] or [T, S, A].
+        start: any measure [S], signed ones included; with a horizon also [T, S], what enters at each time.
+            Default: the MDP's.
     """
     rho: Array = mdp.start if start is None else start
     if mdp.horizon is not None:
