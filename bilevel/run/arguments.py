@@ -1,8 +1,10 @@
 """The arguments of a run: whether they make sense, and which referee it has."""
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import jax
@@ -13,6 +15,8 @@ from bilevel.diagnostics import BY_VALUE, IMPLICIT, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.solver import Solver
 from bilevel.struct import invalid
+
+PyTree = Any
 
 
 def referee_of(problem: BilevelProblem, solver: Solver, measure: Referee | Callable | None = None) -> Referee:
@@ -48,11 +52,41 @@ def _warn(what: str) -> None:
     warnings.warn(text, DeprecationWarning, stacklevel=2)
 
 
-def check_arguments(
-    problem: object, solver: object, max_steps: object, every: object, tol: object, time_limit: object,
-    callback: object, measure: object,
-) -> None:  # fmt: skip
-    """Raise `InvalidInput` for the first argument of `solve` that makes no sense."""
+@dataclass(frozen=True)
+class Arguments:
+    """What a caller of `solve` asks of the driver, beside the problem, the solver and the key; `solve` says what each
+    means.
+    """
+
+    max_steps: int = 1000
+    every: int | None = None
+    tol: float | None = None
+    time_limit: float | None = None
+    callback: Callable[[int, PyTree, dict[str, float]], bool | None] | None = None
+    checkpoint: str | os.PathLike | None = None
+    progress: bool | None = None
+    measure: Referee | Callable | None = None
+
+    def check(self) -> None:
+        """Raise `InvalidInput` for the first one that makes no sense."""
+        if not _is_count(self.max_steps, 0) or self.max_steps >= 2**31 - 1:
+            invalid("max_steps", self.max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
+        if self.every is not None and not _is_count(self.every, 1):
+            do = "It is the number of steps between measurements."
+            invalid("every", self.every, "a whole number >= 1, or None", do)
+        if self.tol is not None and not _not_negative(self.tol):
+            invalid("tol", self.tol, "a number >= 0, or None", "Use 0 to run all steps.")
+        if self.time_limit is not None and not _not_negative(self.time_limit):
+            invalid("time_limit", self.time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
+        if self.callback is not None and not callable(self.callback):
+            invalid("callback", type(self.callback).__name__, "a function, or None", "Pass the function itself.")
+        if self.measure is not None and not (isinstance(self.measure, Referee) or callable(self.measure)):
+            expected, do = "a diagnostics.Referee, a function, or None", "Leave it out for the problem's and solver's."
+            invalid("measure", type(self.measure).__name__, expected, do)
+
+
+def check_problem_and_solver(problem: object, solver: object) -> None:
+    """Raise `InvalidInput` where one of them is something else, or a number of the solver's is no whole number."""
     check_problem(problem)
     if not isinstance(solver, Solver):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
@@ -60,19 +94,6 @@ def check_arguments(
     for name, count in vars(solver).items():
         if name.startswith("num_") and not (count is None or _is_count(count, 0)):
             invalid(f"{type(solver).__name__}.{name}", count, "a whole number >= 0", "Leave it out for the default.")
-    if not _is_count(max_steps, 0) or max_steps >= 2**31 - 1:
-        invalid("max_steps", max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
-    if every is not None and not _is_count(every, 1):
-        invalid("every", every, "a whole number >= 1, or None", "It is the number of steps between measurements.")
-    if tol is not None and not _not_negative(tol):
-        invalid("tol", tol, "a number >= 0, or None", "Use 0 to run all steps.")
-    if time_limit is not None and not _not_negative(time_limit):
-        invalid("time_limit", time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
-    if callback is not None and not callable(callback):
-        invalid("callback", type(callback).__name__, "a function, or None", "Pass the function itself.")
-    if measure is not None and not (isinstance(measure, Referee) or callable(measure)):
-        expected = "a diagnostics.Referee, a function, or None"
-        invalid("measure", type(measure).__name__, expected, "Leave it out for the referee of the problem and solver.")
 
 
 def _not_negative(value: Any) -> bool:

@@ -1,8 +1,8 @@
-"""Run a solver: `advance` (pure), `solve` (measures, prints, saves, decides), `solve_many` (seeds as lanes).
+"""Run a solver: `solve` for one key, `solve_many` for many at once, and the `Driver` behind both.
 
 The driver knows the solver's protocol and never a solver. The k-th step uses fold_in(key, k), and the number of steps
-of a chunk is a traced number, so that neither the chunk length nor a resume changes a path, bit for bit, and one
-compilation serves every chunk.
+of a call is a traced number, so that neither its length nor a resume changes a path, bit for bit, and one compilation
+serves every call.
 """
 
 import os
@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,9 +22,9 @@ from bilevel.backend import sharding
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.problem import BilevelProblem
 from bilevel.record import Record, Solution, SolveError, Status
-from bilevel.run.arguments import check_arguments, check_key, referee_of
+from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
-from bilevel.run.lanes import Many, advance, compiled, lane, last_finite, passes_per_step, scalars
+from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 
@@ -87,16 +87,15 @@ def solve(
         CheckpointError: a checkpoint that cannot be used.
         SolveError: with `throw`, unless the run ends well.
     """
-    check_arguments(problem, solver, max_steps, every, tol, time_limit, callback, measure)
+    arguments = Arguments(max_steps, every, tol, time_limit, callback, checkpoint, progress, measure)
+    check_problem_and_solver(problem, solver)
+    arguments.check()
     check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
-        solutions = _drive(
-            problem, solver, key, many=False, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
-            callback=callback, checkpoint=checkpoint, progress=progress, measure=measure, mesh=devices,
-        )  # fmt: skip
-    if throw and solutions[0].status not in (Status.CONVERGED, Status.MAX_STEPS):
-        raise SolveError(solutions[0])
-    return solutions[0]
+        solution = Driver(problem, solver, key, arguments, mesh=devices).run()[0]
+    if throw and solution.status not in (Status.CONVERGED, Status.MAX_STEPS):
+        raise SolveError(solution)
+    return solution
 
 
 def solve_many(
@@ -123,25 +122,26 @@ def solve_many(
     Raises:
         InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
-    check_arguments(problem, solver, max_steps, every, tol, time_limit, None, measure)
+    arguments = Arguments(max_steps, every, tol, time_limit, None, None, progress, measure)
+    check_problem_and_solver(problem, solver)
+    arguments.check()
     check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     many: Many = True if mesh is None else sharding.automatic(mesh)
     if mesh is not None and keys.shape[0] % mesh.size:
         invalid("keys", f"shape {keys.shape}", f"a multiple of the mesh's {mesh.size} devices", "Add or drop keys.")
-    return _drive(
-        problem, solver, keys, many=many, max_steps=max_steps, every=every, tol=tol, time_limit=time_limit,
-        callback=None, checkpoint=None, progress=progress, measure=measure,
-    )  # fmt: skip
+    return Driver(problem, solver, keys, arguments, many=many).run()
 
 
-class _Clock:
-    """Solver seconds: what compiling, measuring and saving take is kept apart."""
+class Clock:
+    """Seconds by what they went into: `solve`, the solver's own; `setup`, compiling; `measure`, the referee's."""
 
-    def __init__(self, elapsed: float = 0.0) -> None:
-        self.solve, self.setup, self.measure = elapsed, 0.0, 0.0
+    def __init__(self) -> None:
+        """All at zero."""
+        self.solve = self.setup = self.measure = 0.0
 
     @contextmanager
     def on(self, name: str) -> Iterator[None]:
+        """Book what happens inside under `name`, also where it raises."""
         begin = time.perf_counter()
         try:
             yield
@@ -149,138 +149,206 @@ class _Clock:
             setattr(self, name, getattr(self, name) + time.perf_counter() - begin)
 
 
-def _drive(
-    problem: BilevelProblem, solver: Solver, key: Array, *, many: Many, max_steps: int, every: int | None, tol: float |
-    None,
-    time_limit: float | None, callback: Callable | None, checkpoint: str | os.PathLike | None, progress: bool | None,
-    measure: Referee | Callable | None, mesh: jax.sharding.Mesh | None = None,
-) -> list[Solution]:  # fmt: skip
-    if problem not in _validated:  # by identity: a study solves one problem many times
-        _validated.add(problem.validate())
-    reason = solver.unsupported(problem)
-    if reason is not None:
-        raise Unsupported(reason)
-    referee = referee_of(problem, solver, measure)
-    count = key.shape[0] if many else 1
-    every = max(1, max_steps // 20) if every is None else every
-    clock = _Clock()
-    owner = fingerprint(problem, solver, key) if checkpoint is not None else ""
-    if isinstance(many, jax.sharding.Mesh):
-        problem, solver, key = sharding.place((problem, solver, key), many)
-    else:
-        problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
-    lanes = compiled(problem, solver, key, many, referee.measure)
+class End(NamedTuple):
+    """How and where a lane ended."""
 
-    with clock.on("setup"):  # compiling: the same calls with nothing to do
-        state = jax.block_until_ready(lanes.init())
-        state, info, summary = jax.block_until_ready(lanes.advance(state, 0, 0))
-        summary = np.asarray(summary)
-        at_start = jax.block_until_ready(lanes.measure(state))
-    if tol is None:
-        tol = referee.default_tol(lanes.output(state)[0])
-    step, rows = 0, [Record() for _ in range(count)]
-    columns, after = list(scalars(lane(info, many, 0))), 1 + len(solver.assumptions)  # info's numbers come last
-    failed, numbers = np.zeros_like(summary[..., 1:after], int), summary[..., after:]
-    call, passes = solver.cost(problem), passes_per_step(problem, solver)
-    if checkpoint is not None and Path(checkpoint).exists():
-        saved, notes = load_checkpoint(checkpoint, (state, info), owner=owner)
-        state, info = sharding.place(saved, mesh)
-        step, clock = int(notes["step"]), _Clock(float(notes["time"]))
-        rows, failed = [Record.decode(rows) for rows in notes["rows"]], np.array(notes["failed"], int)
-        numbers = np.array([float(np.asarray(value)) for value in scalars(info).values()])
+    status: Status
+    at: At
 
-    finished: dict[int, tuple] = {}  # lane -> (status, step, state, info, failed), set aside
 
-    def save() -> None:
-        if checkpoint is not None:
-            notes = {"step": step, "time": clock.solve, "rows": [record.encode() for record in rows]}
-            notes["failed"] = failed.tolist()
-            save_checkpoint(checkpoint, (state, info), owner=owner, notes=notes)
+class Driver:
+    """A run of a solver for one key, or for many as lanes.
 
-    def look() -> bool:
-        """Measure, record and decide; true when nothing is left to run."""
-        with clock.on("measure"):
-            measured = np.asarray(at_start if step == 0 else lanes.measure(state))
-        for k in range(count):
-            if k in finished:
+    `run` prepares, restores, looks, then advances and looks in turn until every lane has ended, and finishes. A lane
+    that ends is set aside with its record, and the others go on.
+    """
+
+    def __init__(
+        self, problem: BilevelProblem, solver: Solver, key: Array, arguments: Arguments, *, many: Many = False,
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:  # fmt: skip
+        """Everything that costs no time. `many`: how the lanes of several keys are spread (`run.lanes`); `mesh`: the
+        devices that one key's run is spread over.
+
+        Raises:
+            InvalidInput: the problem's functions or shapes do not fit.
+            Unsupported: the solver's reason.
+        """
+        if problem not in _validated:  # by identity: a study solves one problem many times
+            _validated.add(problem.validate())
+        reason = solver.unsupported(problem)
+        if reason is not None:
+            raise Unsupported(reason)
+        self.arguments, self.many, self.mesh = arguments, many, mesh
+        self.referee = referee_of(problem, solver, arguments.measure)
+        self.owner = fingerprint(problem, solver, key) if arguments.checkpoint is not None else ""
+        self.every = max(1, arguments.max_steps // 20) if arguments.every is None else arguments.every
+        if isinstance(many, jax.sharding.Mesh):
+            problem, solver, key = sharding.place((problem, solver, key), many)
+        else:
+            problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
+        self.solver = solver
+        self.lanes = compiled(problem, solver, key, many, self.referee.measure)
+        self.cost, self.passes = solver.cost(problem), passes_per_step(problem, solver)
+        self.clock, self.pace = Clock(), 0.0  # pace: seconds a step, those of the last call; 0: none yet
+        self.records = [Record() for _ in range(key.shape[0] if many else 1)]
+        self.ended: dict[int, End] = {}
+        self.ending = Status.MAX_STEPS  # of the lanes that do not end by themselves
+
+    def run(self) -> list[Solution]:
+        """The solutions of all lanes."""
+        self.prepare()
+        self.restore()
+        self.bar = report.Progress(self.arguments.progress, self.arguments.max_steps, type(self.solver).__name__)
+        try:
+            self.look()  # after a resume too: the run may have been done
+            while not self.over and self.at.step < self.arguments.max_steps:
+                self.advance()
+                if len(self.ended) < len(self.records):
+                    self.look()
+        except KeyboardInterrupt:
+            self.ending = Status.INTERRUPTED
+            self.save()
+        finally:
+            self.bar.close()
+        return [self.finish(k) for k in range(len(self.records))]
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing is left to run."""
+        return len(self.ended) == len(self.records) or self.ending == Status.TIME_LIMIT
+
+    def prepare(self) -> None:
+        """Compile, by the same calls with nothing to do, and measure the start."""
+        with self.clock.on("setup"):
+            state = jax.block_until_ready(self.lanes.init())
+            steps = jax.block_until_ready(self.lanes.advance(state, 0, 0))
+            self.at_start = jax.block_until_ready(self.lanes.measure(steps.state))
+        self.at = At(0, steps.state, steps.info, steps.numbers, steps.failed)
+        self.columns = list(scalars(lane(steps.info, self.many, 0)))
+        tol = self.arguments.tol
+        self.tol = self.referee.default_tol(self.lanes.output(self.at.state)[0]) if tol is None else tol
+
+    def restore(self) -> None:
+        """Go on from the checkpoint, where there is one."""
+        path = self.arguments.checkpoint
+        if path is None or not Path(path).exists():
+            return
+        saved, notes = load_checkpoint(path, (self.at.state, self.at.info), owner=self.owner)
+        state, info = sharding.place(saved, self.mesh)
+        self.at = At(int(notes["step"]), state, info, numbers_of(info), np.array(notes["failed"], int))
+        self.records = [Record.decode(rows) for rows in notes["rows"]]
+        self.clock.solve = float(notes["time"])
+
+    def save(self) -> None:
+        """Write the checkpoint, where one is asked for."""
+        path = self.arguments.checkpoint
+        if path is not None:
+            notes = {"step": self.at.step, "time": self.clock.solve, "failed": self.at.failed.tolist()}
+            notes["rows"] = [record.encode() for record in self.records]
+            save_checkpoint(path, (self.at.state, self.at.info), owner=self.owner, notes=notes)
+
+    def look(self) -> None:
+        """Measure, record and decide; save, and ask the callback."""
+        with self.clock.on("measure"):
+            measured = np.asarray(self.at_start if self.at.step == 0 else self.lanes.measure(self.at.state))
+        for k, record in enumerate(self.records):
+            if k in self.ended:
                 continue
-            m = Measurement(*lane(measured, many, k).tolist())
-            row = {
-                "step": step, "value": m.value, "hypergradient": m.hypergradient,
-                "lower_residual": m.lower_residual, "violation": m.violation, "oracles": step * passes,
-                "time": clock.solve, "error_bound": m.error_bound, "status": int(m.status),
-            }  # fmt: skip
-            mine = dict(zip(columns, lane(numbers, many, k).tolist(), strict=True)) if step > 0 else {}
-            row |= mine | row  # the referee's numbers win
-            if not rows[k].rows or rows[k].rows[-1]["step"] != step:
-                rows[k].append(**row)
-            gap = m.hypergradient + (np.inf if np.isnan(m.error_bound) else m.error_bound)
-            within = all(number <= tol for number in (gap, m.lower_residual, m.lower_distance, m.violation))
-            within = within and step >= solver.least_steps
-            if within and tol > 0 and m.status in (Status.CONVERGED, Status.ESTIMATED):
-                finished[k] = Status.CONVERGED, step, *lane((state, info, failed), many, k)
-            elif not np.isfinite(m.value) and m.status not in NO_VALUE:  # so far out that F overflows
-                finished[k] = Status.NONFINITE, step, *lane((state, info, failed), many, k)
-        save()
-        stop = callback is not None and bool(callback(step, state, rows[0].rows[-1]))
-        if stop:
-            finished.setdefault(0, (Status.STOPPED, step, state, info, failed))
-        return len(finished) == count
+            found = Measurement(*lane(measured, self.many, k).tolist())
+            if not record.rows or record.rows[-1]["step"] != self.at.step:
+                record.append(**self.row(found, k))
+            early = self.at.step < self.solver.least_steps
+            status = verdict(found, self.tol, early)
+            if status is not None:
+                self.ended[k] = End(status, self.at.lane(self.many, k))
+        self.save()
+        callback = self.arguments.callback
+        if callback is not None and callback(self.at.step, self.at.state, self.records[0].rows[-1]):
+            self.ended.setdefault(0, End(Status.STOPPED, self.at))
 
-    ending = Status.MAX_STEPS
-    bar = report.Progress(progress, max_steps, type(solver).__name__)
-    pace = 0.0  # seconds a step, the last piece's
-    try:
-        done = look()  # after a resume too: the run may have been done
-        while not done and step < max_steps:
-            target = min(max_steps, (step // every + 1) * every)
-            while step < target and not done:
-                piece = 1 if pace == 0 else max(1, int(PATIENCE / pace))
-                piece = min(piece, target - step) if jax.process_count() == 1 else target - step
-                with clock.on("solve"):
-                    begin = time.perf_counter()
-                    *new, summary = lanes.advance(state, step, piece)
-                    summary = np.asarray(summary)  # waits for the chunk, whose results come all at once
-                    pace = max((time.perf_counter() - begin) / piece, 1e-9)
-                if not summary[..., 0].all():
-                    bad = np.flatnonzero(summary[..., :1] == 0).tolist()
-                    for k in (k for k in bad if k not in finished):
-                        at, last, last_info, to_it = last_finite(lanes, state, step, piece, many, k)
-                        times = lane(failed, many, k) + to_it[1:after].astype(int)
-                        finished[k] = Status.NONFINITE, at, last, last_info, times
-                    done = len(finished) == count
-                if not done:
-                    (state, info), step, numbers = new, step + piece, summary[..., after:]
-                    failed = failed + summary[..., 1:after].astype(int) if failed.size else failed
-                bar.update(step, rows[0])
-                if time_limit is not None and sharding.agreed(clock.solve) >= time_limit and step < max_steps:
-                    ending, done = Status.TIME_LIMIT, True
-            if len(finished) < count:
-                done = look() or done
-    except KeyboardInterrupt:
-        ending = Status.INTERRUPTED
-        save()
-    finally:
-        bar.close()
-
-    solutions = []
-    for k in range(count):
-        so_far = ending, step, *lane((state, info, failed), many, k)
-        status, at, at_state, at_info, times = finished.get(k, so_far)
-        x, y = lanes.output(at_state)
-        last = rows[k].rows[-1]
-        unusable = (Status.SATURATED,) if np.isfinite(last["value"]) else NO_VALUE
-        if status == Status.MAX_STEPS and last["status"] in unusable:
-            status = Status(last["status"])  # a run may pass through such x, but not end there
-        counts = dict(zip(solver.assumptions, times.tolist(), strict=True))
-        if status == Status.MAX_STEPS:
-            warned = (warning for name, warning in solver.warnings.items() if 0 < at <= 2 * counts[name])
-            status = next(warned, status)
-        stats = {
-            "solver": type(solver).__name__, "steps": at, "tol": tol, "setup_time": clock.setup,
-            "solve_time": clock.solve, "measure_time": clock.measure, "oracles": at * passes,
-            "cost": call.as_dict(),
-            "failed": {solver.assumptions[name]: n for name, n in counts.items() if n},
+    def row(self, found: Measurement, k: int) -> dict[str, Any]:
+        """Lane k's row of the record: what the referee found, what it cost, and the solver's own numbers."""
+        row = {
+            "step": self.at.step, "value": found.value, "hypergradient": found.hypergradient,
+            "lower_residual": found.lower_residual, "violation": found.violation, "oracles": self.at.step * self.passes,
+            "time": self.clock.solve, "error_bound": found.error_bound, "status": int(found.status),
         }  # fmt: skip
-        solutions.append(Solution(x, y, status, rows[k], stats, at_state, at_info))
-    return solutions
+        if self.at.step > 0:
+            own = zip(self.columns, lane(self.at.numbers, self.many, k).tolist(), strict=True)
+            row |= {name: number for name, number in own if name not in row}  # the referee's numbers win
+        return row
+
+    def advance(self) -> None:
+        """Run to the next measurement, with looks at the clock, the keyboard and the progress bar on the way."""
+        limit = self.arguments.time_limit
+        target = min(self.arguments.max_steps, (self.at.step // self.every + 1) * self.every)
+        while self.at.step < target and not self.over:
+            self.call(self.length(target - self.at.step))
+            self.bar.update(self.at.step, self.records[0])
+            unfinished = self.at.step < self.arguments.max_steps
+            if limit is not None and sharding.agreed(self.clock.solve) >= limit and unfinished:
+                self.ending = Status.TIME_LIMIT
+
+    def length(self, most: int) -> int:
+        """How many of the next `most` steps to do in one call: as many as take `PATIENCE` at the last call's pace."""
+        if jax.process_count() > 1:  # clocks differ, and all processes must do the same
+            return most
+        return min(1 if self.pace == 0 else max(1, int(PATIENCE / self.pace)), most)
+
+    def call(self, num_steps: int) -> None:
+        """Do `num_steps` steps, and set lanes aside that turned non-finite on the way."""
+        before = self.at
+        with self.clock.on("solve"):
+            begin = time.perf_counter()
+            steps = self.lanes.advance(before.state, before.step, num_steps)
+            self.pace = max((time.perf_counter() - begin) / num_steps, 1e-9)
+        if not steps.finite.all():
+            for k in np.flatnonzero(~steps.finite).tolist():
+                if k not in self.ended:
+                    last = last_finite(self.lanes, before, num_steps, self.many, k)
+                    self.ended[k] = End(Status.NONFINITE, last)
+        if len(self.ended) < len(self.records):
+            self.at = before.after(num_steps, steps)
+
+    def finish(self, k: int) -> Solution:
+        """Lane k's solution."""
+        status, at = self.ended.get(k) or End(self.ending, self.at.lane(self.many, k))
+        failed = dict(zip(self.solver.assumptions, at.failed.tolist(), strict=True))
+        status = last_word(self.solver, status, at.step, failed, self.records[k].rows[-1])
+        x, y = self.lanes.output(at.state)
+        stats = {
+            "solver": type(self.solver).__name__, "steps": at.step, "tol": self.tol, "setup_time": self.clock.setup,
+            "solve_time": self.clock.solve, "measure_time": self.clock.measure, "oracles": at.step * self.passes,
+            "cost": self.cost.as_dict(),
+            "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
+        }  # fmt: skip
+        return Solution(x, y, status, self.records[k], stats, at.state, at.info)
+
+
+def verdict(found: Measurement, tol: float, early: bool) -> Status | None:
+    """How a run ends at what was found, or None where it goes on: CONVERGED, where the size of the gradient mapping
+    plus its error, the lower residual, the relative distance of y to y(x) and the violation are all at most tol, and it
+    is not too `early`; NONFINITE, so far out that F overflows.
+    """
+    error = np.inf if np.isnan(found.error_bound) else found.error_bound
+    sizes = found.hypergradient + error, found.lower_residual, found.lower_distance, found.violation
+    solved = found.status in (Status.CONVERGED, Status.ESTIMATED)
+    if solved and tol > 0 and not early and all(size <= tol for size in sizes):
+        return Status.CONVERGED
+    if not np.isfinite(found.value) and found.status not in NO_VALUE:
+        return Status.NONFINITE
+    return None
+
+
+def last_word(solver: Solver, status: Status, step: int, failed: dict[str, int], row: dict[str, Any]) -> Status:
+    """The status of a run that came to its step limit: the referee's where its last row says that there is no result at
+    this x, through which a run may pass, but where it may not end; else the solver's warning where an assumption
+    failed at half of the steps or more. Any other status stays.
+    """
+    if status != Status.MAX_STEPS:
+        return status
+    if row["status"] in ((Status.SATURATED,) if np.isfinite(row["value"]) else NO_VALUE):
+        return Status(row["status"])
+    warned = (warning for name, warning in solver.warnings.items() if 0 < step <= 2 * failed[name])
+    return next(warned, status)

@@ -65,13 +65,53 @@ jax.tree_util.register_pytree_node(
 )
 
 
+class Steps(NamedTuple):
+    """What some steps lead to; of one lane, or with a first axis for the lanes."""
+
+    state: PyTree
+    info: PyTree
+    """What the solver says of the last of them; zeros where there is none."""
+    finite: np.ndarray
+    """Whether the state after them is finite, shape []."""
+    failed: np.ndarray
+    """At how many of the steps each of the solver's assumptions failed, shape [assumptions]."""
+    numbers: np.ndarray
+    """`scalars` of info, shape [columns]."""
+
+
+class At(NamedTuple):
+    """Where a run stands; of one lane, or with a first axis for the lanes."""
+
+    step: int
+    """How many steps have been done."""
+    state: PyTree
+    info: PyTree
+    """What the solver says of the last step; zeros before the first."""
+    numbers: np.ndarray
+    """`scalars` of info, shape [columns]."""
+    failed: np.ndarray
+    """At how many of the steps each of the solver's assumptions failed, shape [assumptions]."""
+
+    def after(self, num_steps: int, steps: Steps) -> "At":
+        """Where the run stands when `steps`, of which there are `num_steps`, are done."""
+        return At(self.step + num_steps, steps.state, steps.info, steps.numbers, self.failed + steps.failed)
+
+    def lane(self, many: Many, k: int) -> "At":
+        """Where lane k stands."""
+        return At(self.step, *lane((self.state, self.info, self.numbers, self.failed), many, k))
+
+
 class Compiled(NamedTuple):
     """The compiled functions of a run."""
 
-    init: Callable
-    advance: Callable
-    measure: Callable
-    output: Callable
+    init: Callable[[], PyTree]
+    """() -> the state before the first step, of all lanes like all states here but that of `output`."""
+    advance: Callable[[PyTree, int, int], Steps]
+    """(state, start, num_steps) -> `Steps`; returns when they are done."""
+    measure: Callable[[PyTree], Array]
+    """(state) -> the fields of `Measurement`, shape [fields]."""
+    output: Callable[[PyTree], tuple[PyTree, PyTree]]
+    """(state of one lane) -> (x, y)."""
 
 
 def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
@@ -85,6 +125,15 @@ def scalars(info: PyTree) -> dict[str, Array]:
     """The numbers among the fields of a step's info: columns of the record."""
     fields = info._asdict() if hasattr(info, "_asdict") else {}
     return {name: value for name, value in fields.items() if getattr(value, "shape", None) == ()}
+
+
+def numbers_of(info: PyTree) -> np.ndarray:
+    """The `scalars` of one lane's info as one vector of floats, shape [columns]: as `Steps` has them."""
+    return np.asarray(_vector([*scalars(info).values()]))
+
+
+def _vector(numbers: list[Any]) -> Array:
+    return jnp.stack([jnp.asarray(number, float) for number in numbers]) if numbers else jnp.zeros(0)
 
 
 def _all_finite(state: PyTree) -> Array:
@@ -128,8 +177,7 @@ def advance_lanes(
         problem: BilevelProblem, solver: Solver, start: Array, num_steps: Array, state: PyTree, key: Array
     ) -> tuple[PyTree, PyTree, Array]:
         state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
-        summary = [_all_finite(state), *failed, *scalars(info).values()]
-        return state, info, jnp.stack([jnp.asarray(number, float) for number in summary])
+        return state, info, _vector([_all_finite(state), *failed, *scalars(info).values()])
 
     return _each(one, many, (problem, solver, start, num_steps), state, key)
 
@@ -147,20 +195,24 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
 
 
 def compiled(problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable) -> Compiled:
-    """The functions of a run: init(), advance(state, start, num_steps), measure(state), output(state of one lane)."""
+    """The functions of a run of `solver` on `problem`; `key` is one key, or many of shape [lanes]."""
     flat_problem: Any = _Flat(problem)
     flat_solver: Any = _Flat(solver)
     output = full_precision(partial(solver.output, problem))
+    numbers_begin = 1 + len(solver.assumptions)
+
+    def advanced(state: PyTree, start: int, num_steps: int) -> Steps:
+        state, info, summary = advance_lanes(flat_problem, flat_solver, state, key, start, num_steps, many)
+        table = np.asarray(summary)  # waits for the steps, whose results come all at once
+        failed = table[..., 1:numbers_begin].astype(int)
+        return Steps(state, info, table[..., 0] != 0, failed, table[..., numbers_begin:])
 
     def measured(state: PyTree) -> Array:
         x, y = (jax.vmap(output) if many else output)(state)
         return measure_lanes(flat_problem, x, y, many, measure)
 
     return Compiled(
-        init=lambda: init(flat_problem, flat_solver, key, many),
-        advance=lambda state, start, n: advance_lanes(flat_problem, flat_solver, state, key, start, n, many),
-        measure=measured,
-        output=output,
+        init=lambda: init(flat_problem, flat_solver, key, many), advance=advanced, measure=measured, output=output
     )
 
 
@@ -169,20 +221,18 @@ def lane(tree: PyTree, many: Many, k: int) -> PyTree:
     return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
 
 
-def last_finite(
-    lanes: Compiled, state: PyTree, start: int, piece: int, many: Many, k: int
-) -> tuple[int, PyTree, PyTree, np.ndarray]:
-    """(step, state, info) just before lane k turned non-finite, by bisection, since every path is repeatable; and the
-    summary from `start` to the step that did it.
+def last_finite(lanes: Compiled, at: At, num_steps: int, many: Many, k: int) -> At:
+    """Where lane k stood just before it turned non-finite, within `num_steps` steps after `at`; with the failed
+    assumptions of the step that did it, too. By bisection, since every path is repeatable.
     """
-    good, bad = 0, piece
-    best, info, *_ = lanes.advance(state, start, 0)
+    good, bad = 0, num_steps
+    best = lanes.advance(at.state, at.step, 0)
     while bad - good > 1:
         middle = (good + bad) // 2
-        trial, trial_info, summary = lanes.advance(state, start, middle)
-        if lane(np.asarray(summary), many, k)[0]:
-            good, best, info = middle, trial, trial_info
+        trial = lanes.advance(at.state, at.step, middle)
+        if lane(trial.finite, many, k):
+            good, best = middle, trial
         else:
             bad = middle
-    summary = lane(np.asarray(lanes.advance(state, start, bad)[2]), many, k)
-    return start + good, *lane((best, info), many, k), summary
+    failed = lanes.advance(at.state, at.step, bad).failed
+    return at.after(good, best._replace(failed=failed)).lane(many, k)
