@@ -1,46 +1,149 @@
 """bilevax: bilevel optimisation in JAX, with certified hypergradients.
 
 Start with `BilevelProblem`, `solve`, `hypergradient` and `implicit_objective`; solvers are in `bilevel.solvers`.
+
+The solvers are spelt out for readers and type checkers; a file that is new in `bilevel/solvers` is found without that,
+and tests/test_face.py asks for its name here.
 """
 
-# ruff: noqa: F401, F403
-import difflib
-from typing import Any
+import typing as _typing
 
-from bilevel import (
-    data,
-    diagnostics,
-    linear,
-    lower,
-    oracles,
-    report,
-    run,
-    sets,
-    solver,
-    solvers,
-    step,
-    struct,
-)
-from bilevel.backend import moved
+from bilevel import data, diagnostics, linear, lower, oracles, report, run, sets, solver, solvers, step, struct, theory
+from bilevel.backend import moved as _moved
 from bilevel.data import Full, Minibatch, PerSample, Source
 from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
-from bilevel.record import OracleCount, Record, Solution, SolveError, Status
+from bilevel.record import OracleCount, Record, Row, Solution, SolveError, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
 from bilevel.solver import Solver, Unsupported
-from bilevel.solvers import *  # every solver found in bilevel/solvers, by discovery
+from bilevel.solvers.coupled.bicgaffa import BiCGAFFA
+from bilevel.solvers.coupled.blocc import BLOCC
+from bilevel.solvers.coupled.f2cba import F2CBA
+from bilevel.solvers.coupled.lvhba import LVHBA
+from bilevel.solvers.coupled.sflcb import SFLCB
+from bilevel.solvers.implicit.aid import AID
+from bilevel.solvers.implicit.amigo import AmIGO
+from bilevel.solvers.implicit.itd import ITD
+from bilevel.solvers.implicit.saba import SABA
+from bilevel.solvers.implicit.soba import SOBA
+from bilevel.solvers.implicit.stocbio import StocBiO
+from bilevel.solvers.penalty.bome import BOME
+from bilevel.solvers.penalty.bvfsm import BVFSM
+from bilevel.solvers.penalty.f2sa import F2SA, ProxF2SA
+from bilevel.solvers.penalty.gpbgd import GPBGD
+from bilevel.solvers.penalty.meha import MEHA
+from bilevel.solvers.penalty.vpbgd import VPBGD
+from bilevel.solvers.polyhedral.aipod import AiPOD
+from bilevel.solvers.polyhedral.ds_blo import DSBLO
+from bilevel.solvers.polyhedral.dsigd import DSIGD
+from bilevel.solvers.polyhedral.pigd import PIGD
+from bilevel.solvers.polyhedral.ssigd import SSIGD
+from bilevel.solvers.sampled.at import AT
+from bilevel.solvers.sampled.per_sample_penalty import PerSamplePenalty
+from bilevel.solvers.sampled.sampled_penalty import SampledPenalty
+from bilevel.step import StepSize
 from bilevel.struct import InvalidInput
 
+__all__ = [
+    "AID",
+    "AT",
+    "BLOCC",
+    "BOME",
+    "BVFSM",
+    "CG",
+    "DSBLO",
+    "DSIGD",
+    "F2CBA",
+    "F2SA",
+    "GMRES",
+    "GPBGD",
+    "ITD",
+    "LVHBA",
+    "MEHA",
+    "MINRES",
+    "PIGD",
+    "SABA",
+    "SFLCB",
+    "SOBA",
+    "SSIGD",
+    "VPBGD",
+    "ActiveSet",
+    "AiPOD",
+    "AmIGO",
+    "AsGiven",
+    "Ball",
+    "BiCGAFFA",
+    "BilevelProblem",
+    "Box",
+    "CheckpointError",
+    "Constants",
+    "Dense",
+    "FixedPoint",
+    "Full",
+    "Hypergradient",
+    "InvalidInput",
+    "LinearCoupling",
+    "Minibatch",
+    "Minimize",
+    "Neumann",
+    "Newton",
+    "OracleCount",
+    "PerSample",
+    "PerSamplePenalty",
+    "Polyhedron",
+    "Product",
+    "ProjectedNewton",
+    "ProxF2SA",
+    "Reals",
+    "Record",
+    "Row",
+    "SampledPenalty",
+    "Separable",
+    "Simplex",
+    "SmoothCoupling",
+    "Solution",
+    "SolveError",
+    "Solver",
+    "Source",
+    "Stats",
+    "Status",
+    "StepSize",
+    "StocBiO",
+    "Unrolled",
+    "Unsupported",
+    "advance",
+    "checkpoint",
+    "data",
+    "diagnostics",
+    "hypergradient",
+    "implicit_objective",
+    "linear",
+    "lower",
+    "oracles",
+    "report",
+    "run",
+    "sets",
+    "solve",
+    "solve_many",
+    "solver",
+    "solvers",
+    "step",
+    "struct",
+    "theory",
+]
 
-def __getattr__(name: str) -> Any:
-    """Only reached for names that do not exist; it also tells type checkers that discovery adds names."""
-    if (module := moved.attribute(__name__, name)) is not None:
-        return module
-    near = difflib.get_close_matches(name, globals(), n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise AttributeError(f"module 'bilevel' has no attribute {name!r}.{hint}")
+__version__ = _moved.version()
+
+if not _typing.TYPE_CHECKING:  # to a type checker, other names are errors
+
+    def __getattr__(name):
+        """A solver that is only a file, a module by its old name, or an error with the nearest name."""
+        return _moved.lookup(__name__, name, solvers.ALL, __all__)
+
+    def __dir__():
+        return [*__all__, "__version__"]

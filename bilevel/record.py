@@ -2,9 +2,9 @@
 
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,56 @@ class Measurement(NamedTuple):
     """|y - y(x)|/(1 + |y(x)|) at the solver's y."""
 
 
-Check = Callable[[Any, PyTree, PyTree, list[dict[str, float]]], tuple[dict[str, float], list[str]]]
+class Row(TypedDict):
+    """One measurement of a run, a row of its record.
+
+    Beside these stand the numbers of the solver's own `info`, by their names there.
+    """
+
+    step: int
+    """Steps done, >= 0."""
+    value: float
+    """F(x), with the lower level solved again by the referee."""
+    hypergradient: float
+    """The norm of the projected gradient mapping of F at x."""
+    lower_residual: float
+    """The norm of R(x, y) at the *solver's* y."""
+    violation: float
+    """The distance of (x, y) to the sets, and the norm of the coupling's violations."""
+    oracles: float
+    """Oracle calls so far, in passes over the data (`OracleCount.passes`)."""
+    time: float
+    """Seconds that the solver took, without compiling and measuring."""
+    error_bound: float
+    """A bound or an estimate of the error of the measured hypergradient."""
+    status: int
+    """The `Status` of the measured hypergradient."""
+
+
+class Stats(TypedDict):
+    """What a run was, and what it cost."""
+
+    solver: str
+    """The solver's class."""
+    steps: int
+    """Steps done, >= 0."""
+    tol: float
+    """The tolerance that was in force."""
+    setup_time: float
+    """Seconds of set-up, most of them compilation."""
+    solve_time: float
+    """Seconds that the solver took."""
+    measure_time: float
+    """Seconds that the referee took."""
+    oracles: float
+    """Oracle calls in passes over the data (`OracleCount.passes`)."""
+    cost: dict[str, int]
+    """Oracle calls of one step, by kind."""
+    failed: dict[str, int]
+    """An assumption of the method that steps saw fail, as a sentence: at how many of them."""
+
+
+Check = Callable[[Any, PyTree, PyTree, list[Row]], tuple[dict[str, float], list[str]]]
 
 
 @dataclass(frozen=True)
@@ -191,21 +240,15 @@ class Referee:
 
 
 class Record:
-    """The measurements of a run, a row per measured step.
+    """The measurements of a run, a `Row` for each measured step: `rows` by rows, `record["value"]` by columns."""
 
-    Columns: step; value = F(x) with the lower level solved again by the referee; hypergradient = norm of the projected
-    gradient mapping of F; lower_residual = norm of R(x, y) at the *solver's* y; violation = distance to the sets;
-    oracles = passes over the data (`OracleCount.passes`); time = solver seconds, without compiling and measuring; and
-    error_bound and status of the measured hypergradient.
-    """
-
-    def __init__(self, rows: list[dict[str, float]] | None = None) -> None:
-        """Start from `rows`, one dictionary a row."""
-        self.rows: list[dict[str, float]] = list(rows or [])
+    def __init__(self, rows: Iterable[Mapping[str, Any]] | None = None) -> None:
+        """Start from `rows`, one mapping of numbers by column each."""
+        self.rows: list[Row] = [cast(Row, row) for row in rows or ()]
 
     def append(self, **row: float) -> None:
         """Add a row."""
-        self.rows.append(row)
+        self.rows.append(cast(Row, row))
 
     def __len__(self) -> int:
         """The number of rows."""
@@ -217,7 +260,8 @@ class Record:
 
     def encode(self) -> list[dict[str, str]]:
         """The rows with each number as hexadecimal text: exact, and JSON has no word for NaN."""
-        return [{name: float(value).hex() for name, value in row.items()} for row in self.rows]
+        rows = cast(list[dict[str, float]], self.rows)
+        return [{name: float(value).hex() for name, value in row.items()} for row in rows]
 
     @classmethod
     def decode(cls, rows: list[dict[str, str]]) -> "Record":
@@ -231,10 +275,13 @@ class Solution:
     """What `solve` returns; printing it gives the report.
 
     Attributes:
-        x, y: the solver's output. status: a `Status`. record: a `Record`.
-        stats: dictionary with steps, setup_time (compile), solve_time, measure_time in seconds, oracles, solver, tol;
-            failed = {assumption of the method that steps saw fail: at how many of them}.
-        state: the solver's state, for `advance`. info: the last step's information from the solver.
+        x: the solver's upper variable.
+        y: the solver's lower variable.
+        status: how the run ended, a `Status`.
+        record: what was measured on the way, a `Record`.
+        stats: what the run was and what it cost, a dictionary with the entries of `Stats`.
+        state: the solver's state, from which `advance` goes on.
+        info: what the solver shows of its last step.
     """
 
     def __init__(
@@ -243,20 +290,13 @@ class Solution:
         y: PyTree,
         status: Status,
         record: Record,
-        stats: dict[str, Any],
+        stats: Stats,
         state: PyTree,
         info: PyTree,
     ) -> None:
         """Collect the parts."""
-        self.x, self.y, self.status, self.record, self.stats, self.state, self.info = (
-            x,
-            y,
-            status,
-            record,
-            stats,
-            state,
-            info,
-        )
+        self.x, self.y, self.status, self.record = x, y, status, record
+        self.stats, self.state, self.info = stats, state, info
 
     def __str__(self) -> str:
         """Header, table and footer."""
@@ -264,10 +304,8 @@ class Solution:
 
     def __repr__(self) -> str:
         """One line."""
-        last = self.record.rows[-1] if self.record.rows else {}
-        return (
-            f"Solution(status={self.status.name}, steps={self.stats.get('steps')}, F={last.get('value', math.nan):.6g})"
-        )
+        value = self.record.rows[-1]["value"] if self.record.rows else math.nan
+        return f"Solution(status={self.status.name}, steps={self.stats['steps']}, F={value:.6g})"
 
 
 class SolveError(RuntimeError):
@@ -291,7 +329,7 @@ def header() -> str:
     return f"{line}\n{'-' * len(line)}"
 
 
-def row_text(row: dict[str, float]) -> str:
+def row_text(row: Row) -> str:
     """One aligned row."""
     cells = (
         f"{int(row['step'])}", f"{row['value']:.7g}", f"{row['hypergradient']:.3e}", f"{row['lower_residual']:.3e}",

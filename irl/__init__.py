@@ -10,9 +10,9 @@ what an MDP is are in `irl.solvers`; they run under `bilevel.solve` as all other
 Deep: `environments`, the agent `SAC`, `DeepReward`, `expert`; solvers in `irl.solvers` again, under the same `solve`.
 """
 
-# ruff: noqa: F403
-from typing import Any
+import typing as _typing
 
+from bilevel.backend import moved as _moved
 from irl import demonstrations, mdp, rewards, solvers
 from irl.deep import control, environments, expert
 from irl.deep.control import ControlImitation, DeepReward, to_control
@@ -22,7 +22,15 @@ from irl.demonstrations import Demonstrations, sample
 from irl.mdp import MDP, Successors
 from irl.problem import ImitationProblem
 from irl.rewards import LinearReward, NetworkReward, Reward, TableReward, TwoLayerReward
-from irl.solvers import *  # every solver found in irl/solvers, by discovery
+from irl.solvers.airl import AIRL
+from irl.solvers.bc import BC
+from irl.solvers.deepmlirl import DeepMLIRL
+from irl.solvers.firl import FIRL
+from irl.solvers.gail import GAIL
+from irl.solvers.iqlearn import IQLearn
+from irl.solvers.mceirl import MCEIRL
+from irl.solvers.mlirl import MLIRL
+from irl.solvers.neuralirl import NeuralIRL
 from irl.tabular import diagnostics, soft, spec
 from irl.tabular.diagnostics import EarlyStopping
 from irl.tabular.soft import occupancy, policy, value_iteration
@@ -35,34 +43,42 @@ from irl.tabular.spec import (
     to_bilevel,
 )
 
-__all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
-    "to_control",
-    "make",
-    "expert",
-    "environments",
-    "control",
-    "Tabular",
-    "Environment",
-    "DeepReward",
+__all__ = [
+    "AIRL",
+    "BC",
+    "FIRL",
+    "GAIL",
+    "MCEIRL",
+    "MDP",
+    "MLIRL",
     "SAC",
     "Absorbing",
     "ControlImitation",
-    "ImitationProblem",
-    "TabularImitation",
-    "MDP",
+    "DeepMLIRL",
+    "DeepReward",
     "Demonstrations",
     "EarlyStopping",
+    "Environment",
+    "IQLearn",
+    "ImitationProblem",
     "LinearReward",
     "NetworkReward",
+    "NeuralIRL",
     "Reward",
     "Successors",
     "TableReward",
+    "Tabular",
+    "TabularImitation",
     "TwoLayerReward",
     "constants",
+    "control",
     "demonstrations",
     "diagnostics",
+    "environments",
+    "expert",
     "expert_occupancy",
     "likelihood_gradient",
+    "make",
     "mdp",
     "occupancy",
     "policy",
@@ -73,11 +89,17 @@ __all__ = [  # pyright: ignore[reportUnsupportedDunderAll]
     "spec",
     "start_measure",
     "to_bilevel",
+    "to_control",
     "value_iteration",
-    *solvers.ALL,
 ]
 
+__version__ = _moved.version()
 
-def __getattr__(name: str) -> Any:
-    """Only reached for names that do not exist; it also tells type checkers that discovery adds names."""
-    raise AttributeError(f"module 'irl' has no attribute {name!r}; solvers are {', '.join(solvers.ALL)}.")
+if not _typing.TYPE_CHECKING:  # to a type checker, other names are errors
+
+    def __getattr__(name):
+        """A solver that is only a file, a module by its old name, or an error with the nearest name."""
+        return _moved.lookup(__name__, name, solvers.ALL, __all__)
+
+    def __dir__():
+        return [*__all__, "__version__"]

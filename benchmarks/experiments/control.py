@@ -81,7 +81,8 @@ def solver_of(method: str, name: str) -> Imitation:
         return kind(**settings)
     slow = {"learning_rate": RATES.get(name, 5e-5)} if kind in (irl.DeepMLIRL, irl.FIRL) else {}
     pair = {"num_rollouts": 2} if kind is irl.FIRL else {}  # a covariance needs two
-    return kind(**(settings | LONG | slow | pair))
+    chosen: dict[str, Any] = settings | LONG | slow | pair
+    return kind(**chosen)
 
 
 def agent_of(method: str, name: str) -> irl.SAC:
@@ -168,6 +169,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
     final = expert.play(environment, agent, solution.y, key_final, num=100 if cell.environment in GYMNAX else 10)
     goal, floor = float(np.mean(demonstrations.returns)), float(jnp.mean(shuffled.returns))
     reached = float(jnp.mean(final.returns))
+    rows: list[Any] = list(solution.record.rows)
     return {
         **dataclasses.asdict(cell), "settings": settings_of(cell),
         "return": reached, "return_std": float(jnp.std(final.returns)), "expert": goal,
@@ -176,7 +178,7 @@ def run(cell: Cell, demonstrations: irl.Demonstrations, checkpoint: Path) -> dic
         "env_steps": int(solution.state.env_steps), "solve_minutes": solution.stats["solve_time"] / 60,
         "setup_minutes": solution.stats["setup_time"] / 60, "minutes": (time.perf_counter() - begin) / 60,
         "status": solution.status.name, "device": jax.devices()[0].platform, "load": os.getloadavg()[0],
-        "record": [{name: float(value) for name, value in row.items()} for row in solution.record.rows],
+        "record": [{name: float(value) for name, value in row.items()} for row in rows],
     }  # fmt: skip
 
 

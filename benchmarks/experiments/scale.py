@@ -82,7 +82,7 @@ def unknowns(size: int) -> Runs:
     )  # fmt: skip
     given = dataclasses.replace(problem, lower=bilevel.Minimize(separable_lower, diagonal=lambda x, y, batch: batch))
     boxed = dataclasses.replace(problem, y_set=bilevel.Box(-10.0, 10.0))
-    found = {}
+    found: Runs = {}
     for name, cls in bilevel.solvers.ALL.items():
         taken, title = (given, f"{name} (diagonal given)") if name in EXACT else (problem, name)
         if cls().unsupported(taken) is None:

@@ -13,13 +13,14 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import diagnostics, oracles
 from bilevel.diagnostics.checks import TOLERANCE
+from bilevel.record import Row
 
 PyTree = Any
 LARGEST = 1000  # lower-level unknowns: dense matrices stay quick below, a second at 650
 FIELDS = ("value", "gradient", "hypergradient", "lower_residual", "lower_gap", "violation")
 
 
-def judge(instance: Any, x: PyTree, y: PyTree, rows: list[dict[str, float]]) -> dict[str, Any]:
+def judge(instance: Any, x: PyTree, y: PyTree, rows: list[Row]) -> dict[str, Any]:
     """What an independent computation says of the last row of a run that ended at (x, y).
 
     Returns:

@@ -158,7 +158,7 @@ class Active:
         """Of the runs of `solver` on `problem`."""
         self.problem, self.solver, self.rows, self.last = problem, solver, [], None
 
-    def __call__(self, step: int, state: PyTree, row: dict[str, float]) -> None:
+    def __call__(self, step: int, state: PyTree, row: bilevel.Row) -> None:
         """Add a row: oracles, time, count, changed."""
         now = np.asarray(_active(self.problem, *self.solver.output(self.problem, state)))
         changed = 0 if self.last is None else int((now != self.last).sum())

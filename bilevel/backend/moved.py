@@ -1,10 +1,13 @@
 """Modules by the names that they had in version 0.1.0: they keep working for one version, with a DeprecationWarning."""
 
+import difflib
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.metadata
 import sys
 import warnings
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -95,10 +98,28 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         sys.modules[module.__name__] = importlib.import_module(new)
 
 
-def attribute(package: str, name: str) -> ModuleType | None:
-    """`package.name` where that is the old name of a module, else None: for the `__getattr__` of packages."""
+def lookup(package: str, name: str, solvers: Mapping[str, Any], names: Iterable[str]) -> Any:
+    """`package.name` for the `__getattr__` of packages: one of `solvers`, or a module by its old name.
+
+    Raises:
+        AttributeError: neither. The message has the nearest of `names`.
+    """
+    if name in solvers:
+        return solvers[name]
     old = f"{package}.{name}"
-    return importlib.import_module(old) if old in MOVED else None
+    if old in MOVED:
+        return importlib.import_module(old)
+    near = difflib.get_close_matches(name, [*names, *solvers], n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {package!r} has no attribute {name!r}.{hint}")
+
+
+def version() -> str:
+    """The installed version, or "0" where the packages are used from a folder without being installed."""
+    try:
+        return importlib.metadata.version("bilevax")
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
 
 
 if not any(isinstance(finder, _Finder) for finder in sys.meta_path):

@@ -7,9 +7,10 @@ from bilevel import reference
 from bilevel.backend.tree import norm
 from bilevel.diagnostics.measures import gradient_mapping
 from bilevel.problem import BilevelProblem, Minimize
+from bilevel.record import Row
 
 PyTree = Any
-Rows = list[dict[str, float]]
+Rows = list[Row]
 TOLERANCE = 1e-6
 KINK = 1e-5  # margin below which F has a kink to the reference, and one-sided gradients do not compare
 MISSED = 1e-4  # relative to 1 + |g|: how much lower SciPy may find the lower level than the measurement did

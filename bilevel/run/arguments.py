@@ -13,6 +13,7 @@ from jax import Array
 
 from bilevel.diagnostics import BY_VALUE, IMPLICIT, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
+from bilevel.record import Row
 from bilevel.solver import Solver
 from bilevel.struct import invalid
 
@@ -62,7 +63,7 @@ class Arguments:
     every: int | None = None
     tol: float | None = None
     time_limit: float | None = None
-    callback: Callable[[int, PyTree, dict[str, float]], bool | None] | None = None
+    callback: Callable[[int, PyTree, Row], bool | None] | None = None
     checkpoint: str | os.PathLike | None = None
     progress: bool | None = None
     measure: Referee | Callable | None = None

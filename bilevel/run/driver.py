@@ -21,7 +21,7 @@ from bilevel import report
 from bilevel.backend import sharding
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.problem import BilevelProblem
-from bilevel.record import Record, Solution, SolveError, Status
+from bilevel.record import Record, Row, Solution, SolveError, Stats, Status
 from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
@@ -45,7 +45,7 @@ def solve(
     every: int | None = None,
     tol: float | None = None,
     time_limit: float | None = None,
-    callback: Callable[[int, PyTree, dict[str, float]], bool | None] | None = None,
+    callback: Callable[[int, PyTree, Row], bool | None] | None = None,
     checkpoint: str | os.PathLike | None = None,
     progress: bool | None = None,
     throw: bool = False,
@@ -317,7 +317,7 @@ class Driver:
         failed = dict(zip(self.solver.assumptions, at.failed.tolist(), strict=True))
         status = last_word(self.solver, status, at.step, failed, self.records[k].rows[-1])
         x, y = self.lanes.output(at.state)
-        stats = {
+        stats: Stats = {
             "solver": type(self.solver).__name__, "steps": at.step, "tol": self.tol, "setup_time": self.clock.setup,
             "solve_time": self.clock.solve, "measure_time": self.clock.measure, "oracles": at.step * self.passes,
             "cost": self.cost.as_dict(),

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bilevel.record import Row
 from bilevel.struct import invalid
 from irl.tabular import soft
 from irl.tabular.spec import TabularImitation
@@ -79,7 +80,7 @@ class EarlyStopping:
         self.held_out, self.patience = held_out, patience
         self.x, self.value, self.step, self.waited = None, float("inf"), None, 0
 
-    def __call__(self, step: int, state: Any, row: dict[str, float]) -> bool:
+    def __call__(self, step: int, state: Any, row: Row) -> bool:
         """True when `patience` measurements in a row were no better than the best."""
         value = float(objective(self.held_out, state.x))
         if value < self.value:

@@ -1,0 +1,54 @@
+"""The public face: what `bilevel` and `irl` show of themselves is spelt out, complete and nothing else."""
+
+import importlib.metadata
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import bilevel
+import irl
+from bilevel.backend import moved
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("package", [bilevel, irl])
+def test_solvers_that_are_spelt_out_are_those_that_are_found(package):
+    shown = {name for name in package.__all__ if isinstance(getattr(package, name), type)}
+    listed = {name for name in shown if issubclass(getattr(package, name), bilevel.Solver)} - {"Solver"}
+    assert listed == set(package.solvers.ALL), f"write it in {package.__name__}/__init__.py and in its __all__"
+    for name in listed:
+        assert getattr(package, name) is package.solvers.ALL[name]
+
+
+@pytest.mark.parametrize("package", [bilevel, irl])
+def test_dir_is_the_list_and_the_version(package):
+    assert len(set(package.__all__)) == len(package.__all__)
+    assert sorted(dir(package)) == sorted([*package.__all__, "__version__"])
+    for name in package.__all__:
+        owner = getattr(package, name)
+        module = owner.__name__ if isinstance(owner, ModuleType) else getattr(owner, "__module__", package.__name__)
+        assert module.partition(".")[0] in ("bilevel", "irl", "types"), f"{package.__name__}.{name} is {module}'s"
+
+
+@pytest.mark.parametrize("name", ["bilevel", "irl", "problems", "benchmarks"])
+def test_packages_are_typed(name):
+    assert (ROOT / name / "py.typed").is_file()
+
+
+def test_an_unknown_name_has_a_near_one():
+    with pytest.raises(AttributeError, match=r"module 'bilevel' has no attribute 'SOBBA'\. Did you mean 'SOBA'\?"):
+        bilevel.SOBBA  # noqa: B018
+    with pytest.raises(AttributeError, match=r"module 'irl' has no attribute 'MLIRLL'\. Did you mean 'MLIRL'\?"):
+        irl.MLIRLL  # noqa: B018
+
+
+def test_the_version_is_the_distributions(monkeypatch):
+    assert bilevel.__version__ == irl.__version__ == importlib.metadata.version("bilevax")
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", absent)
+    assert moved.version() == "0"  # in a folder that is not installed there is none to tell
