@@ -4,7 +4,9 @@ LLVM does not optimise here: compiling is most of what the tests cost, and takes
 as users get it: `XLA_FLAGS=--xla_backend_optimization_level=3 pytest`; the README's `bilevax run` is judged with it.
 """
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -27,6 +29,13 @@ def _forget_compiled_functions() -> Iterator[None]:
     """Free what a file has compiled: with thousands of executables alive, XLA runs out of memory maps and crashes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def program() -> Callable[[str], list[str]]:
+    """The command that runs a file of tests/programs, by its name: what a test starts in a process of its own."""
+    folder = Path(__file__).parent / "tests" / "programs"
+    return lambda name: [sys.executable, str(folder / f"{name}.py")]
 
 
 @pytest.fixture

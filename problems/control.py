@@ -36,14 +36,15 @@ def learner_of(name: str) -> SAC:
 
 
 @functools.cache
-def _environment(name: str) -> Environment:
+def environment_of(name: str) -> Environment:
+    """The environment of a name, made once a process."""
     return irl.make(name)
 
 
 @functools.cache
 def _teacher(name: str, steps: int, precision: str) -> Weights:
     """The expert's policy; the precision is part of the key, since arrays of another would not fit."""
-    environment = _environment(name)
+    environment = environment_of(name)
     return expert.train(
         environment, jax.random.key(0), agent=expert.agent_of(environment, name), num_steps=steps
     ).weights
@@ -80,7 +81,7 @@ def make(
     for name, number in (("trajectories", trajectories), ("hidden", 1 if hidden is None else hidden)):
         if not (isinstance(number, int) and number >= 1):
             invalid(f"{name} (control)", number, "a whole number >= 1", "Give a count.")
-    world, precision = _environment(environment), str(jnp.zeros((), float).dtype)
+    world, precision = environment_of(environment), str(jnp.zeros((), float).dtype)
     steps = expert.steps_of(environment) if expert_steps is None else expert_steps
     teacher, teaches = _teacher(environment, steps, precision), expert.agent_of(world, environment)
     key_shown, key_played, key_random = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 3)

@@ -108,8 +108,8 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
             held.key, held.instance = None, build_instance(cell.problem, cell.seed)
             held.key = cell.problem, cell.seed
         if processes.leads():
-            _describe(instance_path(folder, cell.problem, cell.seed), held.instance)
-        result |= _run(cell, held.instance, held.solvers[text], path, held.live)
+            describe(instance_path(folder, cell.problem, cell.seed), held.instance)
+        result |= run_instance(cell, held.instance, held.solvers[text], path, held.live)
     except FolderError:
         raise
     except bilevel.Unsupported as error:
@@ -123,7 +123,7 @@ def run_cell(folder: Path, index: int, cell: Cell, held: Held) -> bool:
     return True
 
 
-def _describe(path: Path, instance: Any) -> None:
+def describe(path: Path, instance: Any) -> None:
     """Write what is known of an instance: its sizes, optimum and the baselines' metrics."""
     if path.exists():
         return
@@ -174,7 +174,8 @@ def _active(problem: bilevel.BilevelProblem, x: PyTree, y: PyTree) -> jax.Array:
     return jax.numpy.concatenate([*(jax.numpy.ravel(part) for part in near), values >= -ACTIVE])
 
 
-def _run(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path, live: bool) -> dict[str, Any]:
+def run_instance(cell: Cell, instance: Any, solver: bilevel.Solver, path: Path, live: bool) -> dict[str, Any]:
+    """Solve one cell and judge the end: what its file holds; the end itself goes beside it, as a .npz."""
     active = Active(instance.problem, solver) if instance.problem.constrained_lower else None
     solution = bilevel.solve(
         instance.problem, solver, key=jax.random.key(cell.seed), max_steps=step_limit(cell, instance.problem, solver),

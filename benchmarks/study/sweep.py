@@ -70,7 +70,7 @@ _own = threading.local()  # of a worker: some backends run a worker's cells in t
 _taken: dict[Path, FileLock | None] = {}
 
 
-def _task(place: Place, index: int, cell: Cell) -> int:
+def task(place: Place, index: int, cell: Cell) -> int:
     """Run one cell in a worker; return its number."""
     if _finished(place.folder, index, cell):  # a cluster that has lost what a worker answered asks once more
         return index
@@ -80,8 +80,8 @@ def _task(place: Place, index: int, cell: Cell) -> int:
         os.environ["XLA_FLAGS"] = place.flags
     if place.slots is not None and place.slots not in _taken:  # this process's first cell
         _taken[place.slots] = None
-        _end_with(place.parent)
-        _take_share(place)
+        end_with(place.parent)
+        take_share(place)
     with jax.enable_x64(place.precision == 64):
         key = place.folder, place.precision
         if getattr(_own, "key", None) != key:
@@ -90,7 +90,7 @@ def _task(place: Place, index: int, cell: Cell) -> int:
     return index
 
 
-def _end_with(parent: int | None) -> None:
+def end_with(parent: int | None) -> None:
     """End this process within a second of its parent's end: a killed sweep's workers would wait for minutes."""
 
     def watch() -> None:
@@ -102,7 +102,7 @@ def _end_with(parent: int | None) -> None:
         threading.Thread(target=watch, daemon=True).start()
 
 
-def _take_share(place: Place) -> None:
+def take_share(place: Place) -> None:
     """Bind all threads of this process to a share of the cores that no living worker has; once."""
     if place.slots is None or not hasattr(os, "sched_setaffinity"):
         return
@@ -183,10 +183,10 @@ def _results(place: Place, cells: list[Cell], batch: list[int], workers: int, ba
     if backend == "dask":  # by its own client: joblib 1.6 waits for ever for a task that dask has given up
         from dask.distributed import as_completed, get_client
 
-        futures = [get_client().submit(_task, place, index, cells[index], pure=False) for index in batch]
+        futures = [get_client().submit(task, place, index, cells[index], pure=False) for index in batch]
         yield from (future.result() for future in as_completed(futures))
         return
-    tasks = (joblib.delayed(_task)(place, index, cells[index]) for index in batch)
+    tasks = (joblib.delayed(task)(place, index, cells[index]) for index in batch)
     limits = {"inner_max_num_threads": len(cores())} if backend == LOCAL else {}  # joblib's own limit changes sums
     with joblib.parallel_config(backend=backend, **limits), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)  # loky renews large ones

@@ -3,7 +3,6 @@
 import json
 import statistics
 import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -35,17 +34,9 @@ def finished(tmp_path_factory):
     return call(*ARGUMENTS, "--out", folder, "--json"), folder
 
 
-def test_help_and_version_import_nothing_heavy():
-    code = (
-        "import sys, benchmarks.cli as c\n"
-        "names = 'list run sweep show compare report'.split()\n"
-        "for arguments in [['--help'], *[[name, '--help'] for name in names]]:\n"
-        "    try: c.app(arguments)\n"
-        "    except SystemExit as end: assert end.code == 0\n"
-        "heavy = {'jax', 'numpy', 'matplotlib', 'scipy', 'bilevel', 'problems'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+@pytest.mark.process
+def test_help_and_version_import_nothing_heavy(program):
+    done = subprocess.run(program("light_help"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Examples:") == 7
     assert "[upper_step_size=adam(0.05)]" in done.stdout  # not swallowed as markup
@@ -225,7 +216,7 @@ def test_an_exception_is_a_row_and_is_tried_again(finished, tmp_path, monkeypatc
 
 
 def test_ctrl_c_keeps_finished_cells(finished, tmp_path, monkeypatch):
-    real, calls = runner._run, []
+    real, calls = runner.run_instance, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -233,7 +224,7 @@ def test_ctrl_c_keeps_finished_cells(finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(runner, "_run", interrupted)
+    monkeypatch.setattr(runner, "run_instance", interrupted)
     result = call(*ARGUMENTS, "--out", tmp_path / "out", "--no-plot", "--json")
     assert result.exit_code == 130
     assert [r["status"] for r in json.loads(result.stdout)["results"]] == ["CONVERGED"] + ["UNFINISHED"] * 3

@@ -5,7 +5,6 @@ import json
 import os
 import stat
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -39,9 +38,9 @@ def quick(synthetic, monkeypatch):
         }
 
     known = {"sizes": {"x": 2, "y": 2}, "optimum": None, "tags": [], "baselines": {}}
-    monkeypatch.setattr(runner, "_run", run)
+    monkeypatch.setattr(runner, "run_instance", run)
     monkeypatch.setattr(runner, "build_instance", lambda text, seed: None)
-    monkeypatch.setattr(runner, "_describe", lambda path, instance: files.write_json(path, known))
+    monkeypatch.setattr(runner, "describe", lambda path, instance: files.write_json(path, known))
     return ran
 
 
@@ -138,9 +137,9 @@ def test_another_run_s_result_in_the_folder_is_noticed(folder, quick):
     assert f"{second.name}: it is the result of another run's cell" in called.stderr
 
 
-def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(folder, quick):
-    code = "import filelock, sys\nlock = filelock.FileLock(sys.argv[1])\nlock.acquire()\nprint('held', flush=True)\n"
-    arguments = [sys.executable, "-c", code + "input()", str(folder / files.LOCK)]
+@pytest.mark.process
+def test_two_processes_do_not_write_into_one_folder_and_the_dead_hold_nothing(folder, quick, program):
+    arguments = [*program("held_lock"), str(folder / files.LOCK)]
     with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         before = content(folder)
@@ -167,23 +166,8 @@ def test_a_point_with_pickled_objects_is_refused_and_not_run(tmp_path):
     assert not (tmp_path / "was here").exists()
 
 
-# A user without rights writes into a folder.
-READ_ONLY = """
-import os, pathlib, sys
-from benchmarks.study import files
-if os.geteuid() == 0:
-    os.setuid(65534)
-settings = {"name": "x", "precision": 64, "cells": [], "versions": {}, "system": {}}
-for folder in map(pathlib.Path, sys.argv[1:]):
-    try:
-        with files.open_folder(folder, settings):
-            print("opened")
-    except files.FolderError as error:
-        print(error)
-"""
-
-
-def test_a_read_only_folder_is_named(tmp_path):
+@pytest.mark.process
+def test_a_read_only_folder_is_named(tmp_path, program):
     (tmp_path / "empty").mkdir()
     for path in (tmp_path, *tmp_path.parents[:3]):  # readable by others, where the test is run by root
         if path.stat().st_uid == os.geteuid() and path.name.startswith(("test_", "pytest-", "popen-")):
@@ -191,7 +175,7 @@ def test_a_read_only_folder_is_named(tmp_path):
     for path in (tmp_path / "empty", tmp_path):
         path.chmod(0o555)
     folders = [str(tmp_path / "empty"), str(tmp_path / "new")]
-    done = subprocess.run([sys.executable, "-c", READ_ONLY, *folders], capture_output=True, text=True, check=True)
+    done = subprocess.run([*program("without_rights"), *folders], capture_output=True, text=True, check=True)
     tmp_path.chmod(0o755)
     first, second = done.stdout.splitlines()
     for line, folder in ((first, folders[0]), (second, folders[1])):

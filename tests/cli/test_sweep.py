@@ -65,7 +65,7 @@ def test_two_workers_give_the_bits_of_run(swept, tmp_path):
 
 def test_finished_cells_never_run_again(swept, monkeypatch):
     _, folder = swept
-    monkeypatch.setattr(sweep, "_task", lambda *arguments: pytest.fail("ran"))
+    monkeypatch.setattr(sweep, "task", lambda *arguments: pytest.fail("ran"))
     before = {path: path.stat().st_mtime_ns for path in folder.glob("cells/*")}
     assert call("sweep", *STUDY, "--workers", 2, "--out", folder).exit_code == 0
     assert {path: path.stat().st_mtime_ns for path in folder.glob("cells/*")} == before
@@ -103,7 +103,7 @@ def study(tmp_path, synthetic, monkeypatch):
             pathlib.Path(path).write_text(json.dumps(result))
             return index
 
-        monkeypatch.setattr(sweep, "_task", task)
+        monkeypatch.setattr(sweep, "task", task)
         seen = []
         assert sweep.sweep(tmp_path, cells, lambda count, cell: seen.append(count), workers=2, backend=backend)
         tries = [len((tmp_path / f"tries-{k}").read_text()) for k in range(len(cells))]
@@ -142,7 +142,7 @@ def test_a_worker_does_not_run_what_is_finished(tmp_path, synthetic, monkeypatch
     result = synthetic.result(synthetic.rows([1.0, 0.5])) | {"cell": dataclasses.asdict(cell)}
     files.write_json(files.cell_path(tmp_path, 0, cell), result)
     monkeypatch.setattr(sweep, "run_cell", lambda *arguments: pytest.fail("ran"))
-    assert sweep._task(sweep.Place(tmp_path, 64, None), 0, cell) == 0
+    assert sweep.task(sweep.Place(tmp_path, 64, None), 0, cell) == 0
 
 
 def test_a_worker_compiles_by_the_flags_of_its_study(tmp_path, monkeypatch):
@@ -151,7 +151,7 @@ def test_a_worker_compiles_by_the_flags_of_its_study(tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "")
     monkeypatch.setattr(sweep, "run_cell", lambda *arguments: seen.append(os.environ["XLA_FLAGS"]))
     place = sweep.Place(tmp_path, 64, None, flags="--xla_one=1")
-    assert sweep._task(place, 0, registry.Cell("quadratic", "SOBA", 0)) == 0
+    assert sweep.task(place, 0, registry.Cell("quadratic", "SOBA", 0)) == 0
     assert seen == ["--xla_one=1"]
 
 
@@ -162,20 +162,10 @@ def test_shares_of_the_cores_are_disjoint_and_whole():
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind threads to cores")
-def test_a_worker_binds_all_its_threads_to_a_free_share_and_ends_with_its_parent(tmp_path):
+def test_a_worker_binds_all_its_threads_to_a_free_share_and_ends_with_its_parent(tmp_path, program):
     first, *_, last = sweep.cores() * 2
-    code = (
-        "import os, pathlib, sys, time\n"
-        "from benchmarks import sweep\n"
-        "sweep._end_with(os.getppid())\n"
-        "place = sweep.Place(None, 64, None, pathlib.Path(sys.argv[1]), tuple((int(c),) for c in sys.argv[2:]))\n"
-        "sweep._take_share(place)\n"
-        "print({tuple(os.sched_getaffinity(int(t))) for t in os.listdir('/proc/self/task')}, flush=True)\n"
-        "sweep._end_with(-1)\n"  # no such parent
-        "time.sleep(60)\n"
-    )
     with FileLock(tmp_path / "0"):  # as another worker holds its share
-        arguments = [sys.executable, "-c", code, str(tmp_path), str(first), str(last)]
+        arguments = [*program("bound_worker"), str(tmp_path), str(first), str(last)]
         done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == sweep.ORPHANED, done.stderr
     assert done.stdout.strip() == str({(last,)})

@@ -17,7 +17,7 @@ def test_an_instance_scores_policies_between_random_actions_and_the_expert(monke
     """A process of two states in place of a simulator: state 1 pays, and its own action leads there."""
     mdp = irl.MDP.dense(np.eye(2)[[[0, 1], [0, 1]]], start=[1.0, 0.0], discount=0.9)
     world = irl.Tabular(mdp, jnp.array([[0.0, 0.0], [1.0, 1.0]]), max_steps=10)
-    monkeypatch.setattr(control, "_environment", lambda name: world)
+    monkeypatch.setattr(control, "environment_of", lambda name: world)
     monkeypatch.setattr(
         control.expert, "agent_of", lambda *_: irl.SAC(hidden=(8,), batch_size=16, learning_rate=0.01, discount=0.9)
     )

@@ -1,7 +1,6 @@
 """Families are found, every instance is valid, and a second seed compiles nothing."""
 
 import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -30,17 +29,9 @@ def test_families_are_found():
         assert len(module.__doc__.splitlines()[0]) > 20, name
 
 
-def test_importing_is_light():
-    """The package imports no family, and making the families known imports neither scikit-learn nor flax."""
-    code = (
-        "import sys, problems\n"
-        "assert 'problems.ridge' not in sys.modules\n"
-        "problems.families()\n"
-        "assert 'problems.ridge' in sys.modules\n"
-        "heavy = {'sklearn', 'flax', 'matplotlib', 'cvxpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+@pytest.mark.process
+def test_importing_is_light(program):
+    subprocess.run(program("light_families"), check=True)
 
 
 @pytest.mark.parametrize(("name", "params"), CASES)

@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import subprocess
-import sys
 from typing import NamedTuple
 
 import jax
@@ -219,20 +218,15 @@ def all_fingerprints():
     return {name: fingerprint(*parts()) for name, parts in FINGERPRINTS.items()}
 
 
-def test_fingerprints_differ_and_repeat_in_another_process():
+@pytest.mark.process
+def test_fingerprints_differ_and_repeat_in_another_process(program):
     ours = all_fingerprints()
     seen = {}
     for name, value in ours.items():
         assert value not in seen, f"{name} collides with {seen[value]}"
         seen[value] = name
     assert all_fingerprints() == ours  # new objects, the same settings
-    program = (
-        "import importlib.util as u, json, sys, jax; jax.config.update('jax_enable_x64', True);"
-        "spec = u.spec_from_file_location(*sys.argv[1:]); module = u.module_from_spec(spec);"
-        "sys.modules[spec.name] = module; spec.loader.exec_module(module);"
-        "print(json.dumps(module.all_fingerprints()))"
-    )
-    command = [sys.executable, "-c", program, __name__, __file__]
+    command = [*program("fingerprints"), __name__, __file__]
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     assert json.loads(done.stdout) == ours

@@ -4,8 +4,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
-import textwrap
 import time
 
 import jax
@@ -177,20 +175,10 @@ def test_keyboard_interrupt_keeps_everything_and_resumes(instance, key, tmp_path
     np.testing.assert_array_equal(resumed.record["value"], whole.record["value"])
 
 
-def test_a_real_sigint_in_another_process(tmp_path):
+@pytest.mark.process
+def test_a_real_sigint_in_another_process(program, tmp_path):
     """Ctrl-C while compiled code runs: the process ends by itself with status INTERRUPTED and a usable checkpoint."""
-    code = textwrap.dedent(f"""
-        import signal
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
-        import jax, bilevel, problems
-        problem = problems.make("quadratic", seed=0, dim_x=3, dim_y=4).problem
-        solver = bilevel.SOBA(lower_step_size=0.1, linear_step_size=0.1, upper_step_size=0.1)
-        print("ready", flush=True)
-        s = bilevel.solve(problem, solver, key=jax.random.key(0), max_steps=2_000_000_000, every=1000, tol=0.0,
-                          checkpoint={str(tmp_path / "c")!r}, callback=lambda step, *_: print("step", step, flush=True))
-        print(s.status.name, s.stats["steps"], flush=True)
-    """)
-    child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = subprocess.Popen([*program("endless_run"), str(tmp_path / "c")], stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     for line in child.stdout:
         if line.startswith("step") and int(line.split()[1]) >= 2000:
