@@ -4,9 +4,7 @@
 """
 
 from bilevel.oracles.calls import (
-    batched,
     constant_hessian,
-    counting,
     coupling_derivative,
     coupling_pullback,
     coupling_residual,
@@ -33,6 +31,7 @@ from bilevel.oracles.calls import (
     values_by_sample,
     weighted_value_and_gradient,
 )
+from bilevel.oracles.counts import batched, counting
 
 __all__ = [
     "batched",

@@ -3,13 +3,11 @@
 With the residual R(x, y) = grad_y g (Minimize) or y - T(x, y) (FixedPoint), everything implicit differentiation needs
 is
     R,   R_y' v  (a Hessian-vector product g_yy v),   R_x' v  (a cross product g_xy v),   f_x, f_y.
-Every call is counted where it is executed: under `jax.disable_jit()` inside `counting()` the counts are exact, loops
-included. Compiled code counts what was traced.
+Every call is counted, as `counts` says.
 """
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,70 +15,17 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel.backend.sharding import split, whole
 from bilevel.backend.tracing import reached
 from bilevel.oracles import per_sample
+from bilevel.oracles.counts import batched, count
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
-from bilevel.record import OracleCount
 
 PyTree = Any
-
-_counters: list[dict[str, int]] = []
-_multiplicity = [1]
-
-
-@contextmanager
-def counting() -> Iterator[Callable[[], OracleCount]]:
-    """Count the oracle calls made inside; the value is a function that returns the count so far."""
-    counter: dict[str, int] = {}
-    _counters.append(counter)
-    try:
-        yield lambda: OracleCount(**counter)
-    finally:
-        _counters.remove(counter)
-
-
-def _count(**calls: int) -> None:
-    for counter in _counters:
-        for kind, number in calls.items():
-            counter[kind] = counter.get(kind, 0) + number * _multiplicity[-1]
-
-
-def batched(function: Callable, chunk: int | None = None) -> Callable:
-    """`jax.vmap(function)` over the first axis of every argument, with the calls inside counted once per entry.
-
-    With `chunk`, at most so many entries are in memory at once.
-    """
-
-    def counted(*args: PyTree) -> PyTree:
-        _multiplicity.append(_multiplicity[-1] * len(jax.tree.leaves(args)[0]))
-        try:
-            return whole(jax.vmap(function)(*split(args)))
-        finally:
-            _multiplicity.pop()
-
-    def mapped(*args: PyTree) -> PyTree:
-        size = len(jax.tree.leaves(args)[0])
-        part = _divisor(size, chunk)
-        if part == size:
-            return counted(*args)
-        pieces = jax.tree.map(lambda leaf: leaf.reshape(size // part, part, *leaf.shape[1:]), args)
-        out = jax.lax.map(lambda piece: counted(*piece), pieces)
-        return jax.tree.map(lambda leaf: leaf.reshape(size, *leaf.shape[2:]), out)
-
-    return mapped
-
-
-def _divisor(size: int, chunk: int | None) -> int:
-    """The largest divisor of `size` that is at most `chunk`."""
-    if chunk is None or size <= chunk:
-        return size
-    return next(part for part in range(chunk, 0, -1) if size % part == 0)
 
 
 def upper_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """f(x, y), shape []."""
-    _count(upper_values=1)
+    count(upper_values=1)
     return problem.upper(x, y, batch)
 
 
@@ -93,14 +38,14 @@ def upper_value_and_gradients(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 ) -> tuple[Array, tuple[PyTree, PyTree]]:
     """The value f and the gradients (f_x, f_y) in one sweep; counted as one gradient."""
-    _count(upper_gradients=1)
+    count(upper_gradients=1)
     return jax.value_and_grad(problem.upper, argnums=(0, 1))(x, y, batch)
 
 
 def lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """g(x, y), shape []; only for `Minimize`."""
     assert isinstance(problem.lower, Minimize)
-    _count(lower_values=1)
+    count(lower_values=1)
     return problem.lower.g(x, y, batch)
 
 
@@ -118,28 +63,28 @@ def _residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> P
 
 def residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     """R(x, y), shaped like y: grad_y g, or y - T(x, y)."""
-    _count(lower_gradients=1)
+    count(lower_gradients=1)
     return _residual(problem, x, y, batch)
 
 
 def lower_value_and_gradient(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[Array, PyTree]:
     """(g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
     assert isinstance(problem.lower, Minimize)
-    _count(lower_gradients=1)
+    count(lower_gradients=1)
     return jax.value_and_grad(problem.lower.g, argnums=1)(x, y, batch)
 
 
 def lower_gradient_x(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     """grad_x g, shaped like x; only for `Minimize`."""
     assert isinstance(problem.lower, Minimize)
-    _count(lower_gradients=1)
+    count(lower_gradients=1)
     return jax.grad(problem.lower.g)(x, y, batch)
 
 
 def lower_gradients(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> tuple[PyTree, PyTree]:
     """(grad_x g, grad_y g) in one sweep, counted as one gradient; only for `Minimize`."""
     assert isinstance(problem.lower, Minimize)
-    _count(lower_gradients=1)
+    count(lower_gradients=1)
     return jax.grad(problem.lower.g, argnums=(0, 1))(x, y, batch)
 
 
@@ -159,7 +104,7 @@ def weighted_value_and_gradient(
 ) -> tuple[Array, PyTree]:
     """The value of a f + b g at (x, y) and its gradient in y, in one sweep; counted as a gradient of each."""
     assert isinstance(problem.lower, Minimize)
-    _count(upper_gradients=1, lower_gradients=1)
+    count(upper_gradients=1, lower_gradients=1)
     f, g = problem.upper, problem.lower.g
     return jax.value_and_grad(lambda y: a * f(x, y, upper) + b * g(x, y, lower))(y)
 
@@ -170,7 +115,7 @@ def values_by_sample(problem: BilevelProblem, x: PyTree, ys: PyTree, batch: PyTr
     g = problem.lower.g
 
     def one(y: PyTree) -> Array:
-        _count(lower_values=1)
+        count(lower_values=1)
         return per_sample.single(problem, g, x, y, batch)
 
     return batched(one)(ys)
@@ -187,7 +132,7 @@ def penalty_by_sample(
     assert isinstance(problem.lower, Minimize)
     g = problem.lower.g
     size = len(jax.tree.leaves(ys)[0])
-    _count(upper_gradients=size, lower_gradients=size)
+    count(upper_gradients=size, lower_gradients=size)
 
     def mean(x: PyTree) -> Array:
         def values(function: Callable, batch: PyTree) -> Array:
@@ -240,7 +185,7 @@ def residual_square_gradients(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree
 ) -> tuple[PyTree, tuple[PyTree, PyTree]]:
     """(R, gradients in x and y of |R|^2/2, that is R_x' R and R_y' R), counted as the three products that it is."""
-    _count(lower_gradients=1, hvps=1, jvps=1)
+    count(lower_gradients=1, hvps=1, jvps=1)
     value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
     return value, pull(value)
 
@@ -250,7 +195,7 @@ def directions(
 ) -> tuple[PyTree, PyTree, PyTree]:
     """(R, R_y' v, R_x' v) at one point in one forward and one reverse sweep: a gradient, an HVP and a cross product."""
     diagonal = lower_diagonal(problem, x, y, batch)
-    _count(lower_gradients=1, hvps=int(diagonal is None), jvps=1)
+    count(lower_gradients=1, hvps=int(diagonal is None), jvps=1)
     if diagonal is not None:
         value, pull_x = jax.vjp(lambda x: _residual(problem, x, y, batch), x)
         return value, jax.tree.map(operator.mul, diagonal, v), pull_x(v)[0]
@@ -264,7 +209,7 @@ def hvp(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree)
     diagonal = lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
         return jax.tree.map(operator.mul, diagonal, v)
-    _count(hvps=1)
+    count(hvps=1)
     if isinstance(problem.lower, Minimize):  # symmetric: forward over reverse is the cheaper order
         return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
     return jax.vjp(lambda y: _residual(problem, x, y, batch), y)[1](v)[0]
@@ -272,13 +217,13 @@ def hvp(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree)
 
 def cross(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree) -> PyTree:
     """R_x' v, shaped like x: the cross product g_xy v."""
-    _count(jvps=1)
+    count(jvps=1)
     return jax.vjp(lambda x: _residual(problem, x, y, batch), x)[1](v)[0]
 
 
 def cross_forward(problem: BilevelProblem, x: PyTree, y: PyTree, d: PyTree, batch: PyTree) -> PyTree:
     """R_x d, shaped like y, for d shaped like x: counted as a cross product."""
-    _count(jvps=1)
+    count(jvps=1)
     return jax.jvp(lambda x: _residual(problem, x, y, batch), (x,), (d,))[1]
 
 
@@ -294,7 +239,7 @@ def hvp_operator(
         pull = jax.linear_transpose(forward, y)
 
     def product(v: PyTree) -> PyTree:
-        _count(hvps=1)
+        count(hvps=1)
         return pull(v)[0] if transpose and not isinstance(problem.lower, Minimize) else forward(v)
 
     return product
@@ -306,7 +251,7 @@ def lower_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) 
     diagonal = lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
         return jnp.diag(ravel_pytree(diagonal)[0])
-    _count(hvps=flat.size)
+    count(hvps=flat.size)
     _, forward = jax.linearize(lambda y: ravel_pytree(_residual(problem, x, unravel(y), batch))[0], flat)
     return jax.vmap(forward, out_axes=1)(jnp.eye(flat.size, dtype=flat.dtype))
 
@@ -340,7 +285,7 @@ def unrolled_objective(
     Reverse mode through the loop; each step is under `jax.checkpoint`, so that memory holds the y_t and not the
     residual's intermediate values. Counted as T gradients forward, and T HVPs and T cross products backward.
     """
-    _count(upper_gradients=1, lower_gradients=num_steps, hvps=num_steps, jvps=num_steps)
+    count(upper_gradients=1, lower_gradients=num_steps, hvps=num_steps, jvps=num_steps)
 
     @jax.checkpoint
     def step(y: PyTree, x: PyTree) -> PyTree:
