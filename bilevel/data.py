@@ -1,12 +1,11 @@
-"""Sources of data: what the solver sees of the problem's data at each step.
+"""Sources of data: what a solver sees of the problem's data at each step.
 
-A source is a pytree with `init(key) -> state`, `next(state, key, x, y) -> (batch, state)` and `full() -> batch`. A
-source
-may look at the current (x, y): rollouts of inverse reinforcement learning do. Everything random comes from `key`, and
-everything remembered is in `state`, so a run resumes to the bit.
+A source is a pytree with `init(key) -> state`, `next(state, key, x, y) -> (batch, state)` and `full() -> batch`. It may
+look at the current (x, y), as the rollouts of inverse reinforcement learning do. Everything random comes from `key` and
+everything remembered is in `state`, so that a run resumes to the bit.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,11 @@ PyTree = Any
 
 
 class Source:
-    """The protocol. `fraction` is the part of the data that one batch holds: what one oracle call costs."""
+    """The protocol that every source of data follows."""
 
     @property
     def fraction(self) -> float:
-        """Batch size over number of samples, in (0, 1]."""
+        """The part of the data that one batch holds, in (0, 1]: what an oracle call on it costs."""
         return 1.0
 
     def init(self, key: Array) -> PyTree:
@@ -42,7 +41,7 @@ class Source:
 
     @property
     def num_blocks(self) -> int:
-        """How many blocks of a fixed partition the data has: what variance reduction keeps tables over."""
+        """Into how many blocks the data is divided once and for all: variance reduction keeps a table over them."""
         return 1
 
     def block(self, index: Array) -> PyTree:
@@ -69,14 +68,38 @@ class Full(Source):
         check_finite(name, self.arrays)
 
 
+class Shuffle(NamedTuple):
+    """How far a `Minibatch` without replacement has got."""
+
+    permutation: Array
+    """The order of the n indices in this epoch, as far as it is drawn, shape [n]."""
+
+    position: Array
+    """Where the next batch begins in it, shape []."""
+
+
+class Swaps(NamedTuple):
+    """Swaps of a `Shuffle` under way."""
+
+    entries: Array
+    """The entries of the permutation that the batch touches, shape [2 batch_size]."""
+
+    drawn: Array
+    """The batch's indices, shape [batch_size]."""
+
+
 @struct
 class Minibatch(Source):
-    """Random batches of `batch_size` samples; every leaf of `arrays` has the samples along axis 0.
+    """Random batches of `batch_size` of n samples.
 
-    `replace=True` draws each index uniformly and independently. `replace=False` (default) is random reshuffling: an
-    incremental Fisher-Yates shuffle of the indices, `batch_size` swaps a step, so that every epoch of n consecutive
-    indices holds each index exactly once; a batch may straddle two epochs where batch_size does not divide n. The
-    state is then (permutation [n], position).
+    By default the samples are reshuffled at random: every epoch of n consecutive indices holds each index exactly once,
+    and a batch may straddle two epochs where batch_size does not divide n. It is an incremental Fisher-Yates shuffle,
+    `batch_size` swaps a step, whose state is a `Shuffle`.
+
+    Args:
+        arrays: a pytree of arrays with the n samples along axis 0.
+        batch_size: samples a batch, from 1 to n.
+        replace: draw every index uniformly and independently of all others instead; there is no state then.
     """
 
     arrays: PyTree
@@ -93,7 +116,7 @@ class Minibatch(Source):
         return self.batch_size / self.num_samples
 
     def init(self, key: Array) -> PyTree:
-        return () if self.replace else (jnp.arange(self.num_samples), jnp.zeros((), int))
+        return () if self.replace else Shuffle(jnp.arange(self.num_samples), jnp.zeros((), int))
 
     def indices(self, state: PyTree, key: Array) -> tuple[Array, PyTree]:
         """The next batch's indices, shape [batch_size], and the state after it."""
@@ -102,24 +125,22 @@ class Minibatch(Source):
             return jax.random.randint(key, (self.batch_size,), 0, n), state
         permutation, start = state
         positions = (start + jnp.arange(self.batch_size)) % n
-        partners = jax.random.randint(
-            key, (self.batch_size,), positions, n
-        )  # each uniform over what the epoch has left
+        partners = jax.random.randint(key, (self.batch_size,), positions, n)  # uniform over what the epoch has left
 
         # The swaps are made on the touched entries alone: XLA would copy the whole permutation at each of them.
         touched = jnp.concatenate([positions, partners])
         order = jnp.argsort(touched)
         slots = order[jnp.searchsorted(touched[order], touched)]  # the same slot for the same place
 
-        def swap(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            entries, drawn = carry
+        def swap(k: Array, swaps: Swaps) -> Swaps:
+            entries, drawn = swaps
             here, there = slots[k], slots[self.batch_size + k]
             new = entries.at[here].set(entries[there]).at[there].set(entries[here])
-            return new, drawn.at[k].set(entries[there])
+            return Swaps(new, drawn.at[k].set(entries[there]))
 
-        drawn = jnp.zeros(self.batch_size, permutation.dtype)
-        entries, drawn = jax.lax.fori_loop(0, self.batch_size, swap, (permutation[touched], drawn))
-        return drawn, (permutation.at[touched].set(entries[slots]), (start + self.batch_size) % n)
+        swaps = Swaps(permutation[touched], jnp.zeros(self.batch_size, permutation.dtype))
+        entries, drawn = jax.lax.fori_loop(0, self.batch_size, swap, swaps)
+        return drawn, Shuffle(permutation.at[touched].set(entries[slots]), (start + self.batch_size) % n)
 
     def take(self, indices: Array) -> PyTree:
         """The samples at `indices`."""
@@ -172,11 +193,12 @@ class Minibatch(Source):
 
 @struct
 class PerSample(Minibatch):
-    """A `Minibatch` whose batches are (index [b], rows): for lower levels with an own y for each sample.
+    """A `Minibatch` whose batches are (index [b], rows): for lower levels that have a y of their own for each sample.
 
-    y is then stacked over the samples, and a problem's f and g touch, on a batch, only y[index], of which each entry
-    meets only its own row. `split` turns such a batch into a problem in those rows alone; methods that know of it need
-    neither the rest of y nor a second batch for g. `lower_data` has the same samples and the same `batch_size`.
+    Here y is stacked over the samples, and on a batch f and g touch only the rows y[index], each of which meets only
+    its own sample. Such a batch with its rows of y is a bilevel problem of its own, which `oracles.per_sample.view`
+    cuts out: methods that know of it need neither the rest of y nor a second batch for g. The problem's `lower_data`
+    has the same samples and the same `batch_size`.
     """
 
     def take(self, indices: Array) -> PyTree:

@@ -27,22 +27,22 @@ Objective = Callable[[PyTree, PyTree, PyTree], Array]
 
 @dataclasses.dataclass(frozen=True)
 class Separable:
-    """An objective that is a sum over n blocks of y: (x, y, batch) -> [], the sum of terms(x, y, batch) -> [n].
+    """An objective that is a sum of n terms, each of which sees its own block of y and no other:
 
-    Every leaf of y has shape [n, ...]; y_i is row i of all of them, and term i depends on y through y_i alone:
+        f(x, y) = sum_i f_i(x, y_i),        g(x, y) = sum_i g_i(x, y_i).
 
-        f(x, y) = sum_i f_i(x, y_i),        g(x, y) = sum_i g_i(x, y_i),        Y a box.
-
-    So each block's lower level is solved for itself, v(x) = sum_i min g_i(x, .), whatever n is. Every solver takes it
-    as the function that it is; `SampledPenalty` and `diagnostics.lower_gap` take the blocks apart where both
-    objectives are separable, Y is a box (or a product of boxes) and nothing is coupled. A sample is then a y in which
-    each block has its own point, one call of `terms` at it serves all n blocks, and minima are taken for each block.
+    Every leaf of y has shape [n, ...], and block y_i is row i of all leaves. Where both objectives are separable, Y is
+    a box (or a product of boxes) and nothing is coupled, the lower level falls apart into n small ones,
+    min g(x, .) = sum_i min g_i(x, .), however large n is. `SampledPenalty` and `diagnostics.lower_gap` solve them
+    block by block: one call of `terms` at one y looks at one point of every block, and the best point of each block is
+    kept. Every other solver takes the objective as the function that it is.
 
         def upper_terms(x, y, batch): ...        # [n], e.g. the defender's losses of n images, each with its own y_i
         def lower_terms(x, y, batch): ...        # [n], e.g. the attacker's
         BilevelProblem(Separable(upper_terms), Minimize(Separable(lower_terms)), y_set=Box(lo, hi), ...)
 
-    For a mean over the blocks let the terms be divided by n. `terms` is a module-level function.
+    Args:
+        terms: (x, y, batch) -> [n], a module-level function. For a mean over the blocks it divides by n itself.
     """
 
     terms: Callable[[PyTree, PyTree, PyTree], Array]
@@ -54,12 +54,14 @@ class Separable:
 
 @struct
 class Minimize:
-    """Lower level y(x) = argmin_y g(x, y, batch), g -> []. Its residual is grad_y g.
+    """A lower level that minimises: y(x) is a minimiser of g(x, .) over Y(x). Its residual is R(x, y) = grad_y g(x, y).
 
-    diagonal: (x, y, batch) -> positive numbers, shaped like y, that are taken for the diagonal of a diagonal g_yy
-    wherever a product with g_yy is asked for: exactly where g_yy is that, and as an approximation ("Hessian-free")
-    where it is not. The hypergradient is then that of the approximation, its `error_bound` included. Gradients of
-    |grad_y g|^2 stay exact.
+    Args:
+        g: (x, y, batch) -> [].
+        diagonal: (x, y, batch) -> positive numbers shaped like y, for a lower level whose Hessian g_yy is diagonal,
+            or is to be taken for diagonal ("Hessian-free"). Wherever a method asks for a product with g_yy it gets
+            this diagonal times the vector. Where g_yy is something else, the hypergradient and its `error_bound` are
+            those of the approximation; gradients of |grad_y g|^2 stay exact.
     """
 
     g: Objective = static()
@@ -68,15 +70,24 @@ class Minimize:
 
 @struct
 class FixedPoint:
-    """Lower level y = T(x, y, batch), T shaped like y. Its residual is y - T."""
+    """A lower level that solves an equation: y(x) = T(x, y(x)). Its residual is R(x, y) = y - T(x, y).
+
+    Args:
+        T: (x, y, batch) -> a pytree shaped like y.
+    """
 
     T: Callable[[PyTree, PyTree, PyTree], PyTree] = static()
 
 
 @struct
 class LinearCoupling:
-    """A y + B x <= b, and A_eq y + B_eq x = b_eq where given. y and x are raveled; shapes [rows, dim y], [rows, dim
-    x], [rows].
+    """Linear constraints of the lower level that may move with x: A y + B x <= b, and A_eq y + B_eq x = b_eq.
+
+    Here x and y are raveled: their leaves one after the other in one vector, as `jax.flatten_util.ravel_pytree` does.
+
+    Args:
+        A, B, b: the inequalities, shapes [rows, dim y], [rows, dim x] and [rows].
+        A_eq, B_eq, b_eq: the equalities, likewise with a number of rows of their own; None where there are none.
     """
 
     A: Any
@@ -89,7 +100,11 @@ class LinearCoupling:
 
 @struct
 class SmoothCoupling:
-    """h(x, y) <= 0, with h -> [rows] differentiable."""
+    """Constraints h(x, y) <= 0 of the lower level, in every row.
+
+    Args:
+        h: (x, y) -> [rows], differentiable.
+    """
 
     h: Callable[[PyTree, PyTree], Array] = static()
 
@@ -100,13 +115,13 @@ def _no_init(key: Array) -> tuple[PyTree, PyTree]:
 
 @struct
 class BilevelProblem:
-    """A bilevel problem.
+    """A bilevel problem: two objectives, the sets and constraints of x and y, the data, and where to start.
 
     Args:
         upper: f(x, y, batch) -> [], the upper objective; a mean over the batch where there is data.
         lower: `Minimize(g)` or `FixedPoint(T)`.
         x_set, y_set: closed convex sets; default the whole space.
-        coupling: `LinearCoupling`, `SmoothCoupling` or None.
+        coupling: `LinearCoupling` or `SmoothCoupling`, constraints of the lower level in x and y; default None.
         upper_data, lower_data: sources; the batch is None where there is no data.
         init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes.
     """
@@ -177,12 +192,8 @@ class BilevelProblem:
             except InvalidInput:
                 raise
             except Exception as error:
-                invalid(
-                    name,
-                    f"{type(error).__name__}: {error}",
-                    "a source whose next() gives a batch",
-                    "Check the source.",
-                )
+                got = f"{type(error).__name__}: {error}"
+                invalid(name, got, "a source whose next() gives a batch", "Check the source.")
         shape_x, shape_y = jax.eval_shape(lambda: (x, y))
         _check_scalar("upper", self.upper, shape_x, shape_y, batches["upper_data"])
         if isinstance(self.lower, Minimize):
@@ -204,12 +215,8 @@ def _check_kinds(problem: BilevelProblem) -> None:
     _check_callable("upper", problem.upper, "f(x, y, batch) -> []")
     _check_callable("init", problem.init, "key -> (x0, y0)")
     if not isinstance(problem.lower, Minimize | FixedPoint):
-        invalid(
-            "lower",
-            type(problem.lower).__name__,
-            "Minimize(g) or FixedPoint(T)",
-            "Wrap the function: lower=Minimize(g).",
-        )
+        do = "Wrap the function: lower=Minimize(g)."
+        invalid("lower", type(problem.lower).__name__, "Minimize(g) or FixedPoint(T)", do)
     if isinstance(problem.lower, Minimize):
         _check_callable("lower (Minimize)", problem.lower.g, "g(x, y, batch) -> []")
         if problem.lower.diagonal is not None:
@@ -226,12 +233,8 @@ def _check_kinds(problem: BilevelProblem) -> None:
             )
             invalid(name, type(value).__name__, f"a {kind.__name__.lower()}", do)
     if not isinstance(problem.coupling, LinearCoupling | SmoothCoupling | None):
-        invalid(
-            "coupling",
-            type(problem.coupling).__name__,
-            "LinearCoupling, SmoothCoupling or None",
-            "Wrap the constraint.",
-        )
+        got = type(problem.coupling).__name__
+        invalid("coupling", got, "LinearCoupling, SmoothCoupling or None", "Wrap the constraint.")
 
 
 def _check_point(name: str, point: PyTree) -> None:
@@ -243,12 +246,8 @@ def _check_point(name: str, point: PyTree) -> None:
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
             invalid(label, type(leaf).__name__, "a float array", "Use jnp.asarray(value, float).")
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            invalid(
-                label,
-                f"dtype {leaf.dtype}",
-                "a floating-point dtype",
-                "Convert it: jnp.asarray(value, float).",
-            )
+            do = "Convert it: jnp.asarray(value, float)."
+            invalid(label, f"dtype {leaf.dtype}", "a floating-point dtype", do)
         if not np.isfinite(np.asarray(leaf)).all():
             invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
     if not sum(leaf.size for _, leaf in leaves):
@@ -370,13 +369,15 @@ def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
 
 @struct
 class Constants:
-    """Known constants of a problem, 2-norms, for y anywhere on the segment between the computed y and y*.
+    """Constants of a problem that somebody has proved, in 2-norms, for y between the computed y and the true y*.
 
-    mu: |y1 - y2| <= |R(x, y1) - R(x, y2)|/mu. Strong convexity for Minimize; 1 - q for a q-contraction in the 2-norm;
-        (1 - q)/sqrt(dim y) for a q-contraction in the maximum norm.
-    L_fx, L_fy: Lipschitz constants in y of f_x and f_y.
-    L_gxy, L_gyy: Lipschitz constants in y of R_x and R_y (0 for quadratics).
-    C_gxy: bound of |R_x|. L_g: Lipschitz constant of R in y, for the rounding allowance and for theory step sizes.
+    Args:
+        mu: |y1 - y2| <= |R(x, y1) - R(x, y2)|/mu. For Minimize it is the constant of strong convexity; for a
+            q-contraction T it is 1 - q in the 2-norm, and (1 - q)/sqrt(dim y) in the maximum norm.
+        L_fx, L_fy: Lipschitz constants of f_x and f_y in y.
+        L_gxy, L_gyy: Lipschitz constants of R_x and R_y in y; 0 for quadratics.
+        C_gxy: a bound of |R_x|.
+        L_g: the Lipschitz constant of R in y, for the allowance for rounding and for step sizes by theory.
     """
 
     mu: Any

@@ -18,7 +18,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import draws
-from bilevel.backend.checks import check_numbers, check_prefix
+from bilevel.backend.checks import check_numbers, check_prefix, check_rows
 from bilevel.backend.tree import broadcast_like, norm
 from bilevel.qp.least_distance import least_distance
 from bilevel.qp.simplex import nearest_on_simplex
@@ -92,7 +92,7 @@ class Set:
 
 @struct
 class Reals(Set):
-    """The whole space. Samples are standard normal; nothing is ever active."""
+    """The whole space, which constrains nothing. Samples are standard normal; nothing is ever active."""
 
     bounded = False
     unbounded = whole = intervals = polyhedral = True
@@ -118,8 +118,8 @@ class Reals(Set):
 class Box(Set):
     """{z : lo <= z <= hi}. Bounds are scalars, or pytrees whose leaves broadcast to z's; infinite bounds are allowed.
 
-    Samples are uniform; a coordinate with one infinite bound is exponential from the finite one, with none normal.
-    `active` has z's shape.
+    Samples are uniform. A coordinate with one finite bound is exponential, as far from that bound; one without any is
+    standard normal. `active` has z's shape.
     """
 
     lo: PyTree
@@ -171,8 +171,10 @@ class Box(Set):
 
 @struct
 class Ball(Set):
-    """{z : |z - center|_2 <= radius} with the norm of the whole pytree. Samples are uniform; `active` is one
-    boolean.
+    """{z : |z - center|_2 <= radius}, in the norm of all leaves together. Samples are uniform; `active` is one boolean.
+
+    Args:
+        radius: a number >= 0. center: a scalar, or a pytree whose leaves broadcast to z's.
     """
 
     radius: Any = 1.0
@@ -257,10 +259,11 @@ class Simplex(Set):
 
 @struct
 class Polyhedron(Set):
-    """{z : A z <= b} on the raveled pytree; A has shape [rows, n], b [rows].
+    """{z : A z <= b} on the raveled pytree, A of shape [rows, n] and b of shape [rows].
 
-    Samples come from 64 hit-and-run steps started at a projected normal point, chords cut at length 1e3; an equality
-    written as two inequalities leaves no chord and the sample is the projected point. `active` has shape [rows].
+    A sample is where 64 hit-and-run steps end that start at the projection of a normal point and whose chords are cut
+    at length 1e3. Where an equality is written as two inequalities there is no chord, and the sample is the projection
+    itself. `active` has shape [rows].
     """
 
     bounded, polyhedral = False, True
@@ -301,17 +304,8 @@ class Polyhedron(Set):
         return jnp.max((A @ flat - b) / jnp.where(length > 0, length, 1), initial=0)
 
     def validate(self, name: str, like: PyTree) -> None:
-        size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
         A, b = np.asarray(self.A), np.asarray(self.b)
-        if A.ndim != 2 or A.shape[1] != size:
-            do = "One column per entry of the raveled point."
-            invalid(f"{name}.A (Polyhedron)", f"shape {A.shape}", f"[rows, {size}]", do)
-        if b.shape != A.shape[:1]:
-            invalid(f"{name}.b (Polyhedron)", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A.")
-        for part, value in (("A", A), ("b", b)):
-            if not np.isfinite(value).all():
-                do = "Leave out rows without a bound."
-                invalid(f"{name}.{part} (Polyhedron)", "a non-finite entry", "finite numbers", do)
+        check_rows(f"{name}.%s (Polyhedron)", A, b, like)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
             do = "Two of the rows contradict each other."
             invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", do)
@@ -324,8 +318,10 @@ def _every(flag: str) -> Any:
 
 @struct
 class Product(Set):
-    """One set per branch: `sets` is a pytree of sets whose structure is a prefix of z's, e.g. {"w": Reals(), "lam":
-    Box(0, 1)}.
+    """One set for each branch of z: {"w": Reals(), "lam": Box(0, 1)} for z = {"w": ..., "lam": ...}.
+
+    Args:
+        sets: a pytree of sets whose structure is a prefix of z's.
     """
 
     sets: Any

@@ -30,6 +30,19 @@ def check_numbers(name: str, value: PyTree) -> None:
             invalid(name, "NaN", "numbers", "Remove the NaN; use infinity for a missing bound.")
 
 
+def check_rows(name: str, A: np.ndarray, b: np.ndarray, like: PyTree) -> None:
+    """Raise `InvalidInput` where A z <= b does not suit a raveled z shaped like `like`; name: with %s for A or b."""
+    size = sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
+    if A.ndim != 2 or A.shape[1] != size:
+        do = "One column per entry of the raveled point."
+        invalid(name % "A", f"shape {A.shape}", f"[rows, {size}]", do)
+    if b.shape != A.shape[:1]:
+        invalid(name % "b", f"shape {b.shape}", f"[{A.shape[0]}]", "One bound per row of A.")
+    for part, value in (("A", A), ("b", b)):
+        if not np.isfinite(value).all():
+            invalid(name % part, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
+
+
 def check_finite(name: str, arrays: PyTree) -> None:
     """Raise `InvalidInput`, naming the leaf, where one holds anything but finite numbers, booleans or random keys."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):

@@ -21,13 +21,22 @@ PyTree = Any
 
 
 class View(NamedTuple):
-    """What a step works on: a problem, its y, the batches of f and of g, and how many samples the batch has."""
+    """What a step works on."""
 
     problem: BilevelProblem
+    """The problem whose y are the rows of the batch's samples, and whose Y is cut to them."""
+
     y: PyTree
+    """These rows."""
+
     upper: PyTree
+    """The batch of f, numbered for these rows."""
+
     lower: PyTree
+    """The batch of g, likewise."""
+
     size: int
+    """How many samples the batch has."""
 
 
 def view(problem: BilevelProblem, y: PyTree, upper: PyTree) -> View:
