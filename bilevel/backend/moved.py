@@ -32,7 +32,7 @@ MOVED = {
     "bilevel.refine": "bilevel.sampled.refine",
     "bilevel.renewal": "bilevel.sampled.renewal",
     "bilevel.sample_oracles": "bilevel.oracles.samples",
-    "bilevel.sampling": "bilevel.sampled.sampling",
+    "bilevel.sampling": "bilevel.sampled",
     "bilevel.sharding": "bilevel.backend.sharding",
     "bilevel.solvers.aid": "bilevel.solvers.implicit.aid",
     "bilevel.solvers.aipod": "bilevel.solvers.polyhedral.aipod",

@@ -20,8 +20,8 @@ from bilevel.backend.precision import full_precision
 from bilevel.oracles import samples as sample_oracles
 from bilevel.problem import BilevelProblem, Minimize, check_like
 from bilevel.record import Measurement, Status
-from bilevel.sampled import nets, refine, sampling
-from bilevel.sampled.sampling import Blocks
+from bilevel.sampled import covering, nets, refine
+from bilevel.sampled.blocks import Blocks, pick
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -79,7 +79,7 @@ def lower_gap(
     x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
     check_like("x", x, x0, "init's x0")
     check_like("y", y, y0, "init's y0")
-    return _search(sampling.blocks(problem, y), x, y, num_points, num_starts, num_steps, tol, chunk)[0]
+    return _search(Blocks.of(problem, y), x, y, num_points, num_starts, num_steps, tol, chunk)[0]
 
 
 def _search(
@@ -89,7 +89,7 @@ def _search(
     """(the gap; candidates [K, n, m], before and after their polish; g of their blocks, inf where infeasible)."""
     problem, given = view.problem, view.pack(y)
     uniform = nets.kronecker(num_points, view.m, given.dtype)
-    points = sampling.cover_blocks(view, jax.random.key(20), num_points, uniform[:, None])
+    points = covering.cover_blocks(view, jax.random.key(20), num_points, uniform[:, None])
 
     def look(y: Array) -> tuple[Array, Array]:
         g = sample_oracles.weighted_terms(problem, x, view.unpack(y), None, None, view.upper, view.lower)
@@ -103,7 +103,7 @@ def _search(
     size = len(g) // num_starts * num_starts
     score, far = (leaf[:size].reshape(-1, num_starts, leaf.shape[1]) for leaf in (score, outside))
     best = jnp.where(jnp.min(score, axis=0) < jnp.inf, jnp.argmin(score, axis=0), jnp.argmin(far, axis=0))
-    starts = sampling.pick(points, best * num_starts + jnp.arange(num_starts)[:, None])
+    starts = pick(points, best * num_starts + jnp.arange(num_starts)[:, None])
     starts = jnp.concatenate([starts, given[None]])
 
     def along(k: Array, y: Array) -> Array:
@@ -112,7 +112,7 @@ def _search(
         line = jnp.where((jnp.arange(view.m) == k % view.m)[None, None], others, jnp.broadcast_to(y, others.shape))
         line = jnp.concatenate([y[None], jax.vmap(lambda y: refine.restore(view, x, y))(line)])
         g, outside = oracles.batched(look)(line)
-        return sampling.pick(line, jnp.argmin(jnp.where(outside <= tol, g, jnp.inf), axis=0))
+        return pick(line, jnp.argmin(jnp.where(outside <= tol, g, jnp.inf), axis=0))
 
     if view.m > 1:  # wells that a sum has for each coordinate multiply, and points in all of them run out
         starts = jax.vmap(lambda y: jax.lax.fori_loop(0, 2 * view.m, along, y))(starts)
@@ -122,7 +122,7 @@ def _search(
     g, outside = jax.vmap(look)(candidates)
     score = jnp.where((outside <= tol) & jnp.isfinite(g), g, jnp.inf)
     value = jnp.sum(jnp.min(score, axis=0))
-    least = sampling.pick(candidates, jnp.argmin(score, axis=0))
+    least = pick(candidates, jnp.argmin(score, axis=0))
     given, distance = (jnp.sum(part) for part in look(given))
     empty = jnp.minimum(jnp.min(far), jnp.min(outside))
     status = jnp.where(empty > tol, Status.INFEASIBLE_LOWER, Status.CONVERGED)
@@ -152,12 +152,12 @@ def descent_rate(view: Blocks, x: PyTree, candidates: Array, g: Array) -> tuple[
     flat, unravel = ravel_pytree(x)
     eps, dim = float(jnp.finfo(flat.dtype).eps), flat.size
     uniform = nets.kronecker(64, view.m, candidates.dtype)
-    cover = sampling.cover_blocks(view, jax.random.key(22), 64, uniform[:, None])
+    cover = covering.cover_blocks(view, jax.random.key(22), 64, uniform[:, None])
     spread = [jnp.std(jnp.where(jnp.isfinite(part), part, 0)) for part in view.values(x, cover)]
     rho = 1e4 * jnp.where(spread[0] > 0, spread[0], 1) / jnp.where(spread[1] > 0, spread[1], 1)
 
     def best(points: Array, values: Array) -> Array:
-        return sampling.pick(points, jnp.argsort(values, axis=0)[:KEPT])
+        return pick(points, jnp.argsort(values, axis=0)[:KEPT])
 
     def settle(x: PyTree, points: Array, a: Array, b: Array, num_steps: int) -> tuple[Array, Array]:
         """Points and their a f + b g after the descent, inf where infeasible; a, b [K]."""
@@ -180,7 +180,7 @@ def descent_rate(view: Blocks, x: PyTree, candidates: Array, g: Array) -> tuple[
         points, values = settle(x, pairs, a, b, 4)
         low, up = values[:KEPT], values[KEPT:]
         value = jnp.sum(jnp.min(up, axis=0) - rho * jnp.min(low, axis=0))
-        ends = sampling.pick(points, jnp.stack([jnp.argmin(low, axis=0), KEPT + jnp.argmin(up, axis=0)]))
+        ends = pick(points, jnp.stack([jnp.argmin(low, axis=0), KEPT + jnp.argmin(up, axis=0)]))
         return jnp.where(jnp.isfinite(value), value, jnp.inf), ends, jnp.sum(jnp.abs(jnp.min(low, axis=0)))
 
     others = jnp.eye(dim, dtype=flat.dtype)
@@ -223,7 +223,7 @@ def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement
     is NaN.
     """
     problem = problem.on_full_data()
-    view = sampling.blocks(problem, y)
+    view = Blocks.of(problem, y)
     found, candidates, g = _search(view, x, y)
     rate, resolution = descent_rate(view, x, candidates, g)
     value = oracles.upper_value(problem, x, y, view.upper)

@@ -15,7 +15,7 @@ from bilevel import oracles
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem, LinearCoupling
 from bilevel.qp.active_set import masked_inverse
-from bilevel.sampled.sampling import starts
+from bilevel.sampled.covering import starts
 from bilevel.step import Scalar, move
 
 PyTree = Any
@@ -48,7 +48,7 @@ def clip_slacks(problem: BilevelProblem, s: Array) -> Array:
 
 
 def lipschitz(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tuple[Array, Array, Array]:
-    """(L_f, L_g, J), shapes []: `sampling.smoothness`, and a bound on the norm of h's derivative in (x, y).
+    """(L_f, L_g, J), shapes []: `spectrum.smoothness`, and a bound on the norm of h's derivative in (x, y).
 
     J^2 = |h'|_1 |h'|_inf, exact for one row; at several points of X x Y where h is not affine.
     """

@@ -1,7 +1,7 @@
 """Estimates of curvature, for default step sizes: extreme eigenvalues, Lipschitz constants of gradients."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,30 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.sampled.sampling import starts
+from bilevel.sampled.covering import starts
 
 PyTree = Any
+PAIRS, ROUNDS = 32, 10  # of `smoothness`: pairs of points; power iterations from each
+
+
+class Lanczos(NamedTuple):
+    """A Krylov space after some of its m products."""
+
+    Q: Array
+    """An orthonormal basis in its rows, shape [m + 1, n]; rows of 0 where there is none yet, or no more."""
+
+    T: Array
+    """Column k holds the product with row k of Q in that basis, shape [m + 1, m]."""
+
+
+class Steepest(NamedTuple):
+    """Difference quotients of a gradient, seen along better and better directions."""
+
+    best: Array
+    """The largest one so far, shape []."""
+
+    near: Array
+    """The next points to look at, shape [pairs, n]."""
 
 
 def spectrum(
@@ -36,31 +57,25 @@ def spectrum(
         )
         return sum((ravel_pytree(part)[0] for part in both), jnp.zeros(n, flat.dtype)) / len(both)
 
-    def body(k: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        Q, T = carry
+    def body(k: Array, at: Lanczos) -> Lanczos:
+        Q, T = at
         w = product(Q[k])
         h = Q @ w
         w = w - h @ Q
         w = w - (Q @ w) @ Q
         norm = jnp.linalg.norm(w)
         alive = norm > 1e3 * jnp.finfo(flat.dtype).eps * jnp.linalg.norm(h)
-        return Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), T.at[:, k].set(h)
+        return Lanczos(Q.at[k + 1].set(jnp.where(alive, w / jnp.where(alive, norm, 1), 0)), T.at[:, k].set(h))
 
     first = jax.random.normal(jax.random.key(0), (n,), flat.dtype)
     Q = jnp.zeros((m + 1, n), flat.dtype).at[0].set(first / jnp.linalg.norm(first))
-    Q, T = lax.fori_loop(0, m, body, (Q, jnp.zeros((m + 1, m), flat.dtype)))
+    Q, T = lax.fori_loop(0, m, body, Lanczos(Q, jnp.zeros((m + 1, m), flat.dtype)))
     used = jnp.linalg.norm(Q[:m], axis=1) > 0.5  # an exhausted Krylov space leaves zero rows: keep their zeros out
     first_value = T[0, 0]
     T = jnp.triu(T[:m]) + jnp.triu(T[:m], 1).T  # column k was filled before row k + 1 of Q existed
     T = jnp.where(used[:, None] & used[None, :], T, 0) + jnp.diag(jnp.where(used, 0, first_value))
     values = jnp.linalg.eigvalsh(T)
     return values[-1], values[0]
-
-
-PAIRS = 32  # of `smoothness`
-
-
-ROUNDS = 10
 
 
 def smoothness(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tuple[Array, Array]:
@@ -93,17 +108,16 @@ def smoothness(problem: BilevelProblem, key: Array, x: PyTree, y: PyTree) -> tup
     def largest(gradient: Callable) -> Array:
         base = jax.vmap(gradient)(here)
 
-        def look(_: Any, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            best, near = carry
-            change = jax.vmap(gradient)(near) - base
+        def look(_: Any, at: Steepest) -> Steepest:
+            change = jax.vmap(gradient)(at.near) - base
             size = jnp.linalg.norm(change, axis=1)
             quotient = size / jnp.where(distance > 0, distance, jnp.inf)
             usable = jnp.isfinite(quotient) & (size > 0)
             ahead = here + change * (distance / jnp.where(usable, size, 1))[:, None]
-            best = jnp.maximum(best, jnp.max(jnp.where(usable, quotient, 0)))
-            return best, jnp.where(usable[:, None], ahead, near)
+            best = jnp.maximum(at.best, jnp.max(jnp.where(usable, quotient, 0)))
+            return Steepest(best, jnp.where(usable[:, None], ahead, at.near))
 
-        return lax.fori_loop(0, 1 + ROUNDS, look, (jnp.zeros((), here.dtype), near))[0]
+        return lax.fori_loop(0, 1 + ROUNDS, look, Steepest(jnp.zeros((), here.dtype), near)).best
 
     L_f, L_g = largest(f), largest(g)
     return L_f, jnp.where(L_g > 0, L_g, 1)

@@ -4,7 +4,8 @@
 f + rho g has condition numbers of the order of rho, which gradient steps do not survive and Newton's do not notice.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +14,31 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.oracles import samples as sample_oracles
 from bilevel.problem import LinearCoupling
-from bilevel.sampled.sampling import Blocks, pick
+from bilevel.sampled.blocks import Blocks, Model, Objective, pick
 
 PyTree = Any
 FEASIBLE = 1e-10
 MAX_CG = 10  # conjugate-gradient steps of a Newton direction; exact for up to so many unknowns
 LENGTHS, SIZES = (1.0, 0.2), (4.0, 1.0, 0.25)  # trials along a Newton direction, and of the gradient's last length
+
+
+class Conjugate(NamedTuple):
+    """Conjugate gradients for A z = b after some of their steps."""
+
+    solution: Array
+    """z so far."""
+
+    residual: Array
+    """b - A z."""
+
+    direction: Array
+    """The next one; 0 once they have ended."""
+
+
+def _safe(number: Array) -> Array:
+    """`number` where it is positive and may divide, else 1."""
+    return jnp.where(number > 0, number, 1)
 
 
 def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
@@ -29,10 +47,18 @@ def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
     Gauss-Seidel on the dual (Hildreth) finds the rows with lam > 0, conjugate gradients solve their K lam = c. Exact
     for one row, for rows at right angles, and where the sweeps have found the rows. Rows without a gradient get 0.
     """
-    size, num = jnp.diagonal(K), len(c)
-    some = size > 0
+    some = jnp.diagonal(K) > 0
+    lam = _hildreth(K, c, equality, sweeps if len(c) > 1 else 1)
+    if len(c) == 1:
+        return lam
+    lam = _solve_rows(K, c, some & (equality | (lam > 0)), lam)
+    return jnp.where(equality, lam, jnp.maximum(lam, 0))
 
-    free = jnp.asarray(equality)
+
+def _hildreth(K: Array, c: Array, equality: np.ndarray, sweeps: int) -> Array:
+    """`dual` by sweeps over the rows, each of which makes one row right for the multipliers of the others."""
+    size, num, free = jnp.diagonal(K), len(c), jnp.asarray(equality)
+    some = size > 0
 
     def update(t: Array, lam: Array) -> Array:
         k = t % num
@@ -40,23 +66,36 @@ def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
         new = jnp.where(free[k], new, jnp.maximum(new, 0))
         return lam.at[k].set(jnp.where(some[k], new, lam[k]))
 
-    lam = lax.fori_loop(0, (sweeps if num > 1 else 1) * num, update, jnp.zeros_like(c))
-    if num == 1:
-        return lam
-    on = some & (equality | (lam > 0))
+    return lax.fori_loop(0, sweeps * num, update, jnp.zeros_like(c))
 
-    def conjugate(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-        lam, r, p = carry
+
+def _solve_rows(K: Array, c: Array, on: Array, lam: Array) -> Array:
+    """K lam = c on the rows `on`, by conjugate gradients from lam, whose other entries stay."""
+
+    def step(at: Conjugate, _: None) -> tuple[Conjugate, None]:
+        p, r = at.direction, at.residual
         Kp = jnp.where(on, K @ p, 0)
         bend, rr = p @ Kp, r @ r
-        goes = bend > 1e-14 * jnp.max(size) * (p @ p)
-        step = jnp.where(goes, rr / jnp.where(goes, bend, 1), 0)
-        lam, r = lam + step * p, r - step * Kp
-        return (lam, r, jnp.where(goes, r + r @ r / jnp.where(rr > 0, rr, 1) * p, 0)), None
+        goes = bend > 1e-14 * jnp.max(jnp.diagonal(K)) * (p @ p)
+        length = jnp.where(goes, rr / jnp.where(goes, bend, 1), 0)
+        lam, r = at.solution + length * p, r - length * Kp
+        return Conjugate(lam, r, jnp.where(goes, r + r @ r / _safe(rr) * p, 0)), None
 
     r = jnp.where(on, c - K @ lam, 0)
-    lam = lax.scan(conjugate, (lam, r, r), length=min(num, MAX_CG))[0][0]
-    return jnp.where(equality, lam, jnp.maximum(lam, 0))
+    return lax.scan(step, Conjugate(lam, r, r), length=min(len(c), MAX_CG))[0].solution
+
+
+class Restored(NamedTuple):
+    """A point on its way into Y(x)."""
+
+    y: Array
+    """Shape [n, m]."""
+
+    outside: Array
+    """Whether the coupling is violated beyond rounding, shape []."""
+
+    count: Array
+    """Projections done, shape []."""
 
 
 def restore(view: Blocks, x: PyTree, y: Array, num_steps: int = 8) -> Array:
@@ -72,122 +111,158 @@ def restore(view: Blocks, x: PyTree, y: Array, num_steps: int = 8) -> Array:
         rows = oracles.coupling_residual(view.problem, x, view.unpack(y))
         return jnp.max(jnp.abs(rows), initial=0) > rounding * (1 + jnp.max(jnp.abs(y)))
 
-    def step(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
-        y, _, k = carry
-        c, J, equality = sample_oracles.coupling_rows(view.problem, x, view.unpack(y))
-        moved = ravel_pytree(view.unpack(y))[0] - J.T @ dual(J @ J.T, c, equality)
+    def step(at: Restored) -> Restored:
+        c, J, equality = view.coupling_rows(x, at.y)
+        moved = ravel_pytree(view.unpack(at.y))[0] - J.T @ dual(J @ J.T, c, equality)
         y = view.project(moved[None])
-        return y, outside(y), k + 1
+        return Restored(y, outside(y), at.count + 1)
 
     y = view.project(y)
-    start = y, outside(y), jnp.zeros((), int)
-    return lax.while_loop(lambda carry: carry[1] & (carry[2] < num_steps), step, start)[0]
+    start = Restored(y, outside(y), jnp.zeros((), int))
+    return lax.while_loop(lambda at: at.outside & (at.count < num_steps), step, start).y
 
 
 def multipliers(view: Blocks, x: PyTree, y: Array, gradients: Array) -> Array:
-    """lam [K, R] with |gradient + J' lam| least for each of `gradients` [K, m], lam >= 0 on inequalities.
+    """The multipliers lam [K, R] for which |gradient + J' lam| is least, for each of `gradients` [K, m].
 
-    Of the rows of the coupling, those active at y have one, the others 0.
+    Of the rows of the coupling, those active at y have one, at least 0 on inequalities; the others have 0.
     """
-    c, J, equality = sample_oracles.coupling_rows(view.problem, x, view.unpack(y))
+    c, J, equality = view.coupling_rows(x, y)
     reach = 1e-6 * (1 + jnp.linalg.norm(y)) * jnp.linalg.norm(J, axis=1)
     J = jnp.where((equality | (c >= -reach))[:, None], J, 0)
     K = J @ J.T
     return jax.vmap(lambda G: dual(K, -J @ G, equality))(gradients)
 
 
-def _tangent(view: Blocks, x: PyTree, y: Array, G: Array) -> tuple[Any, Any]:
-    """(part, bend), functions of v [n, m] for a step from y, where the gradient is G [n, m].
+class Tangent(NamedTuple):
+    """Where a step from y may go without leaving Y(x) to first order."""
 
-    part: v's part along which y may move, not into faces of Y, nor across active rows, that -G points into. bend: what
-    the active rows of a smooth coupling add to a Hessian's product with v, that is sum_i lam_i c_i'' v.
-    """
+    part: Callable[[Array], Array]
+    """v [n, m] -> its part along which y may move: not into faces of Y, nor across active rows."""
+
+    bend: Callable[[Array], Array]
+    """v [n, m] -> sum_i lam_i c_i'' v, what the active rows of a smooth coupling add to a Hessian's product with v."""
+
+
+def tangent(view: Blocks, x: PyTree, y: Array, G: Array) -> Tangent:
+    """The tangent space of the faces and rows that a step from y [n, m] along -G would meet, G [n, m] a gradient."""
     steep = jnp.linalg.norm(G, axis=1, keepdims=True)
-    h = 1e-6 * (1 + jnp.linalg.norm(y, axis=1, keepdims=True)) / jnp.where(steep > 0, steep, 1)
+    h = 1e-6 * (1 + jnp.linalg.norm(y, axis=1, keepdims=True)) / _safe(steep)
     probe = y - h * G
     free = jnp.abs(view.project(probe) - probe) <= h * (0.1 * jnp.abs(G) + 1e-3 * steep)
     if view.problem.coupling is None:
-        return lambda v: jnp.where(free, v, 0), lambda v: 0 * v
-    c, J, equality = sample_oracles.coupling_rows(view.problem, x, view.unpack(probe))
+        return Tangent(lambda v: jnp.where(free, v, 0), lambda v: 0 * v)
+    c, J, equality = view.coupling_rows(x, probe)
     lam = dual(J @ J.T, c, equality)
-    A = jnp.where(free & (equality | (lam > 0))[:, None], J, 0)
+    part = _along_rows(free, jnp.where(free & (equality | (lam > 0))[:, None], J, 0))
+    if isinstance(view.problem.coupling, LinearCoupling):
+        return Tangent(part, lambda v: 0 * v)
+    slope = lambda y: view.coupling_pull(x, y[None], lam[None] / h)[1][0]  # noqa: E731
+    return Tangent(part, jax.linearize(slope, y)[1])
+
+
+def _along_rows(free: Array, A: Array) -> Callable[[Array], Array]:
+    """v [1, m] -> its part in the free entries [1, m] at right angles to the rows A [R, m]."""
     K = A @ A.T
-    ridge = 1e-12 * jnp.trace(K) + jnp.finfo(y.dtype).tiny
-    pull = jnp.linalg.solve(K + ridge * jnp.eye(len(c), dtype=y.dtype), A)
+    ridge = 1e-12 * jnp.trace(K) + jnp.finfo(A.dtype).tiny
+    pull = jnp.linalg.solve(K + ridge * jnp.eye(len(A), dtype=A.dtype), A)
 
     def part(v: Array) -> Array:
         v = jnp.where(free, v, 0)
         return v - (A.T @ (pull @ v[0]))[None]
 
-    if isinstance(view.problem.coupling, LinearCoupling):
-        return part, lambda v: 0 * v
+    return part
 
-    def slope(y: Array) -> Array:
-        ys = jax.tree.map(lambda leaf: leaf[None], view.unpack(y))
-        return view.pack(
-            jax.tree.map(lambda g: g[0], sample_oracles.coupling_pull(view.problem, x, ys, lam[None] / h)[1])
-        )
 
-    return part, jax.linearize(slope, y)[1]
+class Descent(NamedTuple):
+    """A point that descends, and how far gradient steps went last."""
+
+    y: Array
+    """Shape [n, m]."""
+
+    size: Array
+    """The gradient's length for each block, shape [n]; 0 for a guess."""
 
 
 def improve(
     view: Blocks, x: PyTree, y: Array, a: Any, b: Any, num_steps: int, size: Any = 0.0, restores: int = 2
-) -> tuple[Array, Array]:
-    """(y [n, m], sizes [n]) after `num_steps` >= 1 descent steps from y on a f + b g over Y(x); on g if a is None.
+) -> Descent:
+    """The end of `num_steps` >= 1 descent steps from y [n, m] on a f + b g over Y(x); on g where a is None.
 
     Each step tries, for each block, two lengths along a truncated Newton direction within the free variables and three
-    of the projected gradient, and takes the best or stays. size: the gradient's first length, 0 for a guess.
+    of the projected gradient, and takes the best or stays. size: the gradient's first length, 0 for a guess. restores:
+    projections on Y(x), at most, of a trial.
     """
-    rounding = 10 * float(jnp.finfo(y.dtype).eps)
+    objective = Objective(view, x, a, b)
+    start = Descent(y, jnp.zeros(view.n, y.dtype) + size)
+    return lax.scan(lambda at, _: (_descend(objective, at, restores), None), start, length=num_steps)[0]
+
+
+def _descend(objective: Objective, at: Descent, restores: int) -> Descent:
+    """One step of `improve`."""
+    view, x, y = objective.view, objective.x, at.y
+    model = objective.model(y)
+    G = model.gradient
+    d = _newton(model, tangent(view, x, y, G), view.m)
+    steep = jnp.linalg.norm(G, axis=1)
+    size = jnp.where(at.size > 0, at.size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / _safe(steep))
+    lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
+    moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
+    trials = jax.vmap(lambda y: restore(view, x, y, restores))(y[None] + jnp.concatenate(moves))
+    k = jnp.argmin(_judge(objective, model, trials), axis=0)
+    factors = jnp.asarray((1.0,) * len(LENGTHS) + SIZES + (1 / 16,), y.dtype)
+    return Descent(pick(trials, k), size * factors[k])
+
+
+def _newton(model: Model, along: Tangent, m: int) -> Array:
+    """A truncated Newton direction [n, m] in the tangent space: conjugate gradients until curvature turns negative."""
     rows = lambda u, v: jnp.sum(u * v, axis=1, keepdims=True)  # noqa: E731
-    safe = lambda number: jnp.where(number > 0, number, 1)  # noqa: E731
-    data = view.upper, view.lower
+    start = -along.part(model.gradient)
+    first = rows(start, start)
 
-    def value(y: Array) -> Array:
-        return sample_oracles.weighted_terms(view.problem, x, view.unpack(y), a, b, *data)
+    def step(at: Conjugate, _: None) -> tuple[Conjugate, None]:
+        r, p = at.residual, at.direction
+        Hp = along.part(model.product(p) + along.bend(p))
+        curvature, rr = rows(p, Hp), rows(r, r)
+        goes = (curvature > 0) & (rr > 1e-24 * first)
+        length = jnp.where(goes, rr / _safe(curvature), 0)
+        d, r = at.solution + length * p, r - length * Hp
+        return Conjugate(d, r, jnp.where(goes, r + rows(r, r) / _safe(rr) * p, 0)), None
 
-    def step(carry: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], None]:
-        y, size = carry
-        phi, gradient, product = sample_oracles.weighted_model(view.problem, x, view.unpack(y), a, b, *data)
-        G = view.pack(gradient)
-        part, bend = _tangent(view, x, y, G)
-        start = -part(G)
-        first = rows(start, start)
+    begin = Conjugate(jnp.zeros_like(start), start, start)
+    return lax.scan(step, begin, length=min(m, MAX_CG))[0].solution
 
-        def conjugate(carry: tuple[Array, ...], _: None) -> tuple[tuple[Array, ...], None]:
-            d, r, p = carry
-            Hp = part(view.pack(product(view.unpack(p))) + bend(p))
-            curvature, rr = rows(p, Hp), rows(r, r)
-            goes = (curvature > 0) & (rr > 1e-24 * first)
-            step = jnp.where(goes, rr / safe(curvature), 0)
-            d, r = d + step * p, r - step * Hp
-            p = jnp.where(goes, r + rows(r, r) / safe(rr) * p, 0)  # negative curvature ends it
-            return (d, r, p), None
 
-        d = lax.scan(conjugate, (jnp.zeros_like(y), start, start), length=min(view.m, MAX_CG))[0][0]
-        steep = jnp.linalg.norm(G, axis=1)
-        size = jnp.where(size > 0, size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / safe(steep))
-        lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
-        moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
-        trials = jax.vmap(lambda y: restore(view, x, y, restores))(y[None] + jnp.concatenate(moves))
-        values = oracles.batched(value)(trials)
-        values = values.at[0].add(-rounding * jnp.abs(phi))  # where rounding hides the fall, Newton shows the way
-        if view.problem.coupling is not None:  # what `restore` did not bring back does not count as lower
-            outside = jax.vmap(lambda y: view.violation(x, y))(trials)[:, None]
-            values = values + jnp.where(outside > FEASIBLE, 1e4 * (1 + steep[0] + jnp.abs(phi[0])) * outside, 0)
-        values = jnp.where(jnp.isfinite(values), values, jnp.inf)
-        k = jnp.argmin(values, axis=0)
-        factors = jnp.asarray((1.0,) * len(LENGTHS) + SIZES + (1 / 16,), y.dtype)
-        return (pick(trials, k), size * factors[k]), None
-
-    return lax.scan(step, (y, jnp.zeros(view.n, y.dtype) + size), length=num_steps)[0]
+def _judge(objective: Objective, model: Model, trials: Array) -> Array:
+    """What the trials [K, n, m] of a step are compared by, shape [K, n]: the objective, inf where it is not finite."""
+    view = objective.view
+    values = oracles.batched(objective.terms)(trials)
+    rounding = 10 * float(jnp.finfo(values.dtype).eps)
+    values = values.at[0].add(-rounding * jnp.abs(model.terms))  # where rounding hides the fall, Newton shows the way
+    if view.problem.coupling is not None:  # what `restore` did not bring back does not count as lower
+        outside = jax.vmap(lambda y: view.violation(objective.x, y))(trials)[:, None]
+        weight = 1e4 * (1 + jnp.linalg.norm(model.gradient, axis=1)[0] + jnp.abs(model.terms[0]))
+        values = values + jnp.where(outside > FEASIBLE, weight * outside, 0)
+    return jnp.where(jnp.isfinite(values), values, jnp.inf)
 
 
 def polish(view: Blocks, x: PyTree, y: Array, num_steps: int = 20) -> Array:
     """A local minimiser of g(x, .) over Y(x) near y [n, m]; without coupling it may sit at a kink of g."""
-    y = restore(view, x, improve(view, x, y, None, None, num_steps, restores=4)[0])
+    y = restore(view, x, improve(view, x, y, None, None, num_steps, restores=4).y)
     return y if view.problem.coupling is not None else _by_coordinates(view, x, y)
+
+
+class Search(NamedTuple):
+    """A search along the coordinates."""
+
+    y: Array
+    """Shape [n, m]."""
+
+    g: Array
+    """Its values, one a block, shape [n]."""
+
+    h: Array
+    """How far each block moves next, shape [n]."""
 
 
 def _by_coordinates(view: Blocks, x: PyTree, y: Array, rounds: int = 40) -> Array:
@@ -195,18 +270,16 @@ def _by_coordinates(view: Blocks, x: PyTree, y: Array, rounds: int = 40) -> Arra
     rounding = 1e3 * float(jnp.finfo(y.dtype).eps)
     unit = jnp.eye(view.m, dtype=y.dtype)
     moves = jnp.concatenate([unit, -unit])[:, None]  # [2 m, 1, m]
+    objective = Objective(view, x)
 
-    def value(y: Array) -> Array:
-        return sample_oracles.weighted_terms(view.problem, x, view.unpack(y), None, None, view.upper, view.lower)
-
-    def search(carry: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], None]:
-        y, g, h = carry
-        trials = jax.vmap(view.project)(y[None] + h[None, :, None] * moves)
-        values = oracles.batched(value)(trials)
+    def step(at: Search, _: None) -> tuple[Search, None]:
+        trials = jax.vmap(view.project)(at.y[None] + at.h[None, :, None] * moves)
+        values = oracles.batched(objective.terms)(trials)
         k = jnp.argmin(values, axis=0)
         best = pick(values, k)
-        falls = best < g - rounding * jnp.abs(g)
-        y = jnp.where(falls[:, None], pick(trials, k), y)
-        return (y, jnp.where(falls, best, g), jnp.where(falls, 2 * h, h / 4)), None
+        falls = best < at.g - rounding * jnp.abs(at.g)
+        y = jnp.where(falls[:, None], pick(trials, k), at.y)
+        return Search(y, jnp.where(falls, best, at.g), jnp.where(falls, 2 * at.h, at.h / 4)), None
 
-    return lax.scan(search, (y, value(y), 1e-2 * (1 + jnp.max(jnp.abs(y), axis=1))), length=rounds)[0][0]
+    start = Search(y, objective.terms(y), 1e-2 * (1 + jnp.max(jnp.abs(y), axis=1)))
+    return lax.scan(step, start, length=rounds)[0].y

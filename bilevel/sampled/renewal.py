@@ -5,18 +5,63 @@ of its own length and moves to the best of its share of the new points where tha
 matter are followed as x moves, while the fresh points find others. The number of points never changes.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.tree import join
+from bilevel.sampled.blocks import Blocks, pick
+from bilevel.sampled.covering import cover_blocks, near
 from bilevel.sampled.nets import shifted
 from bilevel.sampled.refine import restore
-from bilevel.sampled.sampling import Blocks, cover_blocks, near, pick
 
 PyTree = Any
+
+
+class Samples(NamedTuple):
+    """N points of Y and what f and g are there."""
+
+    points: Array
+    """Shape [N, n, m]."""
+
+    f: Array
+    """Of their blocks, shape [N, n]."""
+
+    g: Array
+    """Likewise."""
+
+
+class Slots(NamedTuple):
+    """K points that stay from step to step, K even."""
+
+    points: Array
+    """Shape [K, n, m]."""
+
+    sizes: Array
+    """The lengths of their gradient steps, shape [K, n], 0 where none is known."""
+
+
+class Renewed(NamedTuple):
+    """What `renew` returns."""
+
+    samples: Samples
+    """All of them; the last K are the slots."""
+
+    sizes: Array
+    """The lengths of the slots' next steps, shape [K, n]."""
+
+
+class Goal(NamedTuple):
+    """The slots' objectives a f + b g."""
+
+    a: Array
+    """Shape [K, 1]: 0 for slots that descend g, 1 for those that descend f + rho g."""
+
+    b: Array
+    """Likewise 1, and rho."""
 
 
 def fresh(view: Blocks, u: Array, num: int, key: Array) -> Array:
@@ -25,48 +70,61 @@ def fresh(view: Blocks, u: Array, num: int, key: Array) -> Array:
 
 
 def renew(
-    view: Blocks,
-    x: PyTree,
-    slots: Array,
-    sizes: Array,
-    rho: Array,
-    points: Array,
-    u: Array,
-    keep_last: bool,
-    chunk: int,
-) -> tuple[Array, Array, Array, Array]:
-    """(samples [N, n, m], sizes [K, n], f [N, n], g [N, n]) at x.
+    view: Blocks, x: PyTree, slots: Slots, rho: Array, points: Array, u: Array, keep_last: bool, chunk: int
+) -> Renewed:
+    """The next samples, moved into Y(x), with f and g there.
 
-    slots: [K, n, m], K even; sizes: the lengths of their steps, 0 where none is known. points: fresh ones; u: random
-    numbers of `sampling.near`. keep_last: the last slot is a variable and stays. The new slots are the last K samples.
+    points: fresh ones [num, n, m]; u: random numbers of `covering.near`. keep_last: the last slot is a variable and
+    stays.
     """
-    count = len(slots)
+    count = len(slots.points)
     is_upper = (jnp.arange(count) >= count // 2)[:, None]
-    a, b = is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1)
+    goal = Goal(is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1))
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
-    by_y = view.gradients(x, slots, a, b, chunk)[1]
-    steep = jnp.linalg.norm(by_y, axis=2)
-    spread = jnp.linalg.norm(jnp.std(points, axis=0), axis=1)
-    sizes = jnp.where(sizes > 0, sizes, 0.1 * spread[None] / jnp.where(steep > 0, steep, 1))
-    trial = slots - jnp.where(fixed, 0, sizes)[:, :, None] * by_y
-    parts = [points, near(view, u, slots, points), trial, slots]
+    sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
+    parts = [points, near(view, u, slots.points, points), trial, slots.points]
     points = jax.vmap(lambda y: restore(view, x, y, 4))(jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
-    (new, trial, slots), (f, ft, fs), (g, gt, gs) = (
-        jnp.split(part, ends) for part in (points, *view.values(x, points, chunk))
-    )
-    margin = -1e3 * jnp.finfo(f.dtype).eps * (jnp.abs(a * fs) + jnp.abs(b * gs))  # so that rounding decides nothing
-    change = a * (ft - fs) + b * (gt - gs)
+    all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk)))
+    new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))
+    # so that rounding decides nothing
+    margin = -1e3 * jnp.finfo(here.f.dtype).eps * (jnp.abs(goal.a * here.f) + jnp.abs(goal.b * here.g))
+    here, sizes = _keep_lower(here, trial, sizes, goal, margin)
+    here, sizes = _challenge(here, new, sizes, goal, jnp.where(fixed, -jnp.inf, margin))
+    return Renewed(join(new, here), sizes)
+
+
+def _gradient_step(
+    view: Blocks, x: PyTree, slots: Slots, goal: Goal, points: Array, fixed: Array, chunk: int
+) -> tuple[Array, Array]:
+    """(the slots' step lengths, a tenth of the spread of `points` where none is known; where the steps lead)."""
+    by_y = view.gradients(x, slots.points, goal.a, goal.b, chunk)[1]
+    steep = jnp.linalg.norm(by_y, axis=2)
+    spread = jnp.linalg.norm(jnp.std(points, axis=0), axis=1)
+    sizes = jnp.where(slots.sizes > 0, slots.sizes, 0.1 * spread[None] / jnp.where(steep > 0, steep, 1))
+    return sizes, slots.points - jnp.where(fixed, 0, sizes)[:, :, None] * by_y
+
+
+def _keep_lower(here: Samples, trial: Samples, sizes: Array, goal: Goal, margin: Array) -> tuple[Samples, Array]:
+    """(the slots, at the trial where it is lower; their sizes, longer after a fall and shorter after a rise)."""
+    change = goal.a * (trial.f - here.f) + goal.b * (trial.g - here.g)
     falls = change < margin
     sizes = jnp.where(falls, 2 * sizes, jnp.where(change > -margin, sizes / 4, sizes))
-    slots = jnp.where(falls[:, :, None], trial, slots)
-    fs, gs = jnp.where(falls, ft, fs), jnp.where(falls, gt, gs)
+    return _where(falls, trial, here), sizes
 
-    share = len(f) // count * count  # slot j is challenged by the new points j, j + count, …
-    fold = lambda part: part[:share].reshape(-1, count, *part.shape[1:])  # noqa: E731
-    score = a[None] * fold(f) + b[None] * fold(g)
-    wins = (jnp.min(score, axis=0) - a * fs - b * gs < margin) & ~fixed
+
+def _challenge(here: Samples, new: Samples, sizes: Array, goal: Goal, margin: Array) -> tuple[Samples, Array]:
+    """(the slots, slot j at the best of the new points j, j + K, … where that is lower; their sizes, 0 after it)."""
+    count = len(here.f)
+    share = len(new.f) // count * count
+    rivals = jax.tree.map(lambda part: part[:share].reshape(-1, count, *part.shape[1:]), new)
+    score = goal.a[None] * rivals.f + goal.b[None] * rivals.g
+    wins = jnp.min(score, axis=0) - goal.a * here.f - goal.b * here.g < margin
     best = jnp.argmin(score, axis=0) * count + jnp.arange(count)[:, None]
-    slots, sizes = jnp.where(wins[:, :, None], pick(new, best), slots), jnp.where(wins, 0, sizes)
-    fs, gs = jnp.where(wins, pick(f, best), fs), jnp.where(wins, pick(g, best), gs)
-    return jnp.concatenate([new, slots]), sizes, jnp.concatenate([f, fs]), jnp.concatenate([g, gs])
+    return _where(wins, Samples(*(pick(part, best) for part in new)), here), jnp.where(wins, 0, sizes)
+
+
+def _where(chosen: Array, there: Samples, here: Samples) -> Samples:
+    """Of two samples the first, for each slot and block that is `chosen` [K, n]."""
+    points = jnp.where(chosen[:, :, None], there.points, here.points)
+    return Samples(points, jnp.where(chosen, there.f, here.f), jnp.where(chosen, there.g, here.g))

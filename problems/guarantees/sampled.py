@@ -10,8 +10,8 @@ from jax import Array
 
 from bilevel import BilevelProblem, Box, Full, Minimize, SampledPenalty
 from bilevel.guarantees import Guarantee
-from bilevel.sampled import sampling
-from bilevel.sampled.sampling import Smoothness
+from bilevel.sampled import smoothing
+from bilevel.sampled.smoothing import Smoothness
 from bilevel.theory import assumptions
 from problems import strategies
 from problems.guarantees.instances import EPS, normal
@@ -102,7 +102,7 @@ waves = strategies.recipes(
 )  # fmt: skip
 
 
-def value(smooth_min: Callable = sampling.smooth_min) -> Guarantee:
+def value(smooth_min: Callable = smoothing.smooth_min) -> Guarantee:
     """Brackets at x, and the lemma with X and Y replaced by grids, where all minima are exact."""
 
     def measure(instance: Wavy, horizon: tuple[int, ...]) -> Array:
@@ -110,8 +110,8 @@ def value(smooth_min: Callable = sampling.smooth_min) -> Guarantee:
         t, rho = known.temperature, known.rho
         f, g = tables(instance.f, instance.g, jnp.array(GRID[::10]), jnp.array(GRID))
         sampled = tables(instance.f, instance.g, jnp.array(GRID[::10]), instance.samples[:, 0])[1]
-        smoothed = jax.vmap(lambda values: smooth_min(values, t, True)[0])(sampled)
-        quadratic = jax.vmap(lambda values: smooth_min(values, t, False)[0])(sampled)
+        smoothed = jax.vmap(lambda values: smooth_min(values, t, True).value)(sampled)
+        quadratic = jax.vmap(lambda values: smooth_min(values, t, False).value)(sampled)
         v, v_N = jnp.min(g, axis=1), jnp.min(sampled, axis=1)
 
         P = f + rho * (g - smoothed[:, None])
@@ -127,7 +127,7 @@ def value(smooth_min: Callable = sampling.smooth_min) -> Guarantee:
         return jnp.stack([known.L_y * known.radius, t * np.log(NUM_SAMPLES), zero, t / 2, zero, one, one])
 
     return Guarantee(
-        "sampled-value", "ours, bilevel.sampling", (smooth_enough,), waves, measure, bound, (1,),
+        "sampled-value", "ours, bilevel.sampled.smoothing", (smooth_enough,), waves, measure, bound, (1,),
         lambda known: 1e2 * EPS * known.size / jnp.minimum(known.temperature, 1),
         "0 <= v_N - v <= L_y d; v_N - t log N <= v_t <= v_N <= v_quadratic <= v_N + t/2; minimisers of the penalty",
     )  # fmt: skip

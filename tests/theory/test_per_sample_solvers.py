@@ -7,7 +7,7 @@ import numpy as np
 import bilevel
 from bilevel import oracles, run
 from bilevel.oracles import per_sample
-from bilevel.sampled.sampling import smooth_min
+from bilevel.sampled import smooth_min
 
 C = np.array([2.0, 0.3, -1.5])
 ENDS = np.array([0.3, -0.2, 0.1, 0.4])  # b_i: the other end is the lower one

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 import bilevel
 from bilevel import oracles
+from bilevel.sampled import Blocks, Smoothness
+from bilevel.sampled.penalised import Form, Penalised
 from bilevel.sampled.refine import restore
-from bilevel.sampled.sampling import Smoothness, blocks
 
 KEY = jax.random.key(0)
 BOX = bilevel.Box(-1.0, 1.0)
@@ -83,14 +84,14 @@ def test_every_iterate_is_feasible(form, kind, seed):
 @functools.cache
 def slope(form, smoothing):
     """(problem, x, samples, rho, t) -> (samples moved into Y(x), P there, its gradient in x), jitted."""
-    solver = bilevel.SampledPenalty(form=form, smoothing=smoothing)
 
     @jax.jit
     def look(problem, x, samples, rho, t):
-        view = blocks(problem, samples[0, 0])
+        view = Blocks.of(problem, samples[0, 0])
+        P = Penalised(view, Form(form == "joint", smoothing == "entropic", frozen=False), rho, rho * t, chunk=1024)
         samples = jax.vmap(lambda y: restore(view, x, y))(samples)
-        value, a, b = solver._penalised(*view.values(x, samples), rho, rho * t)
-        return samples, value, solver._direction(view, x, samples, a, b, rho)[0]
+        found = P.at(*view.values(x, samples))
+        return samples, found.value, P.gradient(x, samples, found).x
 
     return look
 

@@ -14,9 +14,9 @@ import bilevel
 import problems
 from bilevel import oracles, run
 from bilevel.diagnostics.gap import measure_global
-from bilevel.oracles import samples as sample_oracles
+from bilevel.sampled import Blocks, Smoothness, cover, smooth_min
 from bilevel.sampled.nets import sobol
-from bilevel.sampled.sampling import Smoothness, cover, smooth_min
+from bilevel.sampled.penalised import Form, Penalised
 
 KEY = jax.random.key(0)
 FORMS = [(form, smoothing) for form in ("lifted", "joint") for smoothing in ("entropic", "quadratic")]
@@ -108,16 +108,15 @@ def test_more_dimensions_than_scipy_has_a_net_for():
 @functools.cache
 def penalised(form, smoothing):
     """(x, y, problem, samples, rho, t) -> (P, its gradients in x and y), jitted."""
-    solver = bilevel.SampledPenalty(form=form, smoothing=smoothing)
 
     @jax.jit
     def look(x, y, problem, samples, rho, t):
-        data = problem.upper_data.full(), problem.lower_data.full()
-        ys = samples.at[-1].set(y) if form == "joint" else samples
-        f, g = sample_oracles.sample_values(problem, x, ys, *data, chunk=8)
-        value, a, b = solver._penalised(f, g, rho, rho * t)
-        by_x, by_y = sample_oracles.sample_gradients(problem, x, ys, a, rho * (a - b), *data, chunk=8)
-        return value, by_x, by_y[-1] if form == "joint" else jnp.zeros(1)
+        view = Blocks.of(problem, y)
+        P = Penalised(view, Form(form == "joint", smoothing == "entropic", frozen=False), rho, rho * t, chunk=8)
+        ys = (samples.at[-1].set(y) if form == "joint" else samples)[:, None]
+        found = P.at(*view.values(x, ys, 8))
+        direction = P.gradient(x, ys, found)
+        return found.value, direction.x, direction.last[0]
 
     return look
 

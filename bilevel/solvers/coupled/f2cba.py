@@ -11,9 +11,9 @@ from jax import Array
 from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.parts import lagrangian, tracking
+from bilevel.parts.descent import barzilai_borwein
 from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
 from bilevel.record import OracleCount
-from bilevel.sampled.sampling import descend
 from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, move, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -153,7 +153,7 @@ class F2CBA(Solver):
         if _equalities_alone(problem):
             y, m = lagrangian.max_min(problem, x, state.y, state.m, lambda y: weighted(y)[1], *sizes)
         else:
-            y, m = descend(problem.y_set, penalised, state.y, self.num_penalty_steps)[0], n
+            y, m = barzilai_borwein(problem.y_set, penalised, state.y, self.num_penalty_steps)[0], n
             m = n + jnp.where(held, oracles.coupling_pullback(problem, x, y)[0], 0) / delta
 
         fx, _ = oracles.upper_gradients(problem, x, y, batch_f)

@@ -10,10 +10,10 @@ from jax import Array
 from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.diagnostics import BY_VALUE
+from bilevel.parts.descent import barzilai_borwein
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
-from bilevel.sampled.sampling import descend
 from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, require_numbers, schedules, step_sizes, stepper
@@ -64,8 +64,8 @@ class BVFSM(Solver):
         x <- Proj_X(x - c (f_x(x, y) + s (g_x(x, y) - g_x(x, z))/(v - g(x, y)))).
 
     y takes `num_penalty_steps` projected gradient steps of Barzilai and Borwein's length that never let its
-    objective rise (`sampling.descend`). The barrier keeps g(x, y) below v, which comes down to min g as mu falls: while
-    it is high y may leave a basin of g for one that f prefers.
+    objective rise (`descent.barzilai_borwein`). The barrier keeps g(x, y) below v, which comes down to min g as mu
+    falls: while it is high y may leave a basin of g for one that f prefers.
 
     Assumptions: f and g continuously differentiable and, with the regularisation, coercive in y; no coupling. Where z
     and y are global minimisers of their problems, limits of x are minimisers of the optimistic F.
@@ -148,7 +148,7 @@ class BVFSM(Solver):
             total = lambda f, g, y: f + jnp.asarray(theta, f.dtype) * y - jnp.asarray(s * slope, f.dtype) * g  # noqa: E731
             return f + theta * norm(y) ** 2 / 2 + s * value, jax.tree.map(total, fy, gy, y)
 
-        y, _ = descend(problem.y_set, penalised, problem.y_set.project(state.y), self.num_penalty_steps)
+        y, _ = barzilai_borwein(problem.y_set, penalised, problem.y_set.project(state.y), self.num_penalty_steps)
 
         fx, _ = oracles.upper_gradients(problem, x, y, batch_f)
         g_y = oracles.lower_value(problem, x, y, batch_g)

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles
@@ -19,19 +20,35 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y, x's step rule, the upper source's state."""
+    """What a step of AT needs."""
 
     x: PyTree
     y: PyTree
+    """The last attack on every sample."""
+
     step: Stepper
+    """The step rule of x."""
+
     upper: PyTree
+    """The state of the upper source."""
+
+
+class Attack(NamedTuple):
+    """An attack under way."""
+
+    y: PyTree
+    step: Stepper
+    """Its step rule."""
 
 
 class Info(NamedTuple):
-    """|f_x| at the attack, and |y| of the attack: shapes []."""
+    """What a step of AT shows."""
 
     direction: Array
+    """Norm of f_x at the attack, shape []."""
+
     attack: Array
+    """Norm of the attack y, shape []."""
 
 
 @struct(kw_only=True)
@@ -96,20 +113,20 @@ class AT(Solver):
 
     def _attack(self, here: per_sample.View, x: PyTree, y: PyTree) -> PyTree:
         """T steps from y."""
-        scale, default = jax.tree.map(jnp.ones_like, y), 0.1
+        scale, default = optax.tree.ones_like(y), 0.1
         bounds = here.problem.y_set.bounds(y)
         if self.lower_step_size is None and bounds is not None:
             lo, hi = bounds
             scale, default = jax.tree.map(lambda lo, hi: (hi - lo) / 2, lo, hi), 2.5 / max(self.num_lower_steps, 1)
 
-        def body(_: int, carry: tuple[PyTree, Stepper]) -> tuple[PyTree, Stepper]:
-            y, step = carry
-            R = oracles.residual(here.problem, x, y, here.lower)
+        def body(_: int, at: Attack) -> Attack:
+            R = oracles.residual(here.problem, x, at.y, here.lower)
             R = jax.tree.map(lambda r, s: s * (jnp.sign(r) if self.sign else r), R, scale)
-            y, step = step(y, R)
-            return here.problem.y_set.project(y), step
+            y, step = at.step(at.y, R)
+            return Attack(here.problem.y_set.project(y), step)
 
-        return jax.lax.fori_loop(0, self.num_lower_steps, body, (y, stepper(self.lower_step_size, default, y)))[0]
+        start = Attack(y, stepper(self.lower_step_size, default, y))
+        return jax.lax.fori_loop(0, self.num_lower_steps, body, start).y
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         key_batch, key_start = jax.random.split(key)

@@ -12,7 +12,7 @@ from bilevel.backend.tree import join, norm, take
 from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sampled.sampling import smooth_min
+from bilevel.sampled.smoothing import smooth_min
 from bilevel.solver import About, Solver, refuse_unsampled_set
 from bilevel.step import Stepper, require_number, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
@@ -21,24 +21,36 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y and slots, [num_slots] of candidates shaped like y, of least g when last looked at; x's step rule; the upper
-    source's state; steps done.
-    """
+    """What a step of PerSamplePenalty needs."""
 
     x: PyTree
     y: PyTree
+    """Each sample's candidate of least g when it was last looked at."""
+
     slots: PyTree
+    """Candidates that are kept, num_slots of them shaped like y and stacked, of least g when last looked at."""
+
     step: Stepper
+    """The step rule of x."""
+
     upper: PyTree
+    """The state of the upper source."""
+
     count: Array
+    """Steps done, shape []."""
 
 
 class Info(NamedTuple):
-    """|gradient in x|; the penalised objective; rho: shapes []."""
+    """What a step of PerSamplePenalty shows."""
 
     direction: Array
+    """Norm of the gradient of P, shape []."""
+
     objective: Array
+    """P on the batch, shape []."""
+
     penalty: Array
+    """rho, shape []."""
 
 
 @struct(kw_only=True)
@@ -48,7 +60,7 @@ class PerSamplePenalty(Solver):
         P(x) = mean_i { M_{rho t}[f_i(x, y_ik) + rho g_i(x, y_ik)] - rho M_t[g_i(x, y_ik)] },   M over k,
         x <- Proj_X(x - a grad P),
 
-    M the entropic smooth minimum of `sampled.sampling`. Candidates: num_slots that the sample keeps from its last
+    M the entropic smooth minimum of `sampled.smoothing`. Candidates: num_slots that the sample keeps from its last
     batch; of the others a quarter, at least one, near these, the rest drawn from Y. The num_slots of least g are kept,
     and P is taken over them: its minimum of g is that over all candidates. rho climbs from `penalty` to `max_penalty`
     while rho t stays.
@@ -111,21 +123,14 @@ class PerSamplePenalty(Solver):
         batch, upper = problem.upper_data.next(state.upper, key_batch, x, state.y)
         here = per_sample.view(problem, state.y, batch)
         slots = jax.vmap(lambda slot: per_sample.rows_of(problem, slot, batch))(state.slots)
-        fresh = _draw(here.problem, key_fresh, self.num_samples - self.num_slots, here.y)
-        num_near = max(1, (self.num_samples - self.num_slots) // 4)
-        near = _shaken(here.problem, key_near, slots, take(fresh, slice(num_near)))
-        candidates = join(slots, near, take(fresh, slice(num_near, None)))
+        candidates = self._candidates(here, slots, key_fresh, key_near)
         g = oracles.values_by_sample(here.problem, x, candidates, here.lower)
         order = jnp.argsort(g, axis=0)[: self.num_slots]  # [num_slots, samples]
         slots = jax.vmap(lambda index: per_sample.choose(here, candidates, index))(order)
-
-        first, last, smooth = (
-            jnp.asarray(rule.value, g.dtype) for rule in (self.penalty, self.max_penalty, self.temperature)
-        )
-        rho = first * (last / first) ** jnp.minimum(state.count / self.num_ladder_steps, 1).astype(g.dtype)
+        rho, smooth = self._rung(state.count, g.dtype)
 
         def penalty(f: Array, g: Array) -> Array:
-            return smooth_min(f + rho * g, smooth, True)[0] - rho * smooth_min(g, smooth / rho, True)[0]
+            return smooth_min(f + rho * g, smooth, True).value - rho * smooth_min(g, smooth / rho, True).value
 
         value, gradient = oracles.penalty_by_sample(here.problem, x, slots, here.upper, here.lower, penalty)
         x, step = state.step(x, gradient)
@@ -133,6 +138,19 @@ class PerSamplePenalty(Solver):
         slots = jax.vmap(lambda old, new: per_sample.put_back(problem, old, batch, new))(state.slots, slots)
         info = Info(norm(gradient), value, rho)
         return State(problem.x_set.project(x), y, slots, step, upper, state.count + 1), info
+
+    def _candidates(self, here: per_sample.View, slots: PyTree, key_fresh: Array, key_near: Array) -> PyTree:
+        """The slots, points near them, and points drawn from Y: num_samples in all, stacked."""
+        fresh = _draw(here.problem, key_fresh, self.num_samples - self.num_slots, here.y)
+        num_near = max(1, (self.num_samples - self.num_slots) // 4)
+        near = _shaken(here.problem, key_near, slots, take(fresh, slice(num_near)))
+        return join(slots, near, take(fresh, slice(num_near, None)))
+
+    def _rung(self, count: Array, dtype: Any) -> tuple[Array, Array]:
+        """(rho after `count` steps; rho t), shapes []."""
+        settings = self.penalty, self.max_penalty, self.temperature
+        first, last, smooth = (jnp.asarray(rule.value, dtype) for rule in settings)
+        return first * (last / first) ** jnp.minimum(count / self.num_ladder_steps, 1).astype(dtype), smooth
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(

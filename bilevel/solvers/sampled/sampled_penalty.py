@@ -6,38 +6,64 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 
 from bilevel import oracles
-from bilevel.backend.tree import norm, repeat, take
+from bilevel.backend.tree import repeat, take
 from bilevel.diagnostics import BY_VALUE
-from bilevel.oracles import samples as sample_oracles
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
-from bilevel.sampled import answer, renewal, sampling
-from bilevel.sampled.refine import LENGTHS as NEWTON
-from bilevel.sampled.refine import MAX_CG, SIZES, improve, multipliers, restore
-from bilevel.sampled.sampling import Blocks, Smoothness, blocks, cover_blocks, pick, smooth_min, starts
+from bilevel.sampled import answer, line_search, refine, renewal
+from bilevel.sampled.blocks import Blocks, pick, uncoupled
+from bilevel.sampled.covering import cover_blocks, starts
+from bilevel.sampled.line_search import Place
+from bilevel.sampled.penalised import Direction, Form, Penalised
+from bilevel.sampled.smoothing import Smoothness
 from bilevel.solver import About, Solver, refuse_unbounded_set
 from bilevel.step import require_number, step_sizes
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
-LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of a line search, times the last one, beside a random one
 FIRST_TEMPERATURE, FIRST_PENALTY, LAST_PENALTY = 0.1, 1e-2, 1e4  # in units of the objectives' spreads at the start
-TRACK = 2  # descent steps by which the two best samples follow x in a line search
 RESTORES = 32  # projections, at most, of the iterate y on Y(x)
-HEAVY = 16  # samples of a coupled set, those of largest weight, whose multipliers P's gradient has
 MOST, LEAST = (64, 8, 8, 3), (16, 4, 4, 2)  # default samples, slots, starts and ladders: of one block, of many
 
 
 class State(NamedTuple):
-    """Everything is stacked over L = num_starts num_ladders lanes; lane i is start i // num_ladders.
+    """Everything is stacked over L = num_starts num_ladders lanes; lane i is start i // num_ladders."""
 
-    x, y; samples [L, N, n, m], whose last 2 num_slots are the slots, the very last of them y; sizes [L, 2 num_slots,
-    n], the slots' steps, and size [L], x's, 0 where none is known; rule, the step rule's state. first, last [L]: the
-    ends of the ladder. smooth []: the first temperature, scales: the spreads of f and g. count: steps done.
-    """
+    x: PyTree
+    y: PyTree
+    samples: Array
+    """Points of Y, shape [L, N, n, m]; the last 2 num_slots of them are the slots, the very last one is y."""
+
+    sizes: Array
+    """The lengths of the slots' steps, shape [L, 2 num_slots, n], 0 where none is known."""
+
+    size: Array
+    """The length of x's last step, shape [L], 0 where none is known."""
+
+    rule: PyTree
+    """The step rule's state."""
+
+    first: Array
+    """rho at the foot of each lane's ladder, shape [L]."""
+
+    last: Array
+    """rho at its top, shape [L]."""
+
+    smooth: Array
+    """rho t at the foot, shape []."""
+
+    scales: tuple[Array, Array]
+    """The spreads of f and of g over the samples at the starts, shapes []."""
+
+    count: Array
+    """Steps done, shape []."""
+
+
+class Lane(NamedTuple):
+    """What a step changes of one lane: fields of `State`."""
 
     x: PyTree
     y: PyTree
@@ -45,11 +71,29 @@ class State(NamedTuple):
     sizes: Array
     size: Array
     rule: PyTree
-    first: Array
-    last: Array
+
+
+class Rung(NamedTuple):
+    """Where a lane is on its ladder; shapes []."""
+
+    rho: Array
+    """The penalty."""
+
     smooth: Array
-    scales: tuple[Array, Array]
-    count: Array
+    """rho t, the temperature of f + rho g."""
+
+    weight: Array
+    """Of a coupling's squared violation in f, in units of f's spread."""
+
+
+class Noise(NamedTuple):
+    """A lane's random numbers, uniform in [0, 1)."""
+
+    near: Array
+    """For points near the slots, shape [num_samples // 2, n, 2 m + 2]; empty without refresh."""
+
+    length: Array
+    """For a random length of the line search, shape [1]."""
 
 
 class Sizes(NamedTuple):
@@ -77,11 +121,11 @@ class SampledPenalty(Solver):
         joint:   P(x, y) = f(x, y) + rho (g(x, y) - M_t[g_i](x))
         x (and y) <- Proj(x - s grad P),    f_i = f(x, y_i),    g_i = g(x, y_i),
 
-    M the entropic or quadratic smoothed minimum of `sampled.sampling`. The lifted P has no minimum that comes only from
-    a local minimiser of g; the joint one has one for each. rho climbs a ladder from `penalty` to `max_penalty` while
-    rho t falls like 1/rho. There are num_starts times num_ladders independent lanes, which start at points of X and on
-    different rungs of the ladder; `output` takes the best of them. A separable problem (`bilevel.Separable`) has these
-    minima and samples for each block: P is the sum.
+    M the entropic or quadratic smoothed minimum of `sampled.smoothing`. The lifted P has no minimum that comes only
+    from a local minimiser of g; the joint one has one for each. Over the steps rho climbs a ladder from `penalty` to
+    `max_penalty` while rho t falls like 1/rho. There are num_starts times num_ladders independent lanes, which start
+    at points of X and on different rungs of the ladder; `output` takes the best of them. A separable problem
+    (`bilevel.Separable`) has these minima and samples for each block: P is the sum.
 
     Samples are renewed at each step, N fixed: fresh Sobol points of Y and its boundary, points near the slots, and the
     slots. Half of the slots descend g(x, .), half f + rho g, y among them; each moves to the best of its share of the
@@ -173,7 +217,7 @@ class SampledPenalty(Solver):
         joint:  L = L_f + 2 rho L_g + rho D_g^2/(4 t)
         lifted: L = L_f + 2 rho L_g + rho D_g^2/(4 t) + (D_f + rho D_g)^2/(4 rho t)
 
-        from `sampling.Smoothness`. Then min_k |G_k|^2 <= 2 L (P_0 - inf P)/K, so that K = O(epsilon^-5) steps up to
+        from `sampled.Smoothness`. Then min_k |G_k|^2 <= 2 L (P_0 - inf P)/K, so that K = O(epsilon^-5) steps up to
         logarithms give |G| <= epsilon; and v_N - epsilon^2 <= M_t[g_i] <= v_N.
 
         Raises:
@@ -206,7 +250,7 @@ class SampledPenalty(Solver):
         key_start, key_x, key_y = jax.random.split(key, 3)
         x0, y0 = problem.init(key_start)
         x0, y0 = problem.x_set.project(x0), problem.y_set.project(y0)
-        view = blocks(problem, y0)
+        view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
         x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
         samples = cover_blocks(view, key_y, self._count(view.n))
@@ -248,122 +292,102 @@ class SampledPenalty(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
+        view, rungs = Blocks.of(problem, take(state.y, 0)), self._rungs(state)
+        fresh, noise = self._draw(view, key, rungs.rho)
+        lanes = Lane(*(getattr(state, name) for name in Lane._fields))
+        lanes, info = oracles.batched(partial(self._lane, problem, state.scales, fresh))(lanes, rungs, noise)
+        return state._replace(**lanes._asdict(), count=state.count + 1), info
+
+    def _rungs(self, state: State) -> Rung:
+        """Where each lane is on its ladder: rho climbs geometrically, rho t falls as it grows; shapes [L]."""
         climbed = jnp.minimum(state.count / self.num_ladder_steps, 1).astype(state.first.dtype)
         growth = (state.last / state.first) ** climbed
-        rho, smooth, weight = state.first * growth, state.smooth / growth, jnp.sqrt(growth)
-        view = blocks(problem, take(state.y, 0))
-        own, shape = self.sizes(view.n), (view.n, 2 * view.m + 2)
-        count = own.samples // 2 * shape[0] * shape[1] if self.refresh else 0
+        return Rung(state.first * growth, state.smooth / growth, jnp.sqrt(growth))
+
+    def _draw(self, view: Blocks, key: Array, rho: Array) -> tuple[Array | None, Noise]:
+        """(fresh points of Y for all lanes, [num_samples, n, m], None without refresh; each lane's noise)."""
+        num, shape = self.sizes(view.n).samples, (view.n, 2 * view.m + 2)
+        count = num // 2 * shape[0] * shape[1] if self.refresh else 0
         u = jax.random.uniform(key, (len(rho) + 1, count + 1), rho.dtype)  # one draw: its program is long
-        fresh, near = None, u[:-1, 1:].reshape(len(rho), -1, *shape)
+        fresh = None
         if self.refresh:
-            fresh = renewal.fresh(view, u[-1, : view.n * view.m].reshape(view.n, view.m), own.samples, key)
-        x, y, samples, sizes, size, rule, info = oracles.batched(partial(self._lane, problem, fresh, state.scales))(
-            state.x, state.y, state.samples, state.sizes, state.size, state.rule, rho, smooth, weight, near, u[:-1, :1]
-        )
-        return state._replace(
-            x=x, y=y, samples=samples, sizes=sizes, size=size, rule=rule, count=state.count + 1
-        ), info  # fmt: skip
+            fresh = renewal.fresh(view, u[-1, : view.n * view.m].reshape(view.n, view.m), num, key)
+        return fresh, Noise(u[:-1, 1:].reshape(len(rho), -1, *shape), u[:-1, :1])
 
     def _lane(
-        self, problem, fresh, scales, x, y, samples, sizes, size, state_of_rule, rho, smooth, weight, near, chance
-    ):
-        view = blocks(sampling.uncoupled(problem, weight * scales[0], scales[1]), y)
-        joint, rule, slots = self.form == "joint", self.upper_step_size, len(sizes)
+        self,
+        problem: BilevelProblem,
+        scales: tuple[Array, Array],
+        fresh: Array | None,
+        lane: Lane,
+        rung: Rung,
+        noise: Noise,
+    ) -> tuple[Lane, Info]:
+        """One lane's step: samples, the gradient of P over them, x, y. scales: of f and g; fresh: points of Y."""
+        view = Blocks.of(uncoupled(problem, rung.weight * scales[0], scales[1]), lane.y)
+        P = Penalised(view, self._form, rung.rho, rung.smooth, self.chunk)
+        (points, f, g), sizes = self._samples(P, lane, fresh, noise)
+        found = P.at(f, g)
+        here, direction = Place(lane.x, points, f, g, found.value), P.gradient(lane.x, points, found)
+        if self.upper_step_size is None:
+            here, size = line_search.search(P, here, direction, sizes, lane.size, noise.length)
+            lane = lane._replace(size=size)
+        else:
+            here, rule = self._move(P, here, direction, lane.rule)
+            lane = lane._replace(rule=rule)
+        y, gap = self._settle(P, here)
+        points = here.points.at[-1].set(y) if self._movable else here.points
+        lane = lane._replace(x=here.x, y=view.unpack(y), samples=points, sizes=sizes)
+        return lane, Info(here.value, rung.rho, gap)
+
+    def _samples(self, P: Penalised, lane: Lane, fresh: Array | None, noise: Noise) -> renewal.Renewed:
+        """The samples at x. The first slot becomes the least of g, the last one that of f + rho g or the variable y."""
+        slots = renewal.Slots(lane.samples[-len(lane.sizes) :], lane.sizes)
+        if fresh is None:
+            samples = renewal.Samples(lane.samples, *P.view.values(lane.x, lane.samples, self.chunk))
+            return renewal.Renewed(samples, lane.sizes)
+        samples, sizes = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, P.form.joint, self.chunk)
+        up = jnp.argmin(samples.f + P.rho * samples.g, axis=0)
+        last = jnp.full_like(up, len(samples.f) - 1) if P.form.joint else up
+        ends = jnp.stack([jnp.argmin(samples.g, axis=0), last])
+        put = lambda part: part.at[np.array([-len(sizes), -1])].set(pick(part, ends))  # noqa: E731
+        return renewal.Renewed(renewal.Samples(*map(put, samples)), sizes)
+
+    def _move(self, P: Penalised, here: Place, direction: Direction, rule: PyTree) -> tuple[Place, PyTree]:
+        """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
+        view = P.view
+        pairs = (here.x, view.unpack(here.points[-1])), (direction.x, view.unpack(direction.last))
+        (x, moved), rule = self.upper_step_size.apply(*pairs, rule)
+        x, last = line_search.project(P, x, view.pack(moved))
+        points = here.points.at[-1].set(last) if P.form.joint else here.points
+        return here._replace(x=x, points=points), rule
+
+    def _settle(self, P: Penalised, here: Place) -> tuple[Array, Array]:
+        """(y [n, m]: the variable, or the best sample of f + rho g, moved into Y(x); its g less the least sample's)."""
+        best = jnp.argmin(here.f + P.rho * here.g, axis=0)
+        joint = P.form.joint
+        gap = jnp.sum((here.g[-1] if joint else pick(here.g, best)) - jnp.min(here.g, axis=0))
+        y = here.points[-1] if joint else pick(here.points, best)
         if self.refresh:
-            samples, sizes, f, g = renewal.renew(view, x, samples[-slots:], sizes, rho, fresh, near, joint, self.chunk)
-            # the first slot becomes the least of g, the last one that of f + rho g or the variable y
-            up = jnp.argmin(f + rho * g, axis=0)
-            ends = jnp.stack([jnp.argmin(g, axis=0), jnp.full_like(up, len(f) - 1) if joint else up])
-            put = lambda part: part.at[np.array([-slots, -1])].set(pick(part, ends))  # noqa: E731
-            samples, f, g = map(put, (samples, f, g))
-        else:
-            f, g = view.values(x, samples, self.chunk)
-        objective, a, b = self._penalised(f, g, rho, smooth)
-        direction = self._direction(view, x, samples, a, b, rho)
-        z = samples[-1]
+            y = refine.restore(P.view, here.x, y, RESTORES)  # the samples were moved into Y(x) before x moved
+        return y, gap
 
-        def project(x: PyTree, z: Array) -> tuple[PyTree, Array]:
-            x = problem.x_set.project(x)
-            return x, restore(view, x, z) if joint else z
-
-        if rule is not None:
-            pairs = (x, view.unpack(z)), (direction[0], view.unpack(direction[1]))
-            (x, moved), state_of_rule = rule.apply(*pairs, state_of_rule)
-            x, z = project(x, view.pack(moved))
-            samples = samples.at[-1].set(z) if joint else samples
-        else:
-
-            def attempt(size: Array) -> tuple[Any, ...]:
-                x1, z1 = project(*jax.tree.map(lambda p, d: p - size * d, (x, z), direction))
-                ys = samples.at[-1].set(z1) if joint else samples
-                if self.refresh:  # the best samples follow x, or else only other samples would be near them
-                    ends = np.array([-slots] if joint else [-slots, -1])
-                    weights = jnp.arange(len(ends), dtype=size.dtype), jnp.stack([jnp.ones_like(rho), rho])[: len(ends)]
-                    follow = lambda y, a, b, s: improve(view, x1, y, a, b, TRACK, s)[0]  # noqa: E731
-                    ys = ys.at[ends].set(oracles.batched(follow)(ys[ends], *weights, sizes[ends]))
-                f1, g1 = view.values(x1, ys, self.chunk)
-                value = self._penalised(f1, g1, rho, smooth)[0]
-                return x1, ys, f1, g1, jnp.where(jnp.isfinite(value), value, jnp.inf)
-
-            length = norm(direction)
-            reach = (1 + norm(x)) / jnp.where(length > 0, length, 1)
-            chance = reach * 10 ** (-6 * chance)
-            tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
-            tries = jnp.concatenate([chance, tries])
-            tried = oracles.batched(attempt)(tries)
-            k = jnp.argmin(tried[-1])
-            x, samples, f, g, objective = take(tried, k)
-            size = jnp.clip(jnp.where(tries[k] > 0, tries[k], tries[-2] / 8), 1e-9 * reach, reach)
-        best = jnp.argmin(f + rho * g, axis=0)
-        z = samples[-1] if joint else pick(samples, best)
-        gap = jnp.sum((g[-1] if joint else pick(g, best)) - jnp.min(g, axis=0))
-        if self.refresh:
-            z = restore(view, x, z, RESTORES)  # the samples were moved into Y(x) before x moved
-        samples = samples.at[-1].set(z) if self._movable else samples
-        return x, view.unpack(z), samples, sizes, size, state_of_rule, Info(objective, rho, gap)
-
-    def _penalised(self, f: Array, g: Array, rho: Array, smooth: Array) -> tuple[Array, Array, Array]:
-        """(P, weights of the minimum over f + rho g, weights of that over g) at temperature rho t = smooth, [N, n]."""
-        least = jax.vmap(lambda values, t: smooth_min(values, t, self.smoothing == "entropic"), (1, None), (0, 1))
-        frozen_joint = self.form == "joint" and not self.refresh  # y is then no sample of v
-        v, b = least(g.at[-1].set(jnp.inf) if frozen_joint else g, smooth / rho)
-        if self.form == "joint":
-            return jnp.sum(f[-1] + rho * (g[-1] - v)), jnp.zeros_like(f).at[-1].set(1), b
-        u, a = least(f + rho * g, smooth)
-        return jnp.sum(u - rho * v), a, b
-
-    def _direction(self, view: Blocks, x: PyTree, samples: Array, a: Array, b: Array, rho: Array):
-        """The gradient of P in x, and in the last sample for the joint form; with the multipliers of coupled samples.
-
-        As x moves, a sample at active rows c(x, y_i) = 0 moves with them: its a f + b g changes at the rate of its
-        Lagrangian, a f_x + b g_x + lam' c_x.
-        """
-        if view.problem.coupling is None:
-            by_x, by_y = view.gradients(x, samples, a, rho * (a - b), self.chunk)
-        else:
-            by_x, by_y = view.gradients(x, samples, a, rho * a, self.chunk)
-            minus, low = view.gradients(x, samples, jnp.zeros_like(b), rho * b, self.chunk)
-            heavy = lax.top_k(jnp.max(jnp.maximum(a, b), axis=1), min(HEAVY, len(a)))[1]
-            look = lambda y, plus, minus: multipliers(view, x, y, jnp.stack([plus[0], minus[0]]))  # noqa: E731
-            ys = samples[heavy]
-            lam = jax.vmap(look)(ys, by_y[heavy], low[heavy])
-            pull = sample_oracles.coupling_pull(view.problem, x, view.stack(ys), lam[:, 0] - lam[:, 1])[0]
-            by_x = jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull)
-        return by_x, by_y[-1] if self.form == "joint" else jnp.zeros_like(by_y[-1])
+    @property
+    def _form(self) -> Form:
+        return Form(self.form == "joint", self.smoothing == "entropic", not self.refresh)
 
     def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
         return _output(problem, self, state)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        view = blocks(problem, problem.init(jax.random.key(0))[1])
+        view = Blocks.of(problem, problem.init(jax.random.key(0))[1])
         own, m, count = self.sizes(view.n), view.m, self._count(view.n)
         lanes, slots = own.starts * own.ladders, 2 * own.slots if self.refresh else 0
-        trials = 1 + len(LENGTHS) if self.upper_step_size is None else 0
-        tracked = trials * TRACK * (1 + (self.form == "lifted")) * self.refresh
-        values = count * (1 + trials) + slots + tracked * (len(NEWTON) + len(SIZES) + 1)
+        trials = 1 + len(line_search.LENGTHS) if self.upper_step_size is None else 0
+        tracked = trials * line_search.TRACK * (1 + (self.form == "lifted")) * self.refresh
+        values = count * (1 + trials) + slots + tracked * (len(refine.LENGTHS) + len(refine.SIZES) + 1)
         gradients = count * (1 + (problem.coupling is not None)) + slots + tracked
-        values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
+        values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, refine.MAX_CG)))
         return OracleCount(values, gradients, values, gradients, hvps)
 
     def referee(self, problem: BilevelProblem) -> Referee | None:
@@ -381,5 +405,5 @@ class SampledPenalty(Solver):
 @jax.jit
 def _output(problem: BilevelProblem, solver: SampledPenalty, state: State) -> tuple[PyTree, PyTree]:
     problem, slots = problem.on_full_data(), state.sizes.shape[1]
-    view = blocks(problem, take(state.y, 0))
+    view = Blocks.of(problem, take(state.y, 0))
     return answer.best(view, state.x, state.y, state.samples[:, -slots:], solver.lower_tol.value, solver.chunk)

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import bilevel
-from bilevel.sampled import refine, sampling
+from bilevel.sampled import Blocks, refine
 
 BOX = bilevel.Box(-50.0, 50.0)
 
@@ -29,7 +29,7 @@ def nearest(A, B, b, x, target):
     """(argmin |y - target|^2/2 over A y + B x <= b, its multipliers)."""
     coupling, data = bilevel.LinearCoupling(A, B, b), bilevel.Full(target)
     problem = bilevel.BilevelProblem(pulled, bilevel.Minimize(bowl), BOX, BOX, coupling, lower_data=data, init=start)
-    view = sampling.blocks(problem, target)
+    view = Blocks.of(problem, target)
     y = refine.polish(view, x, 0 * target[None])
     return y[0], refine.multipliers(view, x, y, (y - target[None]))[0]
 
@@ -66,7 +66,7 @@ def test_stiff_penalties_do_not_slow_the_descent():
 
     @jax.jit
     def descend(y):
-        return refine.improve(sampling.blocks(problem, y), x, y[None], 1.0, 1e6, 12)[0][0]
+        return refine.improve(Blocks.of(problem, y), x, y[None], 1.0, 1e6, 12).y[0]
 
     total = lambda y: aim(x, y, None) + 1e6 * stiff(x, y, None)  # noqa: E731
     for y in (jnp.array([0.1, 0.2, 0.0]), jnp.array([0.5, 0.1, -0.3])):
@@ -84,7 +84,7 @@ def test_blocks_are_taken_apart_and_put_together_again():
         upper_data=bilevel.Full(jnp.ones((1, 1))), lower_data=bilevel.Full(jnp.ones((1, 1))),
         init=lambda key: (jnp.zeros(2), {"a": jnp.zeros((4, 1)), "b": jnp.zeros((4, 1, 2))}),
     )  # fmt: skip
-    view = sampling.blocks(problem, problem.init(None)[1])
+    view = Blocks.of(problem, problem.init(None)[1])
     z = jnp.arange(12.0).reshape(4, 3)
     assert (view.n, view.m) == (4, 3)
     np.testing.assert_array_equal(view.pack(view.unpack(z)), z)

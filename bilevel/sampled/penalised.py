@@ -1,0 +1,111 @@
+"""The penalised objective over samples of the lower level, its weights and its gradient.
+
+With f_i = f(x, y_i), g_i = g(x, y_i) and the smooth minimum M of `smoothing`, at a penalty rho and a temperature t:
+
+    lifted:  P(x) = M_{rho t}[f_i + rho g_i](x) - rho M_t[g_i](x)
+    joint:   P(x, y) = f(x, y) + rho (g(x, y) - M_t[g_i](x)),       y the last of the samples.
+
+Samples of a coupled set Y(x) are moved into it (`refine.restore`); both objectives have the squared violation that is
+left where Y(x) is empty (`blocks.uncoupled`). Weights on samples never trade a violation at one against slack at
+another.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from bilevel.sampled.blocks import Blocks
+from bilevel.sampled.refine import multipliers
+from bilevel.sampled.smoothing import SmoothMin, smooth_min
+
+PyTree = Any
+HEAVY = 16  # samples of a coupled set, those of largest weight, whose multipliers P's gradient has
+
+
+class Form(NamedTuple):
+    """Which penalised objective; known when traced."""
+
+    joint: bool
+    """Whether y is a variable, the last sample; else the lifted form."""
+
+    entropic: bool
+    """Whether minima are smoothed entropically; else quadratically."""
+
+    frozen: bool
+    """Whether samples stay as drawn: a variable y is then no sample of v."""
+
+
+class Value(NamedTuple):
+    """P, and the weights of the samples in it."""
+
+    value: Array
+    """P, the sum over the blocks, shape []."""
+
+    upper: Array
+    """Of the minimum over f + rho g, shape [N, n]; of the joint form 1 at y."""
+
+    lower: Array
+    """Of the minimum over g, shape [N, n]."""
+
+
+class Direction(NamedTuple):
+    """A gradient of P."""
+
+    x: PyTree
+    """In x."""
+
+    last: Array
+    """In the last sample, shape [n, m]: 0 for the lifted form."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Penalised:
+    """P on the blocks `view`, at the penalty rho and the temperature t = smooth/rho, shapes [].
+
+    chunk: how many samples are in memory at once.
+    """
+
+    view: Blocks
+    form: Form
+    rho: Array
+    smooth: Array
+    chunk: int
+
+    def at(self, f: Array, g: Array) -> Value:
+        """P where the samples have the values f and g, [N, n]."""
+        rho, smooth, (joint, entropic, frozen) = self.rho, self.smooth, self.form
+        least = jax.vmap(lambda values, t: smooth_min(values, t, entropic), (1, None), SmoothMin(0, 1))
+        v = least(g.at[-1].set(jnp.inf) if joint and frozen else g, smooth / rho)
+        if joint:
+            y_alone = jnp.zeros_like(f).at[-1].set(1)
+            return Value(jnp.sum(f[-1] + rho * (g[-1] - v.value)), y_alone, v.weights)
+        u = least(f + rho * g, smooth)
+        return Value(jnp.sum(u.value - rho * v.value), u.weights, v.weights)
+
+    def gradient(self, x: PyTree, points: Array, weights: Value) -> Direction:
+        """The gradient of P at the samples `points` [N, n, m], in x, and in y where it is joint (Danskin)."""
+        a, b, rho = weights.upper, weights.lower, self.rho
+        if self.view.problem.coupling is None:
+            by_x, by_y = self.view.gradients(x, points, a, rho * (a - b), self.chunk)
+        else:
+            by_x, by_y = self._coupled_gradient(x, points, a, b)
+        return Direction(by_x, by_y[-1] if self.form.joint else jnp.zeros_like(by_y[-1]))
+
+    def _coupled_gradient(self, x: PyTree, points: Array, a: Array, b: Array) -> tuple[PyTree, Array]:
+        """The same with the multipliers of the samples of largest weight.
+
+        As x moves, a sample at active rows c(x, y_i) = 0 moves with them: its a f + b g changes at the rate of its
+        Lagrangian, a f_x + b g_x + lam' c_x.
+        """
+        view, rho = self.view, self.rho
+        by_x, by_y = view.gradients(x, points, a, rho * a, self.chunk)
+        minus, low = view.gradients(x, points, jnp.zeros_like(b), rho * b, self.chunk)
+        heavy = lax.top_k(jnp.max(jnp.maximum(a, b), axis=1), min(HEAVY, len(a)))[1]
+        ys = points[heavy]
+        look = lambda y, plus, minus: multipliers(view, x, y, jnp.stack([plus[0], minus[0]]))  # noqa: E731
+        lam = jax.vmap(look)(ys, by_y[heavy], low[heavy])
+        pull = view.coupling_pull(x, ys, lam[:, 0] - lam[:, 1])[0]
+        return jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull), by_y
