@@ -13,7 +13,7 @@ from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver, refuse_unsampled_set
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -81,8 +81,8 @@ class AT(Solver):
     Differs from the paper: any f, g and bounded Y.
     """
 
-    upper_step_size: Any = None
-    lower_step_size: Any = None
+    upper_step_size: StepSize | None = None
+    lower_step_size: StepSize | None = None
     num_lower_steps: int = static(default=10)
     num_starts: int = static(default=1)
     random_start: bool = static(default=True)
@@ -96,7 +96,7 @@ class AT(Solver):
     )
 
     def __post_init__(self) -> None:
-        """Accept numbers, schedules and transformations; check the counts."""
+        """Check the step sizes and the counts."""
         step_sizes(self, "upper_step_size", "lower_step_size")
         for name, least in (("num_lower_steps", 0), ("num_starts", 1)):
             value = getattr(self, name)

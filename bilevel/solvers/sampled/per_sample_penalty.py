@@ -14,7 +14,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sampled.smoothing import smooth_min
 from bilevel.solver import About, Solver, refuse_unsampled_set
-from bilevel.step import Stepper, require_number, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -81,10 +81,10 @@ class PerSamplePenalty(Solver):
     Differs from the paper: as `SampledPenalty`; samples of the data have candidates of their own, and batches are used.
     """
 
-    upper_step_size: Any = None
-    penalty: Any = 1.0
-    max_penalty: Any = 10.0
-    temperature: Any = 0.1
+    upper_step_size: StepSize | None = None
+    penalty: Scalar = 1.0
+    max_penalty: Scalar = 10.0
+    temperature: Scalar = 0.1
     num_samples: int = static(default=9)
     num_slots: int = static(default=2)
     num_ladder_steps: int = static(default=200)
@@ -97,10 +97,9 @@ class PerSamplePenalty(Solver):
     )
 
     def __post_init__(self) -> None:
-        """Accept numbers, schedules and transformations; check the counts."""
-        step_sizes(self, "upper_step_size", "penalty", "max_penalty", "temperature")
-        for name in ("penalty", "max_penalty", "temperature"):
-            require_number(f"PerSamplePenalty.{name}", getattr(self, name))
+        """Check the step size, the numbers and the counts."""
+        step_sizes(self, "upper_step_size")
+        require_numbers(self, "penalty", "max_penalty", "temperature")
         least = {"num_slots": 1, "num_samples": self.num_slots + 1, "num_ladder_steps": 1}
         for name, lowest in least.items():
             value = getattr(self, name)
@@ -149,7 +148,7 @@ class PerSamplePenalty(Solver):
     def _rung(self, count: Array, dtype: Any) -> tuple[Array, Array]:
         """(rho after `count` steps; rho t), shapes []."""
         settings = self.penalty, self.max_penalty, self.temperature
-        first, last, smooth = (jnp.asarray(rule.value, dtype) for rule in settings)
+        first, last, smooth = (jnp.asarray(number, dtype) for number in settings)
         return first * (last / first) ** jnp.minimum(count / self.num_ladder_steps, 1).astype(dtype), smooth
 
     def cost(self, problem: BilevelProblem) -> OracleCount:

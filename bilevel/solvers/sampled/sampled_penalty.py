@@ -20,7 +20,7 @@ from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised
 from bilevel.sampled.smoothing import Smoothness
 from bilevel.solver import About, Solver, refuse_unbounded_set
-from bilevel.step import require_number, step_sizes
+from bilevel.step import Scalar, StepSize, as_step, require_numbers, step_sizes
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -166,11 +166,11 @@ class SampledPenalty(Solver):
         polish, the treatment of Y(x) and the constants of `from_theory`.
     """
 
-    upper_step_size: Any = None
-    penalty: Any = None
-    max_penalty: Any = None
-    temperature: Any = None
-    lower_tol: Any = 1e-5
+    upper_step_size: StepSize | None = None
+    penalty: Scalar | None = None
+    max_penalty: Scalar | None = None
+    temperature: Scalar | None = None
+    lower_tol: Scalar = 1e-5
     form: str = static(default="lifted")
     smoothing: str = static(default="entropic")
     num_samples: int | None = static(default=None)
@@ -191,12 +191,9 @@ class SampledPenalty(Solver):
     )
 
     def __post_init__(self) -> None:
-        """Accept numbers, schedules and transformations; check the choices."""
-        numbers = ("penalty", "max_penalty", "temperature", "lower_tol")
-        step_sizes(self, "upper_step_size", *numbers)
-        for name in numbers:
-            if getattr(self, name) is not None:
-                require_number(f"SampledPenalty.{name}", getattr(self, name))
+        """Check the step size, the numbers and the choices."""
+        step_sizes(self, "upper_step_size")
+        require_numbers(self, "penalty", "max_penalty", "temperature", "lower_tol")
         for name, known in (("form", ("lifted", "joint")), ("smoothing", ("entropic", "quadratic"))):
             if getattr(self, name) not in known:
                 invalid(f"SampledPenalty.{name}", repr(getattr(self, name)), " or ".join(known), "Choose one.")
@@ -263,8 +260,8 @@ class SampledPenalty(Solver):
         scales = jax.tree.map(lambda s: jnp.where((s > 0) & jnp.isfinite(s), s, 1), scales)
         unit = scales[0] / scales[1]
         first, last, smooth = (
-            default if rule is None else jnp.asarray(rule.value, unit.dtype)
-            for rule, default in (
+            default if given is None else jnp.asarray(given, unit.dtype)
+            for given, default in (
                 (self.penalty, FIRST_PENALTY * unit),
                 (self.max_penalty, LAST_PENALTY * unit),
                 (self.temperature, FIRST_TEMPERATURE * scales[0]),
@@ -273,7 +270,7 @@ class SampledPenalty(Solver):
         foot = first * (last / first) ** (jnp.arange(own.ladders, dtype=unit.dtype) / (2 * own.ladders))
         x = jax.tree.map(lambda leaf: jnp.repeat(leaf, own.ladders, axis=0), x)
         y, zero = repeat(y0, lanes), jnp.zeros(lanes, unit.dtype)
-        rule = () if self.upper_step_size is None else jax.vmap(self.upper_step_size.init)((x, y))
+        rule = () if self.upper_step_size is None else jax.vmap(as_step(self.upper_step_size).init)((x, y))
         samples = repeat(samples, lanes)
         samples = samples.at[:, -1].set(view.pack(y0)) if self._movable else samples
         return State(
@@ -357,7 +354,7 @@ class SampledPenalty(Solver):
         """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
         view = P.view
         pairs = (here.x, view.unpack(here.points[-1])), (direction.x, view.unpack(direction.last))
-        (x, moved), rule = self.upper_step_size.apply(*pairs, rule)
+        (x, moved), rule = as_step(self.upper_step_size).apply(*pairs, rule)
         x, last = line_search.project(P, x, view.pack(moved))
         points = here.points.at[-1].set(last) if P.form.joint else here.points
         return here._replace(x=x, points=points), rule
@@ -406,4 +403,4 @@ class SampledPenalty(Solver):
 def _output(problem: BilevelProblem, solver: SampledPenalty, state: State) -> tuple[PyTree, PyTree]:
     problem, slots = problem.on_full_data(), state.sizes.shape[1]
     view = Blocks.of(problem, take(state.y, 0))
-    return answer.best(view, state.x, state.y, state.samples[:, -slots:], solver.lower_tol.value, solver.chunk)
+    return answer.best(view, state.x, state.y, state.samples[:, -slots:], solver.lower_tol, solver.chunk)

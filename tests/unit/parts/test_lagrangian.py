@@ -8,6 +8,7 @@ from scipy import optimize
 
 import bilevel
 from bilevel import oracles
+from bilevel.lower import polyhedral
 from bilevel.parts import lagrangian, spectrum
 
 rng = np.random.default_rng(3)
@@ -96,7 +97,7 @@ def test_eigenvalues_of_the_max_min_iteration():
 @pytest.mark.parametrize("num_primal_steps", [1, 5])
 def test_max_min_finds_the_solution_and_its_multipliers(num_primal_steps):
     """Against the active-set method, which knows nothing of steps."""
-    exact = jax.jit(bilevel.polyhedral.solve)(LINEAR, X, Y, None)
+    exact = jax.jit(polyhedral.solve)(LINEAR, X, Y, None)
 
     @jax.jit
     def run(m):
