@@ -6,12 +6,12 @@ is
 Every call is counted, as `counts` says.
 """
 
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -58,7 +58,7 @@ def lower_diagonal(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree)
 def _residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
     if isinstance(problem.lower, Minimize):
         return jax.grad(problem.lower.g, argnums=1)(x, y, batch)
-    return jax.tree.map(operator.sub, y, problem.lower.T(x, y, batch))
+    return optax.tree.sub(y, problem.lower.T(x, y, batch))
 
 
 def residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> PyTree:
@@ -96,7 +96,7 @@ def value_gap_gradients(
     With z a minimiser of g(x, .) the gap is g(x, y) - min g(x, .), and these are its gradients (Danskin).
     """
     gx, gy = lower_gradients(problem, x, y, batch)
-    return jax.tree.map(operator.sub, gx, lower_gradient_x(problem, x, z, batch)), gy
+    return optax.tree.sub(gx, lower_gradient_x(problem, x, z, batch)), gy
 
 
 def weighted_value_and_gradient(
@@ -198,7 +198,7 @@ def directions(
     count(lower_gradients=1, hvps=int(diagonal is None), jvps=1)
     if diagonal is not None:
         value, pull_x = jax.vjp(lambda x: _residual(problem, x, y, batch), x)
-        return value, jax.tree.map(operator.mul, diagonal, v), pull_x(v)[0]
+        return value, optax.tree.mul(diagonal, v), pull_x(v)[0]
     value, pull = jax.vjp(lambda x, y: _residual(problem, x, y, batch), x, y)
     by_x, by_y = pull(v)
     return value, by_y, by_x
@@ -208,7 +208,7 @@ def hvp(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, batch: PyTree)
     """R_y' v, shaped like y: the Hessian-vector product g_yy v; without a call where the problem gives its diagonal."""
     diagonal = lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
-        return jax.tree.map(operator.mul, diagonal, v)
+        return optax.tree.mul(diagonal, v)
     count(hvps=1)
     if isinstance(problem.lower, Minimize):  # symmetric: forward over reverse is the cheaper order
         return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
@@ -233,7 +233,7 @@ def hvp_operator(
     """The map v -> R_y v (or R_y' v), the residual's forward sweep done once: for many products at one point."""
     diagonal = lower_diagonal(problem, x, y, batch)
     if diagonal is not None:
-        return lambda v: jax.tree.map(operator.mul, diagonal, v)
+        return lambda v: optax.tree.mul(diagonal, v)
     _, forward = jax.linearize(lambda y: _residual(problem, x, y, batch), y)
     if transpose and not isinstance(problem.lower, Minimize):
         pull = jax.linear_transpose(forward, y)
@@ -262,7 +262,7 @@ def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTre
     def product(y: PyTree, v: PyTree) -> PyTree:
         diagonal = lower_diagonal(problem, x, y, batch)
         if diagonal is not None:
-            return jax.tree.map(operator.mul, diagonal, v)
+            return optax.tree.mul(diagonal, v)
         return jax.jvp(lambda y: _residual(problem, x, y, batch), (y,), (v,))[1]
 
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)

@@ -4,10 +4,11 @@ With h = (c, e) in one vector [rows] and multipliers m [rows], those of c at lea
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
@@ -95,6 +96,17 @@ def sizes(
     return size, dual_size
 
 
+class Ascent(NamedTuple):
+    """Dual ascent under way."""
+
+    y: PyTree
+    m: Array
+    """The multipliers, shape [rows]."""
+
+    last: Array
+    """The ones before."""
+
+
 def max_min(
     problem: BilevelProblem, x: PyTree, y: PyTree, m: Array, gradient: Callable, size: Any, dual_size: Any,
     num_steps: int, num_primal_steps: int = 1,
@@ -113,13 +125,14 @@ def max_min(
 
     def primal(y: PyTree, n: Array) -> PyTree:
         pull = oracles.coupling_pullback(problem, x, y)[1](n)[1]
-        return problem.y_set.project(move(y, jax.tree.map(jnp.add, gradient(y), pull), size))
+        return problem.y_set.project(move(y, optax.tree.add(gradient(y), pull), size))
 
-    def step(carry: tuple[PyTree, Array, Array], t: Array) -> tuple[tuple[PyTree, Array, Array], None]:
-        y, m, last = carry
+    def step(at: Ascent, t: Array) -> tuple[Ascent, None]:
+        y, m, last = at
         n = m + jnp.maximum(t - 1, 0) / (t + 2) * (m - last) if accelerated else m
         y = lax.scan(lambda y, _: (primal(y, n), None), y, length=num_primal_steps)[0] if accelerated else primal(y, n)
         h = jnp.concatenate(oracles.coupling_values(problem, x, y))
-        return (y, clip(problem, n + jnp.asarray(dual_size, m.dtype) * h), m), None
+        return Ascent(y, clip(problem, n + jnp.asarray(dual_size, m.dtype) * h), m), None
 
-    return lax.scan(step, (y, m, m), jnp.arange(num_steps, dtype=m.dtype))[0][:2]
+    end = lax.scan(step, Ascent(y, m, m), jnp.arange(num_steps, dtype=m.dtype))[0]
+    return end.y, end.m

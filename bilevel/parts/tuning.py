@@ -6,16 +6,18 @@
         follows from y and v coming behind x; for fixed points a tenth of 0.5/L_F, in single loops
         5 mu/L of it where that is less, at least 1/100.
 
-y and v come behind. Let T lower steps, each x step, reduce the error of y, and as many that of v, by r^T, r = 1 - a mu.
-While x moves by dx a step, y settles at y(x) - (dy/dx) dx times lag = r^T/(1 - r^T) and v likewise; where x moves at
-the same time as y and v, lag = 1/(1 - r). On quadratics the direction in x is then grad F(x) - K dx with
+The lower variables lag behind x. Let the T lower steps between two steps of x reduce the error of y by r^T, with
+r = 1 - a mu, and let that of v fall as fast. While x moves by dx a step, y settles at y(x) - lag (dy/dx) dx with
+lag = r^T/(1 - r^T), and v likewise; where x moves at the same time as y and v, lag = 1/(1 - r). On quadratics the
+direction in x is then grad F(x) - K dx with
 
     K = W' l(H) A + A' l(H) W,   A = dy/dx,   W = H dv/dx,   H = g_yy,   l(h) = (1 - a h)^T/(1 - (1 - a h)^T),
 
 so that x runs away when c |K| > 1, however small c L_F is: an f that is concave in x alone, held by its lower level,
-does that. |K| <= 2 lag B with B = |A'W|, and A'W u = - R_x' (dv/dx) u needs no solve: B is the largest that is seen on
-the way of the power iteration and of another, of A'W. On 120 quadratics with strong coupling or bad conditioning and T
-from 1 to 30 the largest stable step was at least 1.1 times 1/(L_F + 2 lag B), and where coupling rules at most 5 times.
+does that. The bound |K| <= 2 lag B with B = |A'W| needs no solve, since A'W u = - R_x' (dv/dx) u: B is the largest
+|A'W u| that the power iteration and another one, of A'W, come by. On 120 quadratics with strong coupling or bad
+conditioning and T from 1 to 30 the largest stable step was at least 1.1 times 1/(L_F + 2 lag B), and where coupling
+rules at most 5 times.
 
 They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are estimates, not bounds:
 give numbers, schedules or optax transformations to control a run.
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
@@ -50,6 +53,36 @@ def upper_curvature(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     return _sensitivity(problem, x, y, 0)[0]
 
 
+class Seen(NamedTuple):
+    """A hypergradient, raveled, with the y and the adjoint v that it is from."""
+
+    gradient: Array
+    y: PyTree
+    v: PyTree
+
+
+class Probe(NamedTuple):
+    """Power iterations for |grad^2 F| and then for |A'W|, by differences of hypergradients."""
+
+    at: Seen
+    """At x itself."""
+
+    direction: Array
+    """The next one to look along, shape [dim x]."""
+
+    curvature: Array
+    """The last |grad^2 F d| of the first iteration, shape []."""
+
+    feedback: Array
+    """The largest |A'W d| so far, shape []."""
+
+    y: PyTree
+    """Where the next lower solve begins."""
+
+    v: PyTree
+    """Where the next adjoint solve begins."""
+
+
 def _sensitivity(problem: BilevelProblem, x: PyTree, y: PyTree, probes: int) -> tuple[Array, Array]:
     """(|grad^2 F(x)|_2, |A'W|) of the module's docstring, both estimated, the second by `probes` more products."""
     flat, unravel = ravel_pytree(x)
@@ -58,28 +91,31 @@ def _sensitivity(problem: BilevelProblem, x: PyTree, y: PyTree, probes: int) -> 
     tiny = jnp.finfo(flat.dtype).tiny
     batch = problem.lower_data.full()
 
-    def probe(k: Array, carry: Any) -> Any:
-        """The first pass (direction 0) is the gradient at x: in the loop, the lower solve is compiled once."""
-        (gradient, at_y, at_v), direction, size, feedback, y, v = carry
-        moved = hypergradient(problem, unravel(flat + distance * direction), y, v=v, estimate=False)
-        now = ravel_pytree(moved.gradient)[0]
+    def probe(k: Array, now: Probe) -> Probe:
+        """The first pass, whose direction is 0, is the gradient at x: in the loop, the lower solve is compiled once."""
+        moved = hypergradient(problem, unravel(flat + distance * now.direction), now.y, v=now.v, estimate=False)
+        there = Seen(ravel_pytree(moved.gradient)[0], moved.y, moved.v)
         first = k == 0
-        at = jax.tree.map(partial(jnp.where, first), (now, moved.y, moved.v), (gradient, at_y, at_v))
-        change = jnp.where(first, now + jnp.linalg.norm(now) * noise, (now - at[0]) / distance)
+        at = jax.tree.map(partial(jnp.where, first), there, now.at)
+        noisy = there.gradient + jnp.linalg.norm(there.gradient) * noise
+        change = jnp.where(first, noisy, (there.gradient - at.gradient) / distance)
+        feedback = now.feedback
         if probes:
-            dv = jax.tree.map(jnp.subtract, moved.v, at[2])  # zero in the first pass
-            back = ravel_pytree(oracles.cross(problem, x, at[1], dv, batch))[0] / distance
+            dv = optax.tree.sub(there.v, at.v)  # zero in the first pass
+            back = ravel_pytree(oracles.cross(problem, x, at.y, dv, batch))[0] / distance
             feedback = jnp.maximum(feedback, jnp.linalg.norm(back))
             change = jnp.where(k <= PROBES, change, back)
-        size = jnp.where(k <= PROBES, jnp.linalg.norm(change), size)
-        fallback = jnp.where(first, jnp.ones_like(flat) / flat.size**0.5, direction)
+        size = jnp.where(k <= PROBES, jnp.linalg.norm(change), now.curvature)
+        fallback = jnp.where(first, jnp.ones_like(flat) / flat.size**0.5, now.direction)
         length = jnp.linalg.norm(change)
-        return at, jnp.where(length > 0, change / jnp.maximum(length, tiny), fallback), size, feedback, moved.y, moved.v
+        direction = jnp.where(length > 0, change / jnp.maximum(length, tiny), fallback)
+        return Probe(at, direction, size, feedback, there.y, there.v)
 
     zero, nought = jnp.zeros_like(flat), jnp.zeros((), flat.dtype)
-    v = jax.tree.map(jnp.zeros_like, y)
-    end = lax.fori_loop(0, PROBES + 1 + probes, probe, ((zero, y, v), zero, nought, nought, y, v))
-    return end[2], end[3]
+    v = optax.tree.zeros_like(y)
+    start = Probe(Seen(zero, y, v), zero, nought, nought, y, v)
+    end = lax.fori_loop(0, PROBES + 1 + probes, probe, start)
+    return end.curvature, end.feedback
 
 
 def default_steps(problem: BilevelProblem, x: PyTree, y: PyTree, num_lower_steps: int | None) -> tuple[Array, Array]:
@@ -111,23 +147,27 @@ def _near(problem: BilevelProblem, x: PyTree, key: Array) -> PyTree:
     """A point where the run may come by: of X where it is bounded, else x0 plus standard normal noise, projected."""
     if problem.x_set.bounded:
         return problem.x_set.sample(key, x)
-    return problem.x_set.project(jax.tree.map(jnp.add, x, Reals().sample(key, x)))
+    return problem.x_set.project(optax.tree.add(x, Reals().sample(key, x)))
 
 
 class Iterates(NamedTuple):
-    """The state that most solvers share.
-
-    x, y, v (the adjoint, shaped like y); the step rules with their states; the states of the two sources.
-    """
+    """The state that most solvers share."""
 
     x: PyTree
     y: PyTree
     v: PyTree
+    """The adjoint, shaped like y."""
+
     step_x: Stepper
+    """The step rule of x, with its state."""
+
     step_y: Stepper
     step_v: Stepper
     upper: PyTree
+    """The state of the upper source."""
+
     lower: PyTree
+    """The state of the lower source."""
 
 
 def start(
@@ -142,7 +182,7 @@ def start(
     """The state at init's (x0, y0) with v = 0; a step rule that is None takes its default times `caution`."""
     key_start, key_upper, key_lower = jax.random.split(key, 3)
     x, y = problem.init(key_start)
-    v = jax.tree.map(jnp.zeros_like, y)
+    v = optax.tree.zeros_like(y)
     lower_size = upper_size = None
     if None in (upper_step, lower_step, linear_step):
         lower_size, upper_size = (caution * size for size in default_steps(problem, x, y, num_lower_steps))
@@ -174,6 +214,6 @@ def implicit_step(
     fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
     v, step_v, lower = adjoint(y, fy, lower, key_v)
     batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
-    direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
+    direction = optax.tree.sub(fx, oracles.cross(problem, x, y, v, batch_g))
     x, step_x = state.step_x(x, direction)
     return Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, upper, lower), norm(direction)
