@@ -7,6 +7,7 @@ Projections come from `optax.projections` where it has them; that of a polyhedro
 exactly.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ from jax.flatten_util import ravel_pytree
 from bilevel.backend import draws
 from bilevel.backend.checks import check_numbers, check_prefix, check_rows
 from bilevel.backend.tree import broadcast_like, norm
+from bilevel.qp import face as faces
+from bilevel.qp.face import Face
 from bilevel.qp.least_distance import least_distance
 from bilevel.qp.simplex import nearest_on_simplex
 from bilevel.struct import InvalidInput, invalid, struct
@@ -28,24 +31,15 @@ PyTree = Any
 
 
 class Set:
-    """A closed convex set. Subclasses define `project`, `sample`, `active`; `z` is a pytree of float arrays."""
+    """A closed convex set. Subclasses define `project`, `sample`, `active`; `z` is a pytree of float arrays.
 
-    bounded: bool = True
-    """Whether the set is known to be bounded."""
-
-    unbounded: bool = False
-    """Whether the set is known to have an infinite direction; of a polyhedron neither is known. Not for traced
-    bounds.
+    What is known of it: that it is `bounded`, or `unbounded` (has an infinite direction; of a polyhedron neither is
+    known, of traced bounds it must not be asked); that it is the `whole` space, or `intervals`, one for each entry of
+    z; that it is `polyhedral`, described by `rows`, or `faced`: `face` knows its faces.
     """
 
-    whole: bool = False
-    """Whether the set is all of the space, so that it constrains nothing."""
-
-    intervals: bool = False
-    """Whether the set is one interval for each entry of z."""
-
-    polyhedral: bool = False
-    """Whether finitely many rows describe the set: `rows`."""
+    bounded: bool = True
+    unbounded = whole = intervals = polyhedral = faced = False
 
     def simple(self) -> list["Set"]:
         """The sets that this one is a product of, products of products taken apart: itself, where it is none."""
@@ -72,11 +66,12 @@ class Set:
         return None
 
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
-        """Blocks (C [rows, n], lo [rows], hi [rows]) with the set {z : lo <= C z <= hi for each} on the raveled z.
-
-        Only for a set that is `polyhedral`.
-        """
+        """Blocks (C [rows, n], lo [rows], hi [rows]), lo <= C z <= hi on the raveled z, of a `polyhedral` set."""
         raise NotImplementedError(f"{type(self).__name__} is not described by rows")
+
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        """The face at y = Proj(y - s R), raveled; R is shaped like y, s is []. Only for a set that is `faced`."""
+        raise NotImplementedError(f"{type(self).__name__} does not know its faces")
 
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         """Which constraints hold with equality at `z` to within `tol`; booleans shaped as each set states."""
@@ -95,10 +90,13 @@ class Reals(Set):
     """The whole space, which constrains nothing. Samples are standard normal; nothing is ever active."""
 
     bounded = False
-    unbounded = whole = intervals = polyhedral = True
+    unbounded = whole = intervals = polyhedral = faced = True
 
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
         return []
+
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        return faces.interior(ravel_pytree(y)[0], s)
 
     def project(self, z: PyTree) -> PyTree:
         return z
@@ -124,7 +122,7 @@ class Box(Set):
 
     lo: PyTree
     hi: PyTree
-    intervals = polyhedral = True
+    intervals = polyhedral = faced = True
 
     @property
     def unbounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -141,6 +139,10 @@ class Box(Set):
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
         lo, hi = (ravel_pytree(bound)[0] for bound in self.bounds(z))
         return [(jnp.eye(lo.size, dtype=lo.dtype), lo, hi)]
+
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        flat, grad, lo, hi = (ravel_pytree(part)[0] for part in (y, R, *self.bounds(y)))
+        return faces.of_box(flat - s * grad, lo, hi, s)
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -179,6 +181,7 @@ class Ball(Set):
 
     radius: Any = 1.0
     center: PyTree = 0.0
+    faced = True
 
     def middle(self, z: PyTree) -> PyTree:
         """The center, broadcast to z's leaves."""
@@ -207,6 +210,10 @@ class Ball(Set):
         offsets = jax.vmap(unravel)(draws.in_ball(jnp.asarray(self.radius, flat.dtype), uniform))
         return jax.vmap(lambda offset: self.project(optax.tree.add(self.middle(like), offset)))(offsets)
 
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        flat, grad, middle = (ravel_pytree(part)[0] for part in (y, R, self.middle(y)))
+        return faces.of_ball(flat, grad, middle, jnp.asarray(self.radius, flat.dtype), s)
+
     def active(self, z: PyTree, tol: float = 0.0) -> Array:
         return norm(optax.tree.sub(z, self.middle(z))) >= self.radius - tol
 
@@ -226,7 +233,7 @@ class Simplex(Set):
     """
 
     scale: Any = 1.0
-    polyhedral = True
+    polyhedral = faced = True
 
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
@@ -238,6 +245,10 @@ class Simplex(Set):
         scale = jnp.asarray(self.scale, dtype)[None]
         positive = jnp.eye(n, dtype=dtype), jnp.zeros(n, dtype), jnp.full(n, jnp.inf, dtype)
         return [(jnp.ones((1, n), dtype), scale, scale), positive]
+
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        flat, grad = ravel_pytree(y)[0], ravel_pytree(R)[0]
+        return faces.of_simplex(flat, flat - s * grad, s)
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
@@ -311,9 +322,9 @@ class Polyhedron(Set):
             invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", do)
 
 
-def _every(flag: str) -> Any:
-    """A property of products: whether `flag` holds for every factor."""
-    return property(lambda self: all(getattr(factor, flag) for factor in self.factors()))
+def _over(flag: str, taken: Callable = all) -> Any:
+    """A property of products: whether `flag` holds for all factors, or for any."""
+    return property(lambda self: taken(getattr(factor, flag) for factor in self.factors()))
 
 
 @struct
@@ -326,12 +337,8 @@ class Product(Set):
 
     sets: Any
 
-    bounded, intervals, polyhedral = map(_every, ("bounded", "intervals", "polyhedral"))
-
-    @property
-    def unbounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Whether some factor is known to be unbounded."""
-        return any(factor.unbounded for factor in self.factors())
+    bounded, intervals, polyhedral, faced = map(_over, ("bounded", "intervals", "polyhedral", "faced"))
+    unbounded = _over("unbounded", any)
 
     def simple(self) -> list[Set]:
         return [one for factor in self.factors() for one in factor.simple()]
@@ -363,15 +370,15 @@ class Product(Set):
         return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(filled))
 
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
-        flat, _ = ravel_pytree(z)
-        blocks, offset = [], 0
+        blocks, offset, n = [], 0, ravel_pytree(z)[0].size
         for factor, part in zip(self.factors(), self.parts(z), strict=True):
-            size = ravel_pytree(part)[0].size
-            for C, lo, hi in factor.rows(part):
-                wide = jnp.zeros((C.shape[0], flat.size), flat.dtype).at[:, offset : offset + size].set(C)
-                blocks.append((wide, lo, hi))
-            offset += size
+            blocks += [(faces.widened(C, offset, n), lo, hi) for C, lo, hi in factor.rows(part)]
+            offset += ravel_pytree(part)[0].size
         return blocks
+
+    def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
+        parts = zip(self.factors(), self.parts(y), self.parts(R), strict=True)
+        return faces.of_product([factor.face(p, r, s) for factor, p, r in parts], s)
 
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         return self._map(lambda factor, part: factor.active(part, tol), z)

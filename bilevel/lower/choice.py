@@ -12,10 +12,8 @@ from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.as_given import AsGiven
 from bilevel.lower.method import LowerMethod, LowerSolution, not_supported
 from bilevel.lower.newton import Newton
-from bilevel.lower.projected import kinds
 from bilevel.lower.projected_newton import ProjectedNewton
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.sets import Ball, Box, Reals, Simplex
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -104,12 +102,11 @@ def _refuse(problem: BilevelProblem, what: str) -> None:
 
 def _projection_suits(problem: BilevelProblem) -> bool:
     """Whether `ProjectedNewton` can solve it: any Minimize(g) over boxes, balls, simplices or all of R^n."""
-    known = kinds(problem.y_set) <= {Reals, Box, Ball, Simplex}
-    return problem.coupling is None and isinstance(problem.lower, Minimize) and known
+    return problem.coupling is None and isinstance(problem.lower, Minimize) and problem.y_set.faced
 
 
 def _projection_pays(problem: BilevelProblem, y: PyTree) -> bool:
     """Whether it is the one to take there: see `choose`."""
     diagonal = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
     by_diagonal = diagonal and problem.constrained_lower
-    return by_diagonal or Ball in kinds(problem.y_set) or ravel_pytree(y)[0].size > DENSE_LIMIT
+    return by_diagonal or not problem.y_set.polyhedral or ravel_pytree(y)[0].size > DENSE_LIMIT

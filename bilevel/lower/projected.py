@@ -28,8 +28,8 @@ from bilevel import oracles
 from bilevel.linear import CG, DENSE_LIMIT, nystrom
 from bilevel.linear.nystrom import Nystrom
 from bilevel.problem import BilevelProblem
+from bilevel.qp.face import Face
 from bilevel.record import Status
-from bilevel.sets import Ball, Box, Product, Set, Simplex
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -58,73 +58,9 @@ class ProjectedSolution(NamedTuple):
     residual: Array
     steps: Array
     status: Array
-    face: "Face"
+    face: Face
     R: Array
     sketch: Nystrom | None = None
-
-
-class Face(NamedTuple):
-    """The face of Y at y, all raveled, [n]: free, coordinates that may move; normals [sets, n], orthonormal, within
-    them; mu, the diagonal of D; margin []: how far z = y - s R is from where another face begins; s.
-    """
-
-    free: Array
-    normals: Array
-    mu: Array
-    margin: Array
-    s: Array
-
-    def tangent(self, v: Array) -> Array:
-        """P v."""
-        v = jnp.where(self.free, v, 0)
-        return v - (self.normals @ v) @ self.normals
-
-
-def kinds(y_set: Set) -> set[type]:
-    """The classes of the set's factors."""
-    if isinstance(y_set, Product):
-        return set().union(*map(kinds, y_set.factors()))
-    return {type(y_set)}
-
-
-def _face(y_set: Set, y: PyTree, R: PyTree, s: Array) -> tuple[Array, Array, Array, Array]:
-    """(free, normals, mu, margin) of `Face`, where y = Proj(z), z = y - s R."""
-    flat, _ = ravel_pytree(y)
-    grad, n, inf = ravel_pytree(R)[0], flat.size, jnp.full((), jnp.inf, flat.dtype)
-    z, nothing, all_free = flat - s * grad, jnp.zeros_like(flat), jnp.ones(n, bool)
-    if isinstance(y_set, Box):
-        lo, hi = (ravel_pytree(end)[0] for end in y_set.bounds(y))
-        near = jnp.min(jnp.where(lo == hi, inf, jnp.minimum(jnp.abs(z - lo), jnp.abs(z - hi))))
-        return (z > lo) & (z < hi), nothing[None], nothing, near
-    if isinstance(y_set, Simplex):
-        free = flat > 0
-        count = jnp.maximum(jnp.sum(free), 1).astype(flat.dtype)
-        level = jnp.sum(jnp.where(free, z - flat, 0)) / count
-        normal = jnp.where(free, 1 / jnp.sqrt(count), 0)
-        return free, normal[None], nothing, jnp.min(jnp.abs(z - level)) if n > 1 else inf
-    if isinstance(y_set, Ball):
-        centre = ravel_pytree(y_set.middle(y))[0]
-        radius = jnp.asarray(y_set.radius, flat.dtype)
-        length = jnp.linalg.norm(z - centre)
-        outside = length > radius
-        safe = jnp.where(radius > 0, radius, 1)
-        normal = jnp.where(outside, (flat - centre) / safe, 0)
-        mu = jnp.where(outside, jnp.maximum(-(grad @ (flat - centre)), 0) / safe**2, 0)
-        return all_free & (radius > 0), normal[None], jnp.full_like(flat, mu), jnp.abs(length - radius)
-    if isinstance(y_set, Product):
-        parts = [_face(*part, s) for part in zip(y_set.factors(), y_set.parts(y), y_set.parts(R), strict=True)]
-        free, normals, mu, margin = zip(*parts, strict=True)
-        offset, rows = 0, []
-        for block in normals:
-            rows.append(jnp.zeros((1, n), flat.dtype).at[:, offset : offset + block.shape[1]].set(block))
-            offset += block.shape[1]
-        return jnp.concatenate(free), jnp.concatenate(rows), jnp.concatenate(mu), jnp.min(jnp.stack(margin))
-    return all_free, nothing[None], nothing, inf
-
-
-def face_at(problem: BilevelProblem, y: PyTree, R: PyTree, s: Array) -> Face:
-    """The face at y = Proj(y - s R), shaped like y."""
-    return Face(*_face(problem.y_set, y, R, s), s)
 
 
 def _hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Callable[[Array], Array]:
@@ -230,7 +166,7 @@ def solve(
         if problem.constrained_lower:
             base = project(c.y - c.s * c.R)
             R = evaluate(base)[1]
-        face = face_at(problem, unravel(base), unravel(c.R), c.s)
+        face = problem.y_set.face(unravel(base), unravel(c.R), c.s)
         goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
         enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
         forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
@@ -265,7 +201,7 @@ def solve(
     before = jnp.maximum(size, jnp.finfo(flat.dtype).tiny)
     begin = _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
     end = lax.while_loop(lambda c: (c.status == Status.MAX_STEPS) & (c.rounds < settings.max_rounds), body, begin)
-    face = face_at(problem, unravel(end.y), unravel(end.R), end.s)
+    face = problem.y_set.face(unravel(end.y), unravel(end.R), end.s)
     noise = 1e3 * eps * (jnp.linalg.norm(end.y) + end.s * jnp.linalg.norm(end.R))
     weak = (end.status == Status.CONVERGED) & (face.margin <= jnp.maximum(noise, 10 * end.size))
     status = jnp.where(weak, Status.WEAKLY_ACTIVE, end.status)
@@ -277,7 +213,7 @@ def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nys
     flat = ravel_pytree(y)[0]
     given = oracles.lower_diagonal(problem, x, y, batch) is not None
     sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
-    if given or not sized or Ball in kinds(problem.y_set):
+    if given or not sized or not problem.y_set.polyhedral:
         return None
     return nystrom.sketch(_hessian(problem, x, y, batch), flat.size, flat.dtype)
 
