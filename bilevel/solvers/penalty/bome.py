@@ -60,7 +60,7 @@ class BOME(Solver):
         lower_step_size: b > 0, an optax schedule or an optax transformation; b <= 1/L. Default: `tuning`'s.
         upper_step_size: a > 0, an optax schedule or an optax transformation, for (x, y) together. Default:
             min(a_F, b)/10, with `tuning`'s steps a_F for F and b for g; with a y_set min(1/L_f, b)/10 and b = 1/L_g,
-            from `sampling.smoothness`.
+            from `spectrum.smoothness`.
         decrease: eta > 0. num_lower_steps: T >= 1.
 
     Reference: Ye, Liu, Wright, Stone, Liu. BOME! Bilevel optimization made easy: a simple first-order approach.
@@ -90,7 +90,7 @@ class BOME(Solver):
         x, y = problem.init(key)
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
-            if isinstance(problem.y_set, Reals):
+            if problem.y_set.whole:
                 lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
             else:
                 upper, lower = (1 / L for L in smoothness(problem.on_full_data(), key, x, y))

@@ -73,7 +73,7 @@ class BVFSM(Solver):
 
     Args:
         lower_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(L_g + mu), from
-            `sampling.smoothness`.
+            `spectrum.smoothness`.
         upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g).
         regularisation, penalty_regularisation, barrier: mu, theta, s > 0 at the first step.
         decay: d_k, an optax schedule of the step or a number. Default: 1.01^-k, at least 1e-5.

@@ -178,7 +178,7 @@ class ProxF2SA(F2SA):
 
     Args:
         lower_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(sigma_0 L_f + L_g), from
-            `sampling.smoothness`.
+            `spectrum.smoothness`.
         upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g/sigma_0).
         penalty: 1/sigma > 0, or an optax schedule of the step. Default: 10 (k + 1)^(1/3).
         num_lower_steps: T >= 1.

@@ -63,7 +63,7 @@ class MEHA(Solver):
     Cost per step: 2 upper gradients, 4 lower gradients.
 
     Args:
-        lower_step_size: a > 0 or an optax schedule. Default: 1/(L_g + 1/gamma), L_g from `sampling.smoothness`.
+        lower_step_size: a > 0 or an optax schedule. Default: 1/(L_g + 1/gamma), L_g from `spectrum.smoothness`.
         upper_step_size: b > 0 or an optax schedule, for x and y. Default: 1/(L_f/c_0 + 2 L_g + 1/gamma).
         penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.49.
         gamma: > 0. Default: 3/2 of the first lower step size, 1/(2 L_g) with both defaults.

@@ -58,7 +58,7 @@ class VPBGD(Solver):
         lower_step_size: b > 0, an optax schedule or an optax transformation; b <= 1/L. Default: `tuning`'s.
         upper_step_size: a > 0, an optax schedule or an optax transformation, for (x, y) together. Default:
             1/(1/a_F + 4 c/b), with `tuning`'s steps a_F for F and b for g. With a y_set: b = 1/L_g and
-            a = 1/(L_f + 2 c L_g), from `sampling.smoothness`.
+            a = 1/(L_f + 2 c L_g), from `spectrum.smoothness`.
         penalty: c > 0, large against L_f/mu_g: f itself may be unbounded below. num_lower_steps: T >= 1.
 
     Reference: Shen, Chen. On penalty-based bilevel gradient descent method. ICML 2023, arXiv:2302.05185 (V-PBGD).
@@ -87,7 +87,7 @@ class VPBGD(Solver):
         x, y = problem.init(key)
         lower = upper = None
         if None in (self.lower_step_size, self.upper_step_size):
-            if isinstance(problem.y_set, Reals):
+            if problem.y_set.whole:
                 lower, upper = default_steps(problem.on_full_data(), x, y, num_lower_steps=None)
                 upper = 1 / (1 / upper + 4 * jnp.asarray(self.penalty, lower.dtype) / lower)
             else:
