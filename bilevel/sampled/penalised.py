@@ -38,6 +38,19 @@ class Form(NamedTuple):
     """Whether samples stay as drawn: a variable y is then no sample of v."""
 
 
+class Rung(NamedTuple):
+    """Where a lane is on its ladder; shapes []."""
+
+    rho: Array
+    """The penalty."""
+
+    smooth: Array
+    """rho t, the temperature of f + rho g."""
+
+    weight: Array
+    """Of a coupling's squared violation in f, in units of f's spread."""
+
+
 class Value(NamedTuple):
     """P, and the weights of the samples in it."""
 

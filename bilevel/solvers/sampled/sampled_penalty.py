@@ -17,7 +17,7 @@ from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
 from bilevel.sampled.line_search import Place
-from bilevel.sampled.penalised import Direction, Form, Penalised
+from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
 from bilevel.solver import About, Solver, refuse_unbounded_set
 from bilevel.step import Scalar, StepSize, as_step, require_numbers, step_sizes
@@ -71,19 +71,6 @@ class Lane(NamedTuple):
     sizes: Array
     size: Array
     rule: PyTree
-
-
-class Rung(NamedTuple):
-    """Where a lane is on its ladder; shapes []."""
-
-    rho: Array
-    """The penalty."""
-
-    smooth: Array
-    """rho t, the temperature of f + rho g."""
-
-    weight: Array
-    """Of a coupling's squared violation in f, in units of f's spread."""
 
 
 class Noise(NamedTuple):
