@@ -53,7 +53,7 @@ def in_ball(radius: Array, uniform: Array) -> Array:
     normal = erfinv(2 * uniform - 1) * 2**0.5
     square = jnp.sum(normal**2, axis=1, keepdims=True)
     length = gammainc(dim / 2, square / 2) ** (1 / dim)  # uniform in the ball, given the direction
-    return radius * length * normal / jnp.sqrt(square)
+    return radius * length * normal / jnp.sqrt(jnp.where(square > 0, square, 1))
 
 
 def hit_and_run(key: Array, A: Array, b: Array, point: Array, num_steps: int = 64) -> Array:
