@@ -1,5 +1,6 @@
 """Commands of `bilevax` that need no study: registered in `cli`. Nothing heavy is imported before they run."""
 
+import itertools
 import json
 import os
 from pathlib import Path
@@ -8,12 +9,18 @@ from typing import Annotated
 import typer
 
 from benchmarks.cli.options import Json, usage_errors
-from benchmarks.show.terminal import progress
+from benchmarks.show.terminal import console, progress
 from benchmarks.study.compilation import use_quick_compilation
 
 EXPERT_EXAMPLES = (
     "bilevax expert Pendulum-v1",
     "bilevax expert Hopper-v5 --steps 500000 --trajectories 5 --out experts/hopper.npz",
+)
+
+DOCTOR_EXAMPLES = (
+    "bilevax doctor",
+    "bilevax doctor --json",
+    "Exit code 1 where something is wrong with this machine.",
 )
 
 PEERS_EXAMPLES = (
@@ -65,3 +72,34 @@ def peers(
 
     found = table.run(repeats, python or ())
     typer.echo(json.dumps(found) if as_json else table.as_text(found))
+
+
+def doctor(as_json: Json = False) -> None:
+    """Check this machine: versions, devices, threads, precision, and whether what is compiled here is right."""
+    use_quick_compilation()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from benchmarks.judge import platform
+
+    with progress(len(platform.CHECKS)) as on_check:
+        number = itertools.count()
+        checks = platform.check_all(lambda name: on_check(next(number), name))
+    faults = sum(check.verdict == "fault" for check in checks)
+    if as_json:
+        typer.echo(json.dumps({"checks": [check._asdict() for check in checks], "faults": faults}))
+    else:
+        _doctor_table(checks)
+    raise typer.Exit(1 if faults else 0)
+
+
+def _doctor_table(checks: list) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for heading in ("check", "", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for check in checks:
+        table.add_row(check.name, check.verdict, check.found, check.advice)
+    console().print(table)

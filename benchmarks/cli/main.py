@@ -183,7 +183,10 @@ def _carry_out(
         nobody = lambda k, cell: None  # noqa: E731
         done = not trials or how(Path(), trials, nobody)
         raise typer.Exit(0 if done and how(Path(), cells, nobody) else 130)
-    with files.open_folder(out, files.settings_of(name, cells, precision)) as folder:
+    settings = files.settings_of(name, cells, precision)
+    for fault in settings["platform"]["faults"]:
+        typer.echo(f"bilevax: this machine: {fault} `bilevax doctor` tells more.", err=True)
+    with files.open_folder(out, settings) as folder:
         with progress(len(trials) + len(cells), lines=curves) as on_cell:
             complete = not trials or how(folder / tuning.FOLDER, trials, on_cell)
             if complete and trials:
@@ -359,9 +362,8 @@ def report_(
         typer.echo(html.write(folder, out, by=by, tolerance=tol))
 
 
+app.command("doctor", epilog=examples(*commands.DOCTOR_EXAMPLES))(commands.doctor)
 app.command("expert", epilog=examples(*commands.EXPERT_EXAMPLES))(commands.expert)
-
-
 app.command("peers", epilog=examples(*commands.PEERS_EXAMPLES))(commands.peers)
 
 

@@ -12,7 +12,6 @@ def use_quick_compilation(folder: str = "xla") -> None:
     reads its flags when it starts, and stops at one that it does not know; what else the user has set stays.
     """
     import jax
-    import platformdirs
 
     from bilevel.backend import compilation
 
@@ -20,9 +19,16 @@ def use_quick_compilation(folder: str = "xla") -> None:
     if os.environ.get("BILEVAX_CACHE", "") != "off":
         # An executable that is wrong stays wrong in the cache: programs made otherwise have a folder of their own.
         kind = f"{folder}-{jax.version.__version__}" + ("" if compilation.safe() else "-unsafe")
-        keep_programs(str(Path(platformdirs.user_cache_dir("bilevax")) / kind))
+        keep_programs(str(cache_folder() / kind))
     if jax.__version_info__[:2] == (0, 10):
         xla_flags("--xla_cpu_use_fusion_emitters=false")
+
+
+def cache_folder() -> Path:
+    """The user's folder for what commands keep between runs."""
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("bilevax"))
 
 
 def keep_programs(cache: str) -> None:

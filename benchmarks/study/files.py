@@ -30,6 +30,8 @@ from filelock import FileLock, Timeout
 
 import bilevel
 from benchmarks.errors import UsageError
+from benchmarks.judge.platform import quick_check
+from benchmarks.study.compilation import cache_folder
 from benchmarks.study.registry import Cell
 from bilevel.backend.files import write_atomically
 
@@ -155,7 +157,7 @@ def instance_path(folder: Path, problem: str, seed: int) -> Path:
 
 
 def settings_of(name: str, cells: list[Cell], precision: int) -> dict[str, Any]:
-    """What settings.json holds."""
+    """What settings.json holds. `platform`: whether what this machine compiles is right, looked at once a machine."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -171,7 +173,7 @@ def settings_of(name: str, cells: list[Cell], precision: int) -> dict[str, Any]:
     cells_as_dicts = [dataclasses.asdict(cell) for cell in cells]
     return {
         "format": FORMAT, "name": name, "started": started, "precision": precision, "versions": versions,
-        "system": system, "cells": cells_as_dicts,
+        "system": system, "platform": quick_check(cache_folder()), "cells": cells_as_dicts,
     }  # fmt: skip
 
 
