@@ -63,6 +63,10 @@ class Solver:
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
 
+    experimental: ClassVar[str] = ""
+    """Why the method may not be the one of its paper: what was written from an abstract or from memory, as a sentence
+    without capital and full stop. Empty for all others."""
+
     renamed: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Settings by the names that they had in the last version: {old: new}. Old ones work, with a DeprecationWarning."""
 

@@ -1,6 +1,7 @@
 """The public face: what `bilevel` and `irl` show of themselves is spelt out, complete and nothing else."""
 
 import importlib.metadata
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -30,6 +31,18 @@ def test_dir_is_the_list_and_the_version(package):
         owner = getattr(package, name)
         module = owner.__name__ if isinstance(owner, ModuleType) else getattr(owner, "__module__", package.__name__)
         assert module.partition(".")[0] in ("bilevel", "irl", "types"), f"{package.__name__}.{name} is {module}'s"
+
+
+ALL = {**bilevel.solvers.ALL, **irl.solvers.ALL}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_what_rests_on_an_abstract_or_on_memory_says_so_first(name):
+    kind = ALL[name]
+    doc = " ".join(kind.__doc__.split())
+    reported = re.search(r"from (its|the) abstract|from memory|not at hand", doc) is not None
+    assert bool(kind.experimental) == reported
+    assert doc.startswith(f"Experimental: {kind.experimental}. ") == reported
 
 
 @pytest.mark.parametrize("name", ["bilevel", "irl", "problems", "benchmarks"])

@@ -72,7 +72,8 @@ def list_(as_json: Json = False) -> None:
         )
         table.add_column("what it is")
         for name, entry in found[kind].items():
-            table.add_row(name, entry["summary"])
+            why = entry.get("experimental")
+            table.add_row(name, entry["summary"] + (f"\nexperimental: {why}" if why else ""))
         console().print(table)
 
 

@@ -45,7 +45,7 @@ def families(solvers: Solvers) -> dict[str, list[type[Solver]]]:
 
 def label(kind: type[Solver]) -> str:
     """A solver's name in a table."""
-    return f"`{kind.__name__}`" + " (experimental)" * getattr(kind, "experimental", False)
+    return f"`{kind.__name__}`" + " (experimental)" * bool(kind.experimental)
 
 
 def data(kind: type[Solver]) -> str:

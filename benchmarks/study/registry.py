@@ -102,10 +102,15 @@ def label(text: str) -> str:
 
 
 def summaries() -> dict[str, dict[str, dict[str, Any]]]:
-    """{"solvers" | "problems": {name: {"summary": one line, "parameters": {name: default}}}}, all by discovery."""
+    """{"solvers" | "problems": {name: {"summary": one line, "parameters": {name: default}}}}, all by discovery.
+
+    Solvers have an entry "experimental", too: why, or an empty text.
+    """
     solvers = {
-        name: {"summary": _first_line(cls), "parameters": _solver_fields(cls)} for name, cls in _solvers().items()
-    }
+        name: {
+            "summary": _first_line(cls), "parameters": _solver_fields(cls), "experimental": cls.experimental
+        } for name, cls in _solvers().items()
+    }  # fmt: skip
     families = {
         name: {"summary": _first_line(make), "parameters": _accepted(make)} for name, make in _families().items()
     }

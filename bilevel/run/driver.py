@@ -341,7 +341,7 @@ def verdict(found: Measurement, tol: float, early: bool) -> Status | None:
     return None
 
 
-def last_word(solver: Solver, status: Status, step: int, failed: dict[str, int], row: dict[str, Any]) -> Status:
+def last_word(solver: Solver, status: Status, step: int, failed: dict[str, int], row: Row) -> Status:
     """The status of a run that came to its step limit: the referee's where its last row says that there is no result at
     this x, through which a run may pass, but where it may not end; else the solver's warning where an assumption
     failed at half of the steps or more. Any other status stays.

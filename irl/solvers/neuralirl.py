@@ -82,7 +82,9 @@ class Learned(NamedTuple):
 
 @struct(kw_only=True)
 class NeuralIRL(Solver):
-    """Two-timescale single-loop IRL with overparameterised networks, for problems of `irl.to_bilevel`. With
+    """Experimental: written from the abstract of arXiv:2503.17865; the full text was not at hand.
+
+    Two-timescale single-loop IRL with overparameterised networks, for problems of `irl.to_bilevel`. With
 
         Q(s, a; D) = q + c f(z(s, a); D),    f = `TwoLayer`: m^(-1/2) sum_j b_j ReLU((W_j + D_j) . z), f(.; 0) = 0,
 
@@ -130,6 +132,7 @@ class NeuralIRL(Solver):
     inputs: Any = None
     width: int = static(default=256)
     num_transitions: int | None = static(default=None)
+    experimental = "written from the abstract of arXiv:2503.17865; the full text was not at hand"
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations."""

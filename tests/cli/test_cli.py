@@ -54,7 +54,11 @@ def test_list_shows_every_solver_and_family():
     assert set(listed["problems"]) == set(problems.families())
     assert all(entry["summary"] for kind in listed.values() for entry in kind.values())
     assert listed["solvers"]["AID"]["parameters"]["num_lower_steps"] == bilevel.AID().num_lower_steps
+    abstract = "written from the abstract of arXiv:2505.10830 alone"
+    assert listed["solvers"]["SampledPenalty"]["experimental"] == abstract
+    assert listed["solvers"]["AID"]["experimental"] == ""
     text = call("list").stdout
+    assert f"experimental: {abstract}" in text
     assert all(name in text for kind in listed.values() for name in kind)
     assert max(map(len, text.splitlines())) <= 120
 

@@ -40,7 +40,9 @@ class Info(NamedTuple):
 
 @struct(kw_only=True)
 class BLOCC(Solver):
-    """Bilevel optimisation with coupled constraints, on all of the data, with h(x, y) <= 0 below and c = penalty:
+    """Experimental: the inner algorithm is from memory; the text of the paper was not at hand.
+
+    Bilevel optimisation with coupled constraints, on all of the data, with h(x, y) <= 0 below and c = penalty:
 
         (z, n) = argmax over n >= 0, argmin over z in Y of g(x, z) + n'h(x, z)
         (y, m) = argmax over m >= 0, argmin over y in Y of f(x, y)/c + g(x, y) + m'h(x, y)
@@ -84,6 +86,7 @@ class BLOCC(Solver):
         lower="strongly convex, h with independent active gradients",
         stops="a bias like 1/lam stays",
     )
+    experimental = "the inner algorithm is from memory; the text of the paper was not at hand"
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well."""

@@ -49,7 +49,9 @@ class Info(NamedTuple):
 
 @struct(kw_only=True)
 class F2CBA(Solver):
-    """Fully first-order constrained bilevel algorithm, on all of the data. With h(x, y) = A y + B x - b, d = alpha^2,
+    """Experimental: its formulas are from memory; the text of the paper was not at hand.
+
+    Fully first-order constrained bilevel algorithm, on all of the data. With h(x, y) = A y + B x - b, d = alpha^2,
 
         (z, n) = argmax over n, argmin over z of g(x, z) + n'h(x, z),         n >= 0 for inequalities
 
@@ -104,6 +106,7 @@ class F2CBA(Solver):
         lower="strongly convex, h affine, no set Y",
         stops="a bias like `alpha` stays",
     )
+    experimental = "its formulas are from memory; the text of the paper was not at hand"
 
     def __post_init__(self) -> None:
         """Accept numbers; for x schedules and transformations as well, unless there is a radius."""

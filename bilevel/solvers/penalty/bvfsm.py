@@ -56,7 +56,9 @@ def barrier(slack: Array, cut: Array) -> tuple[Array, Array]:
 
 @struct(kw_only=True)
 class BVFSM(Solver):
-    """Bilevel value-function-based sequential minimisation, on all of the data, with mu, theta, s times a decay d_k:
+    """Experimental: the shift mu of the value is from memory.
+
+    Bilevel value-function-based sequential minimisation, on all of the data, with mu, theta, s times a decay d_k:
 
         z <- Proj_Y(z - a (g_y(x, z) + mu z))                       T = num_lower_steps times, from the last z
         v = g(x, z) + mu |z|^2/2 + mu
@@ -105,6 +107,7 @@ class BVFSM(Solver):
         lower="any smooth g on a set, local minima of it",
         stops="a gap like the decaying weights stays",
     )
+    experimental = "the shift mu of the value is from memory"
 
     def __post_init__(self) -> None:
         """Accept numbers, schedules and transformations; the weights are numbers, decay a number or a schedule."""

@@ -166,7 +166,9 @@ class F2SA(Solver):
 
 @struct(kw_only=True)
 class ProxF2SA(F2SA):
-    """Prox-F2SA: F2SA on a set Y, with sigma = 1/penalty of this step,
+    """Experimental: the order of the updates is from memory.
+
+    Prox-F2SA: F2SA on a set Y, with sigma = 1/penalty of this step,
 
         z <- Proj_Y(z - a g_y(x, z; B)),   y <- Proj_Y(y - a (sigma f_y(x, y; D) + g_y(x, y; B)))      T times
         x <- Proj_X(x - c (f_x(x, y; D) + (g_x(x, y; B) - g_x(x, z; B))/sigma)).
@@ -198,6 +200,7 @@ class ProxF2SA(F2SA):
         lower="a proximal error bound on a set, may have many minimisers",
         stops="a bias like 1/lam stays; lam grows by default",
     )
+    experimental = "the order of the updates is from memory"
 
     def _default_steps(self, problem: BilevelProblem, key: Array, x: PyTree, y: PyTree, penalty: Any) -> tuple:
         L_f, L_g = smoothness(problem.on_full_data(), key, x, y)

@@ -55,7 +55,9 @@ class Info(NamedTuple):
 
 @struct(kw_only=True)
 class PerSamplePenalty(Solver):
-    """`SampledPenalty`'s lifted form, for each sample i of a batch with candidates y_ik of its own:
+    """Experimental: written from the abstract of arXiv:2505.10830 alone.
+
+    `SampledPenalty`'s lifted form, for each sample i of a batch with candidates y_ik of its own:
 
         P(x) = mean_i { M_{rho t}[f_i(x, y_ik) + rho g_i(x, y_ik)] - rho M_t[g_i(x, y_ik)] },   M over k,
         x <- Proj_X(x - a grad P),
@@ -95,6 +97,7 @@ class PerSamplePenalty(Solver):
         lower="each sample's own g_i on a bounded Y_i of low dimension",
         stops="a noise ball, and a bias like 1/lam",
     )
+    experimental = "written from the abstract of arXiv:2505.10830 alone"
 
     def __post_init__(self) -> None:
         """Check the step size, the numbers and the counts."""

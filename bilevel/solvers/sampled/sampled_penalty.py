@@ -102,7 +102,9 @@ class Info(NamedTuple):
 
 @struct(kw_only=True)
 class SampledPenalty(Solver):
-    """Gradient descent on f plus rho times the lower gap, with v(x) = min g(x, .) taken over samples y_i of Y:
+    """Experimental: written from the abstract of arXiv:2505.10830 alone.
+
+    Gradient descent on f plus rho times the lower gap, with v(x) = min g(x, .) taken over samples y_i of Y:
 
         lifted:  P(x) = M_{rho t}[f_i + rho g_i](x) - rho M_t[g_i](x),                  y = the best y_i of the first
         joint:   P(x, y) = f(x, y) + rho (g(x, y) - M_t[g_i](x))
@@ -176,6 +178,7 @@ class SampledPenalty(Solver):
         lower="any smooth g on a bounded Y(x), blocks of low dimension",
         stops="a bias like 1/lam and a gap of at most `lower_tol` stay",
     )
+    experimental = "written from the abstract of arXiv:2505.10830 alone"
 
     def __post_init__(self) -> None:
         """Check the step size, the numbers and the choices."""
