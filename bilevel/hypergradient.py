@@ -56,7 +56,7 @@ def hypergradient(
     estimate: bool = True,
     warm: Warm | None = None,
 ) -> Hypergradient:
-    """Grad F(x) with its error. Pure; use it under jit and vmap.
+    """The gradient of F at x, with its error. Pure; use it under jit and vmap.
 
     Args:
         problem: any; a constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices

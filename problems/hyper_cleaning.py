@@ -96,7 +96,7 @@ def _init(model: str, train: int) -> Callable[[Array], tuple[Array, PyTree]]:
 
 
 def measure_at(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
-    """F and the formal hypergradient at the given y, by 50 iterations of CG: for many lower-level minimisers."""
+    """The value of f and the formal hypergradient, by 50 iterations of CG, at the given y: one of many minimisers."""
     h = hypergradient(problem, x, y, method=CG(tol=1e-3, max_iterations=50), lower=AsGiven(), estimate=False)
     violation = problem.x_set.violation(x) + problem.y_set.violation(y)
     return Measurement(h.value, norm(h.gradient), h.error_bound, h.lower_residual, violation, h.status)

@@ -64,7 +64,7 @@ class ProjectedSolution(NamedTuple):
 
 
 def _hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Callable[[Array], Array]:
-    """V -> H v on raveled vectors."""
+    """The map v -> H v on raveled vectors."""
     unravel = ravel_pytree(y)[1]
     product = oracles.hvp_operator(problem, x, y, batch)
     return lambda v: ravel_pytree(product(unravel(v)))[0]

@@ -66,9 +66,10 @@ class SOBA(Solver):
         cls, constants: Constants, mu_F: Any, L_F: Any, v_bound: Any = 0.0,
         batches: tuple[theory.Noise, theory.Errors, int] | None = None,
     ) -> "SOBA":  # fmt: skip
-        """Steps for which `theory.single_loop_matrix` bounds all errors on all of the data, for every k; with batches,
+        """Steps for which a bound of all errors is known.
 
-        those whose bound of E|x - x*|^2 after a given number of steps, on quadratics, is least: `theory.soba_steps`.
+        On all of the data `theory.single_loop_matrix` bounds them after every number of steps. With batches the bound
+        of E|x - x*|^2 on quadratics after a given number of steps is the least that `theory.soba_steps` finds.
 
         Args:
             constants: of f and g.

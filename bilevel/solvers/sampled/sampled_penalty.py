@@ -199,13 +199,13 @@ class SampledPenalty(Solver):
     def from_theory(
         cls, constants: Smoothness, epsilon: float, form: str = "lifted", num_samples: int = 64, num_starts: int = 1
     ) -> "SampledPenalty":
-        """Frozen samples, rho = 1/epsilon, t = epsilon^2/log N and s = 1/L with the smoothness L of P.
+        """Frozen samples, rho = 1/epsilon, t = epsilon^2/log N and s = 1/L with the smoothness L of P,
 
-        joint:  L = L_f + 2 rho L_g + rho D_g^2/(4 t)
-        lifted: L = L_f + 2 rho L_g + rho D_g^2/(4 t) + (D_f + rho D_g)^2/(4 rho t)
+            joint:  L = L_f + 2 rho L_g + rho D_g^2/(4 t),
+            lifted: L = L_f + 2 rho L_g + rho D_g^2/(4 t) + (D_f + rho D_g)^2/(4 rho t),
 
-        from `sampled.Smoothness`. Then min_k |G_k|^2 <= 2 L (P_0 - inf P)/K, so that K = O(epsilon^-5) steps up to
-        logarithms give |G| <= epsilon; and v_N - epsilon^2 <= M_t[g_i] <= v_N.
+        with the constants of `sampled.Smoothness`. Then min_k |G_k|^2 <= 2 L (P_0 - inf P)/K, so that
+        K = O(epsilon^-5) steps up to logarithms give |G| <= epsilon; and v_N - epsilon^2 <= M_t[g_i] <= v_N.
 
         Raises:
             InvalidInput: epsilon outside of (0, 1].
