@@ -198,7 +198,7 @@ def _inverse(
     sketch: Nystrom | None,
 ) -> _Inverse:  # fmt: skip
     """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
-    flat, unravel = ravel_pytree(y)
+    flat = ravel_pytree(y)[0]
     symmetric = isinstance(problem.lower, Minimize)
     if method is None and jax.tree.leaves(factor):
 
@@ -211,8 +211,7 @@ def _inverse(
     method = default_solver(flat.size, symmetric, sketch) if method is None else method
 
     def prepare(transpose: bool) -> Callable[[Array, Array, Array], LinearSolution]:
-        product = oracles.hvp_operator(problem, x, y, batch, transpose=transpose)
-        matvec = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
+        matvec = oracles.flat_operator(problem, x, y, batch, transpose)
         if not hasattr(method, "tol"):  # a factor, made once
             solve = method.prepare(matvec, flat.size, flat.dtype)
             return lambda exactly, r, scale: solve(r)

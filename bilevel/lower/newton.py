@@ -76,8 +76,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
         return jnp.zeros((), flat.dtype), ravel_pytree(oracles.residual(problem, x, unravel(flat), batch))[0]
 
     def operator(flat: Array) -> Callable[[Array], Array]:
-        product = oracles.hvp_operator(problem, x, unravel(flat), batch)
-        return lambda v: ravel_pytree(product(unravel(v)))[0]
+        return oracles.flat_operator(problem, x, unravel(flat), batch)
 
     prepare, apply, nothing = directions(operator, flat, minimize, dense)
 

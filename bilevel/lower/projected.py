@@ -63,13 +63,6 @@ class ProjectedSolution(NamedTuple):
     sketch: Nystrom | None = None
 
 
-def _hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Callable[[Array], Array]:
-    """The map v -> H v on raveled vectors."""
-    unravel = ravel_pytree(y)[1]
-    product = oracles.hvp_operator(problem, x, y, batch)
-    return lambda v: ravel_pytree(product(unravel(v)))[0]
-
-
 def tangent_solve(
     problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, face: Face, sketch: Nystrom | None = None
 ) -> Callable:
@@ -89,7 +82,7 @@ def tangent_solve(
             return v - ((face.normals @ v) / jnp.where(size > 0, size, 1)) @ N
 
         return closed
-    hessian = _hessian(problem, x, y, batch)
+    hessian = oracles.flat_operator(problem, x, y, batch)
     if not problem.constrained_lower:  # the face is all of R^n
         return lambda b, tol=None: CG(tol, preconditioner=sketch).iterate(hessian, b)[0]
 
@@ -215,14 +208,14 @@ def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nys
     sized = DENSE_LIMIT < flat.size <= SKETCH_LIMIT and jnp.finfo(flat.dtype).bits >= 32
     if given or not sized or not problem.y_set.polyhedral:
         return None
-    return nystrom.sketch(_hessian(problem, x, y, batch), flat.size, flat.dtype)
+    return nystrom.sketch(oracles.flat_operator(problem, x, y, batch), flat.size, flat.dtype)
 
 
 def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sketch: Nystrom | None) -> Array:
     """1/L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
     estimate that the line search corrects.
     """
-    flat, hessian = ravel_pytree(y)[0], _hessian(problem, x, y, batch)
+    flat, hessian = ravel_pytree(y)[0], oracles.flat_operator(problem, x, y, batch)
 
     def power(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, _ = carry

@@ -74,8 +74,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
     found = lax.stop_gradient(projected.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings))
     face, s = found.face, found.face.s
     flat, unravel = ravel_pytree(found.y)
-    product = oracles.hvp_operator(problem, fixed_x, found.y, lower_batch)
-    hessian = lambda v: ravel_pytree(product(unravel(v)))[0]  # noqa: E731
+    hessian = oracles.flat_operator(problem, fixed_x, found.y, lower_batch)
     within = projected.tangent_solve(problem, fixed_x, found.y, lower_batch, face, found.sketch)
 
     def residual(flat: Array) -> Array:

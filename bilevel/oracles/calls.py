@@ -245,6 +245,15 @@ def hvp_operator(
     return product
 
 
+def flat_operator(
+    problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, transpose: bool = False
+) -> Callable[[Array], Array]:
+    """`hvp_operator` on raveled vectors, [dim y] -> [dim y]: what the linear solvers take."""
+    unravel = ravel_pytree(y)[1]
+    product = hvp_operator(problem, x, y, batch, transpose)
+    return lambda v: ravel_pytree(product(unravel(v)))[0]
+
+
 def lower_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """g_yy [n, n] on the raveled y, by n products counted as such; only for `Minimize`."""
     flat, unravel = ravel_pytree(y)

@@ -23,9 +23,8 @@ SLACK = 1e-9
 
 def lower_jacobian(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
     """R_y at (x, y) on all of the data, shape [dim y, dim y]: g_yy, or I - T_y."""
-    flat, unravel = ravel_pytree(y)
-    product = oracles.hvp_operator(problem, x, y, problem.lower_data.full())
-    return dense_matrix(lambda v: ravel_pytree(product(unravel(v)))[0], flat.size, flat.dtype)
+    flat = ravel_pytree(y)[0]
+    return dense_matrix(oracles.flat_operator(problem, x, y, problem.lower_data.full()), flat.size, flat.dtype)
 
 
 def strongly_convex(matrix: Array, mu: Any) -> Array:

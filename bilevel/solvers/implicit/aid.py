@@ -104,10 +104,8 @@ class AID(Solver):
 
         fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
         flat_fy, unravel = ravel_pytree(fy)
-        product = oracles.hvp_operator(problem, x, y, batch_g, transpose=True)
-        flat_v, _ = self._linear(problem).iterate(
-            lambda v: ravel_pytree(product(unravel(v)))[0], flat_fy, ravel_pytree(state.v)[0]
-        )
+        transposed = oracles.flat_operator(problem, x, y, batch_g, transpose=True)
+        flat_v, _ = self._linear(problem).iterate(transposed, flat_fy, ravel_pytree(state.v)[0])
         v = unravel(flat_v)
         direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
 
