@@ -13,6 +13,7 @@ from bilevel.linear.solvers import (
     Neumann,
     dense_matrix,
     gram,
+    norms,
     pack_scalars,
     refine,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "default_solver",
     "dense_matrix",
     "gram",
+    "norms",
     "pack_scalars",
     "refine",
     "sketch",

@@ -243,6 +243,11 @@ def gram(rows: Array) -> Array:
     return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
 
 
+def norms(*vectors: Array) -> Array:
+    """The 2-norms of vectors of one length, [vectors], by one matrix product: see `gram`."""
+    return jnp.sqrt(jnp.diagonal(gram(jnp.stack(vectors))))
+
+
 def pack_scalars(values: Sequence[Array], dtype: Any, count: Array) -> Array:
     """The scalars as one vector, by a chain of selects: XLA fuses it into one kernel, a concatenation it does not.
 

@@ -1,0 +1,192 @@
+"""The adjoint at a point y, and how far the gradient would move if y and the adjoint were exact.
+
+At (y, v) with lower residual R and adjoint residual r_v = f_y - R_y' v, d = -R_y^-1 R is a Newton step of the lower
+level, and dv = R_y^-T r_v, with r_v at y + d, the adjoint's answer to it: the gradient f_x - R_x' v at (y + d, v + dv)
+is right to higher order, so that its distance from the one at (y, v) is the error of that one.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
+from bilevel.backend.once import in_turn
+from bilevel.linear import LinearSolution, LinearSolver, default_solver
+from bilevel.lower.directions import apply_inverse
+from bilevel.lower.method import LowerSolution
+from bilevel.problem import BilevelProblem, Minimize
+
+PyTree = Any
+ESTIMATE_TOL = 1e-3  # relative residual of the corrections that an error is estimated by
+
+
+class Look(NamedTuple):
+    """What (y, v) shows: f []; f_x - R_x' v and R_x' v, [dim x]; r_v = f_y - R_y' v [dim y]; sizes."""
+
+    gradient: Array
+    cross: Array
+    r_v: Array
+    sizes: "Sizes"
+
+
+class Sizes(NamedTuple):
+    """f, and the norms of f_x, f_y, R_x' v and r_v, [] each."""
+
+    value: Array
+    fx: Array
+    fy: Array
+    cross: Array
+    r_v: Array
+
+
+class Move(NamedTuple):
+    """A correction to make: y <- y - R_y^-1 r where `forward`, else v <- v + R_y^-T r, r [dim y].
+
+    An iterative method finds it `exactly` to its own accuracy times `scale` |r|, the size of what r is the rest of;
+    else to `ESTIMATE_TOL` |r|, since an error needs few digits.
+    """
+
+    r: Array
+    forward: Array
+    exactly: Array
+    scale: Array
+
+
+class Point(NamedTuple):
+    """(y, v), what is seen there, and the residual that the move there left of its linear system, 0 after a factor."""
+
+    y: Array
+    v: Array
+    at: Look
+    left: Array
+
+
+class Findings(NamedTuple):
+    """What the stages find out.
+
+    v [dim y], gradient [dim x], sizes: at (y, v), v solved. cross: R_x' v [dim x], there and then at (y + d, v).
+    shifted: |r_v| at (y + d, v). moved: how far R_x' v moved by dv. change: how far the gradient moved by d and dv.
+    unsolved: the adjoint, or a correction, is not solved. looks: taken so far.
+    """
+
+    v: Array
+    gradient: Array
+    sizes: Sizes
+    cross: Array
+    shifted: Array
+    moved: Array
+    change: Array
+    unsolved: Array
+    looks: Array
+
+
+def correct(
+    look: Callable[[Array, Array], Look], system: "System", found: LowerSolution, v: Array, estimate: bool
+) -> Findings:
+    """Solve the adjoint at found.y from v; with `estimate` go on to (y + d, v), and then to (y + d, v + dv)."""
+    y = ravel_pytree(found.y)[0]
+    nought, no = jnp.zeros((), y.dtype), jnp.array(False)
+
+    def take(point: Point, move: Move) -> Point:
+        step, left = system.correct(move)
+        y, v = point.y - jnp.where(move.forward, step, 0), point.v + jnp.where(move.forward, 0, step)
+        return Point(y, v, look(y, v), left)
+
+    nothing = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(look, y, v))
+    sizes = nothing.sizes._replace(r_v=jnp.full_like(nought, jnp.inf))
+    begin = Findings(v, nothing.gradient, sizes, nothing.cross, nought, nought, nought, no, jnp.array(0))
+    stay = Move(jnp.zeros_like(y), no, no, nought + 1)
+    settle = partial(_settle, system.max_solves, found.R if estimate else stay.r)
+    stages = [settle, partial(_shift, found.residual), _compare] if estimate else [settle]
+    return in_turn(take, Point(y, v, nothing, nought), stay, begin, stages)
+
+
+def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
+    """Correct v until its residual is rounding error or no longer halves; then the Newton step from y."""
+    at, size = seen.at, seen.at.sizes
+    enough = 10 * jnp.finfo(R.dtype).eps * size.fy  # the linear solvers' default
+    again = (found.looks < max_solves) & (size.r_v <= found.sizes.r_v / 2) & (size.r_v > enough)
+    scale = size.fy / jnp.where(size.r_v > 0, size.r_v, 1)
+    move = Move(jnp.where(again, at.r_v, R), ~again, again, scale)
+    unsolved = size.r_v > 0.1 * size.fy
+    found = found._replace(
+        v=seen.v, gradient=at.gradient, sizes=size, cross=at.cross, unsolved=unsolved, looks=found.looks + 1
+    )
+    return move, found, ~again
+
+
+def _shift(lower_residual: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
+    """At (y + d, v): correct v."""
+    unsolved = found.unsolved | (seen.left > 0.1 * lower_residual)
+    move = Move(seen.at.r_v, jnp.array(False), jnp.array(False), jnp.ones_like(lower_residual))
+    found = found._replace(cross=seen.at.cross, shifted=seen.at.sizes.r_v, unsolved=unsolved)
+    return move, found, jnp.array(True)
+
+
+def _compare(seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
+    """At (y + d, v + dv): how far everything has moved."""
+    at, no = seen.at, jnp.array(False)
+    moved, change = jnp.linalg.norm(at.cross - found.cross), jnp.linalg.norm(at.gradient - found.gradient)
+    unsolved = found.unsolved | (seen.left > 0.1 * found.shifted)
+    stay = Move(jnp.zeros_like(seen.y), no, no, jnp.ones_like(moved))
+    return stay, found._replace(moved=moved, change=change, unsolved=unsolved), jnp.array(True)
+
+
+class System(NamedTuple):
+    """The linear systems with R_y at y. correct: Move -> (step [dim y], residual []), worth repeating `max_solves`
+    times.
+    """
+
+    correct: Callable[[Move], tuple[Array, Array]]
+    max_solves: int
+
+
+def system_of(
+    problem: BilevelProblem, x: PyTree, found: LowerSolution, batch: PyTree, method: LinearSolver | None
+) -> System:
+    """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
+    if method is None and jax.tree.leaves(found.factor):
+        return System(partial(_by_factor, found.factor, isinstance(problem.lower, Minimize)), 20)
+    return System(_by_method(problem, x, found, batch, method), 1)
+
+
+def _by_factor(factor: PyTree, symmetric: bool, move: Move) -> tuple[Array, Array]:
+    apply = partial(apply_inverse, factor, symmetric, move.r)
+    step = apply() if symmetric else lax.cond(move.forward, apply, partial(apply, transpose=True))
+    return step, jnp.zeros((), step.dtype)
+
+
+def _by_method(
+    problem: BilevelProblem, x: PyTree, found: LowerSolution, batch: PyTree, method: LinearSolver | None
+) -> Callable[[Move], tuple[Array, Array]]:
+    """By a solver from `linear`; what it prepares is prepared once."""
+    flat, symmetric = ravel_pytree(found.y)[0], isinstance(problem.lower, Minimize)
+    solver: Any = default_solver(flat.size, symmetric, found.sketch) if method is None else method
+
+    def prepare(transpose: bool) -> Callable[[Move], LinearSolution]:
+        matvec = oracles.flat_operator(problem, x, found.y, batch, transpose)
+        if not hasattr(solver, "tol"):  # a factor, made once
+            solve = solver.prepare(matvec, flat.size, flat.dtype)
+            return lambda move: solve(move.r)
+        tol = 10 * jnp.finfo(flat.dtype).eps if solver.tol is None else solver.tol
+
+        def solve_to(move: Move) -> LinearSolution:
+            goal = jnp.where(move.exactly, tol * move.scale, jnp.maximum(tol, ESTIMATE_TOL))
+            return dataclasses.replace(solver, tol=goal).prepare(matvec, flat.size, flat.dtype)(move.r)
+
+        return solve_to
+
+    backward = prepare(True)
+    onward = backward if symmetric else prepare(False)
+
+    def correct(move: Move) -> tuple[Array, Array]:
+        solution = backward(move) if symmetric else lax.cond(move.forward, onward, backward, move)
+        return solution.v, solution.residual
+
+    return correct
