@@ -1,6 +1,7 @@
 """`Newton`: the method for lower levels without constraints. It finds y with R(x, y) = 0, and a certificate."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.linear import DENSE_LIMIT, LinearSolver, gram, pack_scalars
+from bilevel.linear import DENSE_LIMIT, LinearSolver, gram
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower.directions import directions
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
@@ -61,15 +62,41 @@ class Newton(LowerMethod):
 
 
 def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton) -> LowerSolution:
-    """The lower-level solution from the warm start y, without constraints. Pure; for jit and vmap."""
+    """The lower-level solution from the warm start y, without constraints. Pure; for jit and vmap.
+
+    Each pass of the loop looks at one trial point, so that every oracle is compiled once; the first looks at the start.
+    """
+    flat, unravel = ravel_pytree(y)
+    level = _level(problem, x, y, batch, settings)
+
+    def go_on(c: _Search) -> Array:
+        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
+
+    end = lax.while_loop(go_on, partial(_step, level), _start(level, flat))
+    return LowerSolution(unravel(end.y), jnp.sqrt(end.R_square), end.steps, end.status, end.factor, end.R)
+
+
+class _Level(NamedTuple):
+    """The lower level at x, on raveled vectors. evaluate: y -> (g, R), g = 0 for a fixed point. prepare, apply,
+    nothing: `directions`. minimize, dense, tol: of what kind it is, and what is asked for.
+    """
+
+    evaluate: Callable[[Array], tuple[Array, Array]]
+    prepare: Callable
+    apply: Callable
+    nothing: PyTree
+    minimize: bool
+    dense: bool
+    tol: Any
+
+
+def _level(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton) -> _Level:
     flat, unravel = ravel_pytree(y)
     dense = flat.size <= DENSE_LIMIT if settings.dense is None else settings.dense
     minimize = isinstance(problem.lower, Minimize)
-    eps = jnp.finfo(flat.dtype).eps
-    tol = 10 * eps if settings.tol is None else settings.tol
+    tol = 10 * jnp.finfo(flat.dtype).eps if settings.tol is None else settings.tol
 
     def evaluate(flat: Array) -> tuple[Array, Array]:
-        """(g, R); g is 0 for a fixed point."""
         if minimize:
             g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
             return g, ravel_pytree(R)[0]
@@ -78,84 +105,22 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
     def operator(flat: Array) -> Callable[[Array], Array]:
         return oracles.flat_operator(problem, x, unravel(flat), batch)
 
-    prepare, apply, nothing = directions(operator, flat, minimize, dense)
-
-    def go_on(carry: tuple) -> Array:
-        return (carry[-1][-1] == Status.MAX_STEPS) & (carry[-1][-2] < settings.max_steps)
-
-    def body(carry: tuple[Array, PyTree, Array]) -> tuple[Array, PyTree, Array]:
-        # One trial point a pass, so that each oracle is compiled once. The first pass (t = 0) only evaluates the start.
-        rows, old_factor, scalars = carry
-        c = _Search.unpack(scalars, rows.dtype)
-        first = c.steps == 0
-        trial = rows[0] + c.t * rows[2]
-        g, R = evaluate(trial)
-        moved = jnp.stack([trial, R])
-        R_square = gram(moved)[1, 1]
-        finite = jnp.isfinite(R_square) & jnp.isfinite(g)
-        halved, steady = R_square <= 0.25 * c.R_square, R_square > 0.25 * c.R_square
-        if minimize:
-            slack = 1e3 * eps * (1 + jnp.abs(c.g))
-            enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
-        else:
-            enough = c.safe | halved
-        ok = finite & (first | enough)
-        refactor = jnp.where(ok, first | (R_square > 0.01 * c.R_square), ~c.fresh) if dense else ok
-        level = ~ok | (g >= c.g - 1e3 * eps * jnp.abs(c.g))
-        point = jnp.where(first | ok, moved, rows[:2])
-        g, R_square = jnp.where(ok, g, c.g), jnp.where(ok, R_square, c.R_square)
-        R_square = jnp.where(first & ~finite, jnp.nan, R_square)  # no residual is known
-        first_square = jnp.where(first, R_square, c.first_square)
-
-        flat, R = point
-        renew = ok | refactor
-        factor = lax.cond(refactor, prepare, lambda _: old_factor, flat)
-        otherwise = rows[2] if minimize else -R
-        if dense:
-            d, definite, trusted = apply(factor, flat, R, None)
-            d = jnp.where(renew, d, otherwise)
-        else:
-            eta = jnp.clip(jnp.sqrt(R_square / first_square), eps, 0.01)
-            kept = otherwise, c.definite, jnp.array(False)
-            d, definite, trusted = lax.cond(renew, lambda: apply(factor, flat, R, eta), lambda: kept)
-        t = jnp.where(renew, 1, c.t / 2) if minimize else jnp.ones_like(c.t)
-
-        rows = jnp.concatenate([point, d[None]])
-        products = gram(rows)
-        length, reach = products[2, 2], jnp.maximum(c.reach, jnp.where(ok, c.t**2 * c.length, 0))
-        scale, steady = products[0, 0] + reach, ~ok | steady
-        small = (c.length <= eps * scale) & ~first
-        at_rounding = small & jnp.where(ok, steady & (length >= c.length / 4), ~refactor)
-        done = (ok & trusted & (length <= tol**2 * scale)) | (at_rounding & (length <= eps * scale))
-        stuck = t < eps
-        if minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
-            stuck = stuck | (ok & ~first & c.fresh & c.definite & steady & level)
-        status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
-        status = jnp.where(definite & ((done & jnp.isfinite(scale)) | (R_square == 0)), Status.CONVERGED, status)
-        status = jnp.where(~definite & ok & (R_square <= (10 * eps) ** 2 * first_square), Status.SADDLE, status)
-        status = jnp.where((first | c.safe) & ~finite, Status.NONFINITE, status)
-        search = _Search(
-            g, t, length, R_square, first_square, slope=products[1, 2], reach=reach, definite=definite,
-            fresh=jnp.where(renew, refactor, c.fresh), safe=~renew & (not minimize), steps=c.steps + 1, status=status,
-        )  # fmt: skip
-        return rows, factor, search.pack()
-
-    zeros = jnp.zeros(len(_Search._fields), _packed_dtype(flat.dtype))
-    start = jnp.stack([flat, jnp.zeros_like(flat), jnp.zeros_like(flat)]), nothing, zeros.at[-1].set(Status.MAX_STEPS)
-    (y, R, _), factor, scalars = lax.while_loop(go_on, body, start)
-    end = _Search.unpack(scalars, flat.dtype)
-    return LowerSolution(unravel(y), jnp.sqrt(end.R_square), end.steps.astype(int), end.status.astype(int), factor, R)
+    return _Level(evaluate, *directions(operator, flat, minimize, dense), minimize, dense, tol)
 
 
 class _Search(NamedTuple):
-    """g at y; step length t along the direction d; squares of |d|, |R|, |R at the start|; R'd; the square of the
-    longest step taken so far.
+    """Where the search stands, and its next step t d. Squares in place of norms: each root is a kernel to compile.
 
+    y, R, d: [n] each. factor: as `directions` makes it. g: at y. t: length of the next step along d. length, R_square,
+    first_square: squares of |d|, |R| and |R at the start|. slope: R'd. reach: square of the longest step taken so far.
     definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the factor is R_y at y, not at an
-    earlier point. safe: d is a Picard step, taken without a test. The loop carries them packed in one vector, and
-    squares instead of norms, since each array that leaves a loop's body and each root is a kernel to compile.
+    earlier point. safe: d is a Picard step, taken without a test. steps: trial points looked at. status: how it stands.
     """
 
+    y: Array
+    R: Array
+    d: Array
+    factor: PyTree
     g: Array
     t: Array
     length: Array
@@ -169,14 +134,111 @@ class _Search(NamedTuple):
     steps: Array
     status: Array
 
-    def pack(self) -> Array:
-        return pack_scalars(self, _packed_dtype(self.g.dtype), self.steps)
 
-    @classmethod
-    def unpack(cls, packed: Array, dtype: Any) -> "_Search":
-        flags = {name: packed[cls._fields.index(name)] > 0 for name in ("definite", "fresh", "safe")}
-        return cls(*packed.astype(dtype))._replace(**flags, steps=packed[-2], status=packed[-1])
+class _Trial(NamedTuple):
+    """A trial point and its worth.
+
+    y, R [n], g, R_square: as in `_Search`. first: it is the start. finite: g and R are. ok: it is taken. steady: |R|
+    has not halved. flat: g has not fallen, beyond rounding. refactor: R_y is to be factored anew at the point taken.
+    """
+
+    y: Array
+    R: Array
+    g: Array
+    R_square: Array
+    first: Array
+    finite: Array
+    ok: Array
+    steady: Array
+    flat: Array
+    refactor: Array
 
 
-def _packed_dtype(dtype: Any) -> Any:
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32  # half precision cannot count to max_steps
+def _start(level: _Level, y: Array) -> _Search:
+    zero, nought, no = jnp.zeros_like(y), jnp.zeros((), y.dtype), jnp.array(False)
+    return _Search(
+        y, R=zero, d=zero, factor=level.nothing, g=nought, t=nought, length=nought, R_square=nought,
+        first_square=nought, slope=nought, reach=nought, definite=no, fresh=no, safe=no, steps=jnp.array(0),
+        status=jnp.array(Status.MAX_STEPS),
+    )  # fmt: skip
+
+
+def _step(level: _Level, c: _Search) -> _Search:
+    """Look at y + t d; take it, or halve t; find the next direction; see whether this is the end."""
+    trial = _look(level, c)
+    first, ok = trial.first, trial.ok
+    here = c._replace(
+        y=jnp.where(first | ok, trial.y, c.y),
+        R=jnp.where(first | ok, trial.R, c.R),
+        g=jnp.where(ok, trial.g, c.g),
+        R_square=jnp.where(first & ~trial.finite, jnp.nan, jnp.where(ok, trial.R_square, c.R_square)),
+        reach=jnp.maximum(c.reach, jnp.where(ok, c.t**2 * c.length, 0)),
+    )
+    here = here._replace(first_square=jnp.where(first, here.R_square, c.first_square))
+    renew = ok | trial.refactor
+    here, trusted = _redirect(level, here, renew, trial.refactor)
+    products = gram(jnp.stack([here.y, here.R, here.d]))
+    here = here._replace(
+        length=products[2, 2],
+        slope=products[1, 2],
+        t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
+        fresh=jnp.where(renew, trial.refactor, c.fresh),
+        safe=~renew & (not level.minimize),
+        steps=c.steps + 1,
+    )
+    return here._replace(status=_status(level, c, trial, here, products[0, 0] + here.reach, trusted))
+
+
+def _look(level: _Level, c: _Search) -> _Trial:
+    """The trial point. It is taken where g decreases (Armijo) or |R| halves; a fixed point's after a safe step, too."""
+    eps, first = jnp.finfo(c.y.dtype).eps, c.steps == 0
+    y = c.y + c.t * c.d
+    g, R = level.evaluate(y)
+    R_square = gram(jnp.stack([y, R]))[1, 1]
+    finite = jnp.isfinite(R_square) & jnp.isfinite(g)
+    halved, steady = R_square <= 0.25 * c.R_square, R_square > 0.25 * c.R_square
+    if level.minimize:
+        slack = 1e3 * eps * (1 + jnp.abs(c.g))
+        enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
+    else:
+        enough = c.safe | halved
+    ok = finite & (first | enough)
+    chord = R_square <= 0.01 * c.R_square  # the old factor serves again while it cuts |R| tenfold
+    refactor = jnp.where(ok, first | ~chord, ~c.fresh) if level.dense else ok
+    flat = ~ok | (g >= c.g - 1e3 * eps * jnp.abs(c.g))
+    return _Trial(y, R, g, R_square, first, finite, ok, steady, flat, refactor)
+
+
+def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array) -> tuple[_Search, Array]:
+    """(`here` with the direction from its y where `renew`, whether that is to be trusted); else the same direction, or
+    for a fixed point the Picard step.
+    """
+    factor = lax.cond(refactor, level.prepare, lambda _: here.factor, here.y)
+    otherwise = here.d if level.minimize else -here.R
+    if level.dense:
+        d, definite, trusted = level.apply(factor, here.y, here.R, None)
+        d = jnp.where(renew, d, otherwise)
+    else:
+        eta = jnp.clip(jnp.sqrt(here.R_square / here.first_square), jnp.finfo(here.y.dtype).eps, 0.01)
+        kept = otherwise, here.definite, jnp.array(False)
+        new = lambda: level.apply(factor, here.y, here.R, eta)  # noqa: E731
+        d, definite, trusted = lax.cond(renew, new, lambda: kept)
+    return here._replace(d=d, definite=definite, factor=factor), trusted
+
+
+def _status(level: _Level, c: _Search, trial: _Trial, here: _Search, scale: Array, trusted: Array) -> Array:
+    """How the search stands after the step from c to `here`; scale: |y|^2 and the longest step's square."""
+    eps, ok, first = jnp.finfo(here.y.dtype).eps, trial.ok, trial.first
+    small = (c.length <= eps * scale) & ~first
+    no_better = jnp.where(ok, trial.steady & (here.length >= c.length / 4), ~trial.refactor)
+    at_rounding = small & no_better & (here.length <= eps * scale)
+    done = (ok & trusted & (here.length <= level.tol**2 * scale)) | at_rounding
+    stuck = here.t < eps
+    if level.minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
+        stuck = stuck | (ok & ~first & c.fresh & c.definite & trial.steady & trial.flat)
+    solved = here.definite & ((done & jnp.isfinite(scale)) | (here.R_square == 0))
+    saddle = ~here.definite & ok & (here.R_square <= (10 * eps) ** 2 * here.first_square)
+    status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
+    status = jnp.where(solved, Status.CONVERGED, status)
+    status = jnp.where(saddle, Status.SADDLE, status)
+    return jnp.where((first | c.safe) & ~trial.finite, Status.NONFINITE, status)
