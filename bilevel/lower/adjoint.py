@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver, default_solver, norms, refine
-from bilevel.lower.corrections import Findings, Look, Sizes, correct, system_of
+from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerSolution, Unrolled
 from bilevel.problem import BilevelProblem, Constants, Minimize, check_like
@@ -36,7 +36,7 @@ def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjo
         return _unrolled(problem, x, y, adjoint.method, found.status)
 
     flat_y, unravel = ravel_pytree(y)
-    unravel_x = ravel_pytree(x)[1]
+    flat_x, unravel_x = ravel_pytree(x)
 
     def look(y: Array, v: Array) -> Look:
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
@@ -46,9 +46,9 @@ def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjo
         (size_fx, size_cross), (size_fy, size_r) = norms(fx, cross), norms(fy, r_v)
         return Look(fx - cross, cross, r_v, Sizes(value, size_fx, size_fy, size_cross, size_r))
 
-    start = jnp.zeros_like(flat_y) if adjoint.v is None else ravel_pytree(adjoint.v)[0]
+    v = jnp.zeros_like(flat_y) if adjoint.v is None else ravel_pytree(adjoint.v)[0]
     system = system_of(problem, x, found, lower_batch, adjoint.method)
-    seen = correct(look, system, found, start, adjoint.estimate and constants is None)
+    seen = correct(look, system, found, start(flat_y, v, flat_x.size), adjoint.estimate and constants is None)
     size = seen.sizes
     error, good = _error(x, flat_y, found.residual, adjoint, seen)
     solved = jnp.where(found.status == Status.CONVERGED, good, found.status)

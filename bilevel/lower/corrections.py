@@ -86,25 +86,31 @@ class Findings(NamedTuple):
     looks: Array
 
 
+def start(y: Array, v: Array, size_x: int) -> Point:
+    """The point (y, v) before anything is seen there."""
+    nought, gradient = jnp.zeros((), y.dtype), jnp.zeros(size_x, y.dtype)
+    sizes = Sizes(nought, nought, nought, nought, jnp.full_like(nought, jnp.inf))
+    return Point(y, v, Look(gradient, gradient, jnp.zeros_like(y), sizes), nought)
+
+
 def correct(
-    look: Callable[[Array, Array], Look], system: "System", found: LowerSolution, v: Array, estimate: bool
+    look: Callable[[Array, Array], Look], system: "System", found: LowerSolution, begin: Point, estimate: bool
 ) -> Findings:
-    """Solve the adjoint at found.y from v; with `estimate` go on to (y + d, v), and then to (y + d, v + dv)."""
-    y = ravel_pytree(found.y)[0]
-    nought, no = jnp.zeros((), y.dtype), jnp.array(False)
+    """Solve the adjoint at found.y from `begin`; with `estimate` go on to (y + d, v), and then to (y + d, v + dv)."""
+    nought, no = begin.left, jnp.array(False)
 
     def take(point: Point, move: Move) -> Point:
         step, left = system.correct(move)
         y, v = point.y - jnp.where(move.forward, step, 0), point.v + jnp.where(move.forward, 0, step)
         return Point(y, v, look(y, v), left)
 
-    nothing = jax.tree.map(lambda part: jnp.zeros(part.shape, part.dtype), jax.eval_shape(look, y, v))
-    sizes = nothing.sizes._replace(r_v=jnp.full_like(nought, jnp.inf))
-    begin = Findings(v, nothing.gradient, sizes, nothing.cross, nought, nought, nought, no, jnp.array(0))
-    stay = Move(jnp.zeros_like(y), no, no, nought + 1)
+    nothing = Findings(
+        begin.v, begin.at.gradient, begin.at.sizes, begin.at.cross, nought, nought, nought, no, jnp.array(0)
+    )
+    stay = Move(jnp.zeros_like(begin.y), no, no, nought + 1)
     settle = partial(_settle, system.max_solves, found.R if estimate else stay.r)
     stages = [settle, partial(_shift, found.residual), _compare] if estimate else [settle]
-    return in_turn(take, Point(y, v, nothing, nought), stay, begin, stages)
+    return in_turn(take, begin, stay, nothing, stages)
 
 
 def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
