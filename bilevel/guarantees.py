@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.extras import extra
 from bilevel.diagnostics import fit_rate
 from bilevel.run import advance
 from bilevel.solver import Solver
@@ -303,8 +304,9 @@ def search(
         lanes: instances per recipe; default the guarantee's own number.
         shrink: simplify a counterexample.
     """
-    import hypothesis
-    from hypothesis import HealthCheck, Phase, Verbosity
+    with extra("cli"):
+        import hypothesis
+        from hypothesis import HealthCheck, Phase, Verbosity
 
     best: list[Path] = []
     late: list[Path] = []

@@ -12,6 +12,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
+from bilevel.backend.extras import extra
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.sets import Ball, Box, Reals
 
@@ -243,7 +244,8 @@ def _polish(
 
 def _model(H: np.ndarray, R: np.ndarray, z: np.ndarray, C: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
     """The minimiser of R'(w - z) + (w - z)'H (w - z)/2 over lo <= C w <= hi, by Clarabel."""
-    import cvxpy as cp
+    with extra("reference"):
+        import cvxpy as cp
 
     H = (H + H.T) / 2
     lowest = np.linalg.eigvalsh(H)[0]

@@ -4,9 +4,11 @@ import io
 import math
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bilevel.backend.extras import extra
 from bilevel.backend.files import write_atomically
 
 if TYPE_CHECKING:  # record prints through this module: at run time the arrow points one way
@@ -36,7 +38,8 @@ def sparkline(values: Any, width: int = 40) -> str:
 
 def curves(record: "Record") -> Any:
     """A rich table, a line for each measured quantity, the solver's own among them: name, last value, curve, span."""
-    from rich.table import Table
+    with extra("cli"):
+        from rich.table import Table
 
     table = Table.grid(padding=(0, 2))
     for justify in ("left", "right", "left", "left"):
@@ -57,15 +60,16 @@ class Progress:
     """
 
     def __init__(self, wanted: bool | None, total: int, label: str) -> None:
-        """`wanted=None` asks the terminal."""
-        self.wanted = sys.stderr.isatty() if wanted is None else wanted
+        """`wanted=None` asks the terminal, and whether rich is installed."""
+        self.wanted = sys.stderr.isatty() and find_spec("rich") is not None if wanted is None else wanted
         self.total, self.label, self.begin, self.bar, self.task = total, label, time.monotonic(), None, None
 
     def update(self, step: int, record: "Record") -> None:
         """Show `step` and what has been measured so far."""
         if not self.wanted or time.monotonic() - self.begin < 2:
             return
-        from rich.console import Console, Group
+        with extra("cli"):
+            from rich.console import Console, Group
 
         if self.bar is None:
             from rich.live import Live
@@ -93,7 +97,8 @@ def plot_records(
 
     One colour a label; the first record bold, the others faint. With `optimum` the first row shows F - F*.
     """
-    from matplotlib.figure import Figure
+    with extra("cli"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 9), layout="constrained")
     axes: Any = figure.subplots(3, 2, squeeze=False)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.extras import extra
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -103,7 +104,8 @@ class NetworkReward(Reward):
         Raises:
             InvalidInput: for other modules or shapes, or inputs that are not finite.
         """
-        from flax import linen, nnx
+        with extra("irl"):
+            from flax import linen, nnx
 
         inputs = pair_inputs("inputs (NetworkReward)", inputs, num_actions)
         if isinstance(module, linen.Module):
@@ -149,7 +151,8 @@ def _in_floats(params: PyTree) -> PyTree:
 
 
 def _nnx(module: Any) -> tuple[Callable, Callable]:
-    from flax import nnx
+    with extra("irl"):
+        from flax import nnx
 
     graph, params = nnx.split(module, nnx.Param)
     start = _in_floats(nnx.to_pure_dict(params))

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import re
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
@@ -65,3 +66,15 @@ def test_the_version_is_the_distributions(monkeypatch):
 
     monkeypatch.setattr(importlib.metadata, "version", absent)
     assert moved.version() == "0"  # in a folder that is not installed there is none to tell
+
+
+def test_a_solve_needs_the_hard_dependencies_alone(program):
+    done = subprocess.run(program("hard_dependencies"), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "SOBA (tol" in done.stdout
+
+
+def test_the_command_says_what_to_install(program):
+    done = subprocess.run([*program("hard_dependencies"), "command"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.strip() == 'typer is not installed; it comes with: pip install "bilevax[cli]"'

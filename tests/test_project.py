@@ -94,7 +94,9 @@ def test_constraints_are_versions_without_addresses():
             names.add(re.sub(r"[-_.]+", "-", match.group(1)).lower())
     project = PYPROJECT["project"]
     wanted = project["dependencies"] + [
-        requirement for extra in ("test", "docs") for requirement in project["optional-dependencies"][extra]
+        requirement
+        for extra in ("test", "docs", "cli", "reference", "irl")
+        for requirement in project["optional-dependencies"][extra]
     ]
     wanted = {re.match(r"[\w-]+", requirement).group().lower() for requirement in wanted} - {"bilevax"}
     assert wanted <= names

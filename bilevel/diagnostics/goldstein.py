@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel.backend.draws import check_distribution, perturbation
+from bilevel.backend.extras import extra
 from bilevel.hypergradient import hypergradient
 from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
@@ -108,7 +109,8 @@ def curve(problem: BilevelProblem, x: PyTree, radii: Array, samples: tuple[int, 
 
 def plot_curve(radii: Array, samples: tuple[int, ...], distances: Array, path: str | Path, title: str = "") -> Path:
     """A PNG of `curve`: distance over radius, one line per number of samples."""
-    from matplotlib.figure import Figure
+    with extra("cli"):
+        from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), layout="constrained")
     ax = figure.subplots()
