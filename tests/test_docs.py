@@ -12,6 +12,7 @@ from benchmarks.show import solver_tables
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page.relative_to(ROOT).as_posix(): page.read_text("utf8") for page in PAGES}
+SLOW = {"docs/verify.md", "docs/devices.md", "docs/irl.md"}
 WITH_PYTHON = [name for name, text in TEXT.items() if "```python\n" in text]
 
 
@@ -25,7 +26,7 @@ def test_pages_with_code_are_found():
     assert {"README.md", "docs/index.md", "docs/concepts.md", "docs/verify.md"} <= set(WITH_PYTHON)
 
 
-@pytest.mark.parametrize("name", WITH_PYTHON)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in WITH_PYTHON])
 def test_python_blocks_run(name, monkeypatch, tmp_path):
     """In order, in one namespace a page."""
     monkeypatch.chdir(tmp_path)

@@ -48,6 +48,7 @@ def test_ci_reads_the_commands_out_of_the_readme():
     assert "pip install" not in script
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("test", "outcome"), [("echo tested >> $LOG", "tested ran"), ("false", "")])
 def test_ci_runs_both_commands_in_fresh_clones(tmp_path, test, outcome):
     """A stand-in project whose commands write to a log; a failing test command fails the whole run at once."""

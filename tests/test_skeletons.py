@@ -67,6 +67,7 @@ def test_a_problem_that_is_only_a_file(skeleton_instance):
     assert F(truth.x - 1e-2) > truth.value
 
 
+@pytest.mark.slow
 def test_a_solver_that_is_only_a_file(skeleton_solver, skeleton_instance, key):
     problem, truth, solver = skeleton_instance.problem, skeleton_instance.truth, skeleton_solver()
     assert "| `Skeleton` | implicit |" in solver_tables.ideas({"Skeleton": skeleton_solver})

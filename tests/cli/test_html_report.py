@@ -151,6 +151,7 @@ def test_the_command_names_the_page(folder, called, tmp_path):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH: the page was not looked at in a browser")
 def test_in_chromium_nothing_overflows_and_the_console_is_silent(folder, text, tmp_path):
     """In a frame 360 pixels wide, as on a telephone: the page does not scroll sideways, and every picture is drawn."""

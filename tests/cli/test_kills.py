@@ -10,7 +10,7 @@ import subprocess
 
 import pytest
 
-pytestmark = pytest.mark.process
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 STUDY = ["-p", "quadratic[dim_x=2,dim_y=2]", "-s", "SOBA", "--seeds", "3", "--max-steps", "20", "--no-plot"]
 
 

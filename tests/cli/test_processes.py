@@ -5,10 +5,12 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 from typer.testing import CliRunner
 
 from benchmarks.cli.main import app
 
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 STUDY = [
     "run", "-p", "quadratic[batch_size=4,dim_x=2,dim_y=2,num_samples=8]",
     "-s", "SOBA[linear_step_size=0.1,lower_step_size=0.1,upper_step_size=0.05]", "--max-steps", "20", "--no-plot",

@@ -50,6 +50,8 @@ def swept(tmp_path_factory):
     return call("sweep", *STUDY, "--workers", 2, "--out", folder, "--json"), folder
 
 
+@pytest.mark.process
+@pytest.mark.slow
 def test_two_workers_give_the_bits_of_run(swept, tmp_path):
     result, folder = swept
     assert result.exit_code == 0, result.stderr
@@ -119,6 +121,7 @@ def cluster(backend, package):
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("backend", [sweep.LOCAL, cluster("dask", "distributed"), cluster("ray", "ray")])
 @pytest.mark.filterwarnings("ignore")  # of what the clusters leave open
 def test_a_killed_worker_s_cell_is_run_again(study, backend):
@@ -128,6 +131,7 @@ def test_a_killed_worker_s_cell_is_run_again(study, backend):
     assert seen[-1] == 6
 
 
+@pytest.mark.process
 def test_a_cell_that_always_kills_becomes_a_row_and_the_others_finish(study, monkeypatch):
     monkeypatch.setattr(sweep, "BREAKS", 1)
     results, tries, _ = study({1: 99})
@@ -161,6 +165,7 @@ def test_shares_of_the_cores_are_disjoint_and_whole():
     assert sweep.shares([3, 5], 3) == ((3,), (5,), (3,))
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system cannot bind threads to cores")
 def test_a_worker_binds_all_its_threads_to_a_free_share_and_ends_with_its_parent(tmp_path, program):
     first, *_, last = sweep.cores() * 2

@@ -174,6 +174,7 @@ def test_the_check_sees_upward_imports(where, line, tmp_path, monkeypatch):
     assert upward(tmp_path / where)
 
 
+@pytest.mark.process
 def test_import_is_light():
     """Slow packages stay out until something needs them."""
     program = "import sys, bilevel; print(*sorted({name.split('.')[0] for name in sys.modules}))"

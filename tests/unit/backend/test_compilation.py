@@ -10,6 +10,7 @@ import pytest
 
 from bilevel.backend import compilation
 
+pytestmark = pytest.mark.process
 PROGRAM = Path(__file__).parents[2] / "programs" / "safe_compilation.py"
 OFF = f"--{compilation.FLAG}="
 

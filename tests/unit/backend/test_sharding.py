@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.process
+@pytest.mark.slow
 def test_eight_devices_give_the_result_of_one(program):
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"  # compiling is what it costs
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}

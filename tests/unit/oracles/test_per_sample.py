@@ -10,7 +10,7 @@ import pytest
 
 import bilevel
 from bilevel import oracles, run
-from bilevel.lower.projected import ProjectedNewton
+from bilevel.lower import ProjectedNewton
 from bilevel.oracles import per_sample
 from bilevel.parts import tracking
 
