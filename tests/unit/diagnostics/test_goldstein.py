@@ -10,7 +10,7 @@ from scipy import sparse
 import bilevel
 import problems
 from bilevel import diagnostics
-from bilevel.diagnostics import goldstein
+from bilevel.diagnostics.goldstein import curve, minimum_norm, plot_curve, smoothed_goldstein
 
 
 def by_clarabel(G):
@@ -32,7 +32,7 @@ def by_clarabel(G):
 
 def test_minimum_norm_against_a_quadratic_program():
     rng = np.random.default_rng(0)
-    solve, inside = jax.jit(goldstein.minimum_norm), 0
+    solve, inside = jax.jit(minimum_norm), 0
     for k in range(60):
         G = (rng.normal(size=(8, 4)) + 0.1 * (k % 10)) * 10.0 ** rng.integers(-3, 4)
         found, exact = solve(jnp.asarray(G)), by_clarabel(G)
@@ -63,27 +63,27 @@ def test_the_curve_falls_with_samples_and_sees_the_kink_at_its_distance(key, tmp
     problem = problems.make("constrained", dim=3).problem
     radii = jnp.array([0.05, 0.5])
     x = jnp.full(3, 0.1)  # the kinks are at a distance of 0.1
-    distances = jax.jit(goldstein.curve, static_argnames="samples")(problem, x, radii, samples=(1, 4, 16, 64), key=key)
+    distances = jax.jit(curve, static_argnames="samples")(problem, x, radii, samples=(1, 4, 16, 64), key=key)
     assert (np.diff(distances, axis=1) <= 1e-12).all()
     assert (distances[0] > 1).all()
     assert distances[1, -1] <= 1e-10
-    path = goldstein.plot_curve(radii, (1, 4, 16, 64), distances, tmp_path / "plots" / "curve.png", title="kink")
+    path = plot_curve(radii, (1, 4, 16, 64), distances, tmp_path / "plots" / "curve.png", title="kink")
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_smoothed_estimate_is_small_at_the_smoothed_minimiser(key):
     """For s = 0.05 the smoothed F has its minimum at -0.0255 (tests/theory), where F itself has slope -0.305."""
     problem, x = problems.make("constrained", dim=1).problem, jnp.array([-0.0255])
-    estimate = jax.jit(goldstein.smoothed_goldstein, static_argnames=("samples", "num_perturbations"))
+    estimate = jax.jit(smoothed_goldstein, static_argnames=("samples", "num_perturbations"))
     smoothed = estimate(problem, x, 1e-3, samples=4, key=key, sigma=0.05, num_perturbations=2000)
     assert smoothed <= 0.05
-    plain = goldstein.goldstein(problem, x, 1e-3, 4, key).distance
+    plain = diagnostics.goldstein(problem, x, 1e-3, 4, key).distance
     np.testing.assert_allclose(plain, 0.305, atol=1e-3)
 
 
 def test_bad_input_is_named(key):
     problem = problems.make("constrained", dim=1).problem
     with pytest.raises(bilevel.InvalidInput, match="samples"):
-        goldstein.goldstein(problem, jnp.zeros(1), 0.1, 0, key)
+        diagnostics.goldstein(problem, jnp.zeros(1), 0.1, 0, key)
     with pytest.raises(bilevel.InvalidInput, match="radius"):
-        goldstein.goldstein(problem, jnp.zeros(1), -1.0, 3, key)
+        diagnostics.goldstein(problem, jnp.zeros(1), -1.0, 3, key)
