@@ -56,17 +56,17 @@ def of_agent(batch_size: int) -> Steps:
 
 
 def scaled(case: str, name: str, size: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
-    """A run of `benchmarks.experiments.scale`."""
+    """A problem and a solver of `benchmarks.experiments.scale`, of a size."""
     return scale.CASES[case](size)[name]
 
 
 def sampled(num_samples: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
-    """A lower level with many minima."""
+    """A lower level with many minima, and `SampledPenalty` with so many samples of it."""
     return devices.waves(), bilevel.SampledPenalty(num_samples=num_samples)
 
 
 def perturbed(num: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
-    """Fifty unknowns under thirty coupled rows."""
+    """A lower level of fifty unknowns under thirty coupled rows, and `DSBLO` with so many perturbations."""
     return problems.make("constrained", kind="random", dim=50, rows=30).problem, bilevel.DSBLO(num_perturbations=num)
 
 
@@ -78,7 +78,7 @@ def neural(width: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
 
 
 def methods() -> Makers:
-    """Small and large."""
+    """Three methods, each with little and with much to do in a step."""
     return (
         {f"SampledPenalty, {n:,} samples": partial(of_solver, partial(sampled, n)) for n in (512, 8_192)}
         | {f"DSBLO, {n:,} perturbations": partial(of_solver, partial(perturbed, n)) for n in (1, 256)}
@@ -87,14 +87,14 @@ def methods() -> Makers:
 
 
 def unknowns() -> Makers:
-    """A million of them."""
+    """Solvers on problems with a million unknowns."""
     return {
         f"{name}, 1e6": partial(of_solver, partial(scaled, "unknowns", name, 1_000_000)) for name in scale.unknowns(10)
     }
 
 
 def many() -> Makers:
-    """Of data, states and seeds."""
+    """Problems with many data, many states and many seeds."""
 
     def cleaning() -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
         return problems.make("hyper_cleaning").problem, bilevel.SOBA(
@@ -111,7 +111,7 @@ def many() -> Makers:
 
 
 def agent() -> Makers:
-    """Two sizes of a batch."""
+    """The agent of deep inverse reinforcement learning, at two sizes of a batch."""
     return {f"SAC, batch of {n:,}": partial(of_agent, n) for n in (256, 4_096)}
 
 

@@ -57,7 +57,7 @@ def instance(size: tuple[int, int], seed: int) -> bilevel.BilevelProblem:
 
 @jax.jit
 def value(problem: bilevel.BilevelProblem, x: Any, y: Any) -> jax.Array:
-    """F(x), shape []."""
+    """F(x), with the lower level solved from y, shape []."""
     found = polyhedral.solve(problem, x, y, problem.lower_data.full())
     return problem.upper(x, found.y, problem.upper_data.full())
 

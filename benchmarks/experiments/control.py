@@ -69,7 +69,7 @@ class Cell:
 
     @property
     def file(self) -> str:
-        """Its name in the results."""
+        """The name of its file in the folder of results."""
         name = "".join(letter if letter.isalnum() or letter in "-." else "_" for letter in self.method)
         return f"{self.environment}-{self.trajectories}-{name}-{self.seed}-{self.steps}.json"
 
@@ -103,7 +103,7 @@ def described(*parts: Any) -> str:
 
 
 def settings_of(cell: Cell) -> str:
-    """A cell's settings."""
+    """The settings of a cell's solver and agent, as text."""
     return described(solver_of(cell.method, cell.environment), agent_of(cell.method, cell.environment))
 
 

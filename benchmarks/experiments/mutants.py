@@ -76,7 +76,7 @@ def _adjoint(change: Callable[[Any], Any]) -> Callable[..., Any]:
 
 
 def _kept(name: str) -> Callable[..., Any]:
-    """`name` is not updated."""
+    """A step that does not update the state's field `name`."""
     return lambda true, problem, state, key: true(problem, state, key)[0]._replace(**{name: getattr(state, name)})
 
 
@@ -89,7 +89,7 @@ def _cold(true: Callable, problem: Any, state: Any, key: Any) -> Any:
 
 
 def solvers() -> Iterator[Mutant]:
-    """SOBA, AID and SABA."""
+    """Faults of SOBA, AID and SABA."""
     for fault, step in {
         "wrong sign of R_x' v": _adjoint(jnp.negative),
         "dropped R_x' v": _adjoint(jnp.zeros_like),
@@ -118,7 +118,7 @@ def solvers() -> Iterator[Mutant]:
 
 
 def batches() -> Iterator[Mutant]:
-    """SOBA and SABA over many steps on batches."""
+    """Faults that SOBA and SABA show over many steps on batches."""
     soba, saba = SOBA.from_theory, SABA.from_theory
     for fault, step in {"dropped R_x' v": _adjoint(jnp.zeros_like), "stale v": _kept("v")}.items():
         yield Mutant(fault, stochastic_rates.soba(faulty(SOBA, step).from_theory))
@@ -157,7 +157,7 @@ def _with(**changed: float) -> Callable[..., Any]:
 
 
 def hypergradients() -> Iterator[Mutant]:
-    """Hypergradients, their bounds, and gradient descent."""
+    """Faults of hypergradients, of their bounds, and of gradient descent."""
     yield Mutant("wrong sign", certified.solved(_wrong_gradient))
     yield Mutant("mu 3x too large in error_bound", certified.unsolved(_with(mu=3.0)))
     yield Mutant("L_fy dropped from error_bound", certified.unsolved(_with(L_fy=0.0)))
@@ -190,7 +190,7 @@ def _fewer(kind: Any) -> Callable[..., Any]:
 
 
 def linear_solvers() -> Iterator[Mutant]:
-    """Linear solvers."""
+    """Faults of linear solvers."""
     yield Mutant("wrong sign", linear.neumann(lambda step_size, **kw: Neumann(step_size=-step_size, **kw)))
     yield Mutant("step 3x", linear.neumann(lambda step_size, **kw: Neumann(step_size=3 * step_size, **kw)))
     yield Mutant("conjugation dropped", linear.cg(lambda **kw: _SteepestDescent(**kw)))
@@ -218,7 +218,7 @@ def _one_row_after_another(polyhedron: Any, z: Any) -> Any:
 
 
 def projections() -> Iterator[Mutant]:
-    """Projections."""
+    """Faults of projections."""
     identity = lambda _, z: z  # noqa: E731
     for name, true in (("ball", sets._ball), ("simplex", sets._simplex)):
         yield Mutant("projection left out", sets.projection(_set(true, identity), name))
@@ -272,7 +272,7 @@ def _without_noise(**kw: Any) -> Any:
 
 
 def normalised_momentum() -> Iterator[Mutant]:
-    """DSBLO."""
+    """Faults of DSBLO's momentum."""
     yield Mutant("stale q", ds_blo.lemmas(faulty(bilevel.DSBLO, _same_noise)))
     yield Mutant("q never passed on", ds_blo.lemmas(_without_noise))
     larger = lambda **kw: bilevel.DSBLO(**(kw | {"sigma": 3 * kw["sigma"]}))  # noqa: E731
@@ -320,7 +320,7 @@ def _rows_without_x(instance: Any, x: Any, y: Any, active: Any, q: Any, num_step
 
 
 def implicit_gradients() -> Iterator[Mutant]:
-    """Gradients through constraints."""
+    """Faults of gradients through constraints."""
     opposite = lambda *a: (-constrained.gradient_at(*a)[0], *constrained.gradient_at(*a)[1:])  # noqa: E731
     noiseless = lambda i, x, y, a, q, n: constrained.gradient_at(i, x, y, a, 3 * q, n)  # noqa: E731
     for fault, compute in {
@@ -334,7 +334,7 @@ def implicit_gradients() -> Iterator[Mutant]:
 
 
 def learners() -> Iterator[Mutant]:
-    """MLIRL and SampledPenalty."""
+    """Faults of MLIRL and SampledPenalty."""
     yield Mutant("step 3x", ml_irl.ml_irl(longer(irl.MLIRL, "upper_step_size")))
     yield Mutant("Q is not updated", ml_irl.ml_irl(faulty(irl.MLIRL, _kept("y"))))
     yield Mutant("wrong sign", ml_irl.ml_irl(faulty(irl.MLIRL, _through)))

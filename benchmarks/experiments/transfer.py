@@ -43,7 +43,7 @@ def turned(mdp: irl.MDP) -> irl.MDP:
 
 
 def dense(mdp: irl.MDP) -> np.ndarray:
-    """P [S, A, S]."""
+    """The transition probabilities of an MDP as an array, shape [S, A, S]."""
     lists: Any = mdp.transitions
     P = np.zeros((mdp.num_states, mdp.num_actions, mdp.num_states))
     s, a, _ = np.indices(lists.next_states.shape)

@@ -27,7 +27,7 @@ class Trial:
 
     @property
     def instance(self) -> tuple[str, int]:
-        """Problem and seed."""
+        """What is solved: the problem's text, and the seed."""
         return self.problem, self.seed
 
     def column(self, name: str) -> np.ndarray:

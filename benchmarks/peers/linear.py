@@ -22,12 +22,12 @@ TOL = 1e-12
 
 
 def own(solver: LinearSolver) -> Callable:
-    """M, b -> v by one of ours."""
+    """A function (M, b) -> v that solves M v = b by one of our solvers."""
     return lambda M, b: solver.prepare(lambda v: M @ v, b.size, b.dtype)(b, jnp.zeros_like(b)).v
 
 
 def peers() -> dict[str, Callable]:
-    """M, b -> v by the others."""
+    """Such functions by the others' solvers, as far as they are installed, by name."""
     calls: dict[str, Callable] = {
         "jax.scipy cg": lambda M, b: jax.scipy.sparse.linalg.cg(lambda v: M @ v, b, tol=TOL)[0]
     }

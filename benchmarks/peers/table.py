@@ -36,7 +36,7 @@ COLUMNS = ("library", "version", "first call (s)", "steady (ms)", "times ours", 
 
 
 def version(package: str) -> str:
-    """`name 1.2.3`."""
+    """A package's name and version, as in `numpy 2.3.1`."""
     return f"{package} {metadata.version('bilevax' if package == 'bilevel' else package)}"
 
 
@@ -183,7 +183,7 @@ def run(repeats: int, pythons: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """Tables and reasons."""
+    """The tables as text, and why libraries are missing from them."""
     from benchmarks.show.report import table_text
 
     parts = []

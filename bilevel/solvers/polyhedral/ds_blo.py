@@ -148,7 +148,7 @@ class DSBLO(Solver):
     ) -> "DSBLO":
         """The settings whose bound on the mean Goldstein distance at `radius` over `num_steps` steps is least.
 
-        From `theory_nonsmooth.momentum_settings`, our own proof for option I: other constants than the paper's, which
+        From `theory.nonsmooth.momentum_settings`, our own proof for option I: other constants than the paper's, which
         say something from some hundreds of steps on, at the same order num_steps^(-1/4).
 
         Args:
