@@ -49,8 +49,9 @@ class MLIRL(Solver):
         pi proportional to exp Q
         x <- Proj_X(x - a (h(agent) - h(expert))),    h = sum over (s, a) of its occupancy times grad r(s, a; x).
 
-    The agent's occupancy is exact, from `problem.agent_start`: then h(agent) - h(expert) is grad F wherever Q is the soft
-    optimum. With num_rollouts it is that of sampled trajectories from rho, an estimate of the surrogate's gradient.
+    The agent's occupancy is exact, from `problem.agent_start`: then h(agent) - h(expert) is grad F wherever Q is the
+    soft optimum. With num_rollouts it is that of sampled trajectories from rho: an estimate of the surrogate's
+    gradient.
 
     Assumptions: bounded rewards, smooth in x; with rewards linear in x the surrogate is convex, else stationary points
     are found. With a ~ K^(-1/2) the mean over k of |log pi_k - log pi_{x_k}| and the mean squared gradient norm fall
