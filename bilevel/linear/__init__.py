@@ -14,7 +14,6 @@ from bilevel.linear.solvers import (
     dense_matrix,
     gram,
     norms,
-    pack_scalars,
     refine,
 )
 
@@ -33,7 +32,6 @@ __all__ = [
     "dense_matrix",
     "gram",
     "norms",
-    "pack_scalars",
     "refine",
     "sketch",
 ]

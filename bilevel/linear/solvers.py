@@ -6,7 +6,7 @@ which saves a product. The loop ends at |residual| <= max(tol, eps/10) |b|, at `
 indefiniteness stops progress; a NaN ends it at once.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -248,34 +248,32 @@ def norms(*vectors: Array) -> Array:
     return jnp.sqrt(jnp.diagonal(gram(jnp.stack(vectors))))
 
 
-def pack_scalars(values: Sequence[Array], dtype: Any, count: Array) -> Array:
-    """The scalars as one vector, by a chain of selects: XLA fuses it into one kernel, a concatenation it does not.
+class _Refinement(NamedTuple):
+    """v and the next correction, [n]; |b - M v|^2; corrections made; whether to make the next one."""
 
-    `count` >= 0 varies from pass to pass; it adds nothing, but keeps XLA from moving each mask out of the loop.
-    """
-    n = len(values)
-    index, packed = jnp.arange(n) + jnp.minimum(count, 0).astype(int), jnp.zeros(n, dtype)
-    for k, value in enumerate(values):  # by lax: NumPy's functions take four times as long to trace
-        chosen = lax.eq(index, lax.full_like(index, k))
-        packed = lax.select(chosen, lax.broadcast(jnp.asarray(value, dtype), (n,)), packed)
-    return packed
+    v: Array
+    step: Array
+    square: Array
+    count: Array
+    go_on: Array
 
 
 def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
     """Solve M v = b by v <- v + C^-1 (b - M v), C close to M, while that halves the residual; at most 20 times."""
 
-    def body(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        v, step, (square, k, _) = carry  # |b - M v|^2; scalars in one vector, each array is a kernel to compile
-        trial = v + step
+    def body(c: _Refinement) -> _Refinement:
+        trial = c.v + c.step
         rows = jnp.stack([trial, b - matvec(trial)])
-        after = gram(rows)[1, 1]
-        better = (after < square) | (k == 0)
-        go_on = (after <= square / 4) & (after > 0) & (k < 20)
-        scalars = pack_scalars([jnp.where(better, after, square), k + 1, go_on], b.dtype, k)
-        return jnp.where(better, trial, v), inverse(rows[1]), scalars
+        square = gram(rows)[1, 1]
+        better = (square < c.square) | (c.count == 0)
+        go_on = (square <= c.square / 4) & (square > 0) & (c.count < 20)
+        return _Refinement(
+            jnp.where(better, trial, c.v), inverse(rows[1]), jnp.where(better, square, c.square), c.count + 1, go_on
+        )
 
-    start = jnp.zeros_like(b), jnp.zeros_like(b), jnp.array([jnp.inf, 0, 1], b.dtype)
-    return lax.while_loop(lambda carry: carry[-1][-1] > 0, body, start)[0]
+    nothing, far = jnp.zeros_like(b), jnp.full((), jnp.inf, b.dtype)
+    start = _Refinement(nothing, nothing, far, jnp.array(0), jnp.array(True))
+    return lax.while_loop(lambda c: c.go_on, body, start).v
 
 
 def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:
