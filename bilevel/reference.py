@@ -14,7 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import constraints, oracles
 from bilevel.backend.extras import extra
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.sets import Ball, Box, Reals
+from bilevel.sets import Ball
 
 PyTree = Any
 
@@ -273,13 +273,14 @@ def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts:
     n, lo, hi = flat.size, np.full(flat.size, -np.inf), np.full(flat.size, np.inf)
     at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
     limits: list[Any] = []
-    if isinstance(problem.y_set, Box):
-        lo, hi = (np.asarray(ravel_pytree(part)[0], float) for part in problem.y_set.bounds(y))
+    bounds = problem.y_set.bounds(y)
+    if bounds is not None:
+        lo, hi = (np.asarray(ravel_pytree(part)[0], float) for part in bounds)
     elif isinstance(problem.y_set, Ball):
         middle = np.asarray(ravel_pytree(problem.y_set.middle(y))[0], float)
         radius = float(problem.y_set.radius)
         limits.append({"type": "ineq", "fun": lambda z: radius**2 - np.sum((z - middle) ** 2)})
-    elif not isinstance(problem.y_set, Reals):
+    elif not problem.y_set.whole:
         raise RuntimeError(f"reference.least_lower_value: y_set is a {type(problem.y_set).__name__}")
     if problem.coupling is not None:
         values = lambda z, part: np.asarray(_coupling(problem, x, at(z))[part], float)  # noqa: E731

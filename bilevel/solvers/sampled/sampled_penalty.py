@@ -93,11 +93,16 @@ class Sizes(NamedTuple):
 
 
 class Info(NamedTuple):
-    """Per lane [L]: the penalised objective, the penalty rho, and g(x, y) less the least g of the samples."""
+    """What a step of SampledPenalty shows of its L lanes, shapes [L]."""
 
     objective: Array
+    """The penalised objective P."""
+
     penalty: Array
+    """The penalty rho."""
+
     gap: Array
+    """g(x, y) less the least g of the samples."""
 
 
 @struct(kw_only=True)
