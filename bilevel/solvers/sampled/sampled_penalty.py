@@ -97,10 +97,8 @@ class Info(NamedTuple):
 
     objective: Array
     """The penalised objective P."""
-
     penalty: Array
     """The penalty rho."""
-
     gap: Array
     """g(x, y) less the least g of the samples."""
 
