@@ -22,7 +22,7 @@ from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee, Status
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.deep import control, rollouts
 from irl.deep.control import ControlImitation
@@ -137,7 +137,7 @@ class Imitation(Solver):
         learning_rate: Adam's where upper_step_size is left out, > 0.
     """
 
-    upper_step_size: Any = None
+    upper_step_size: StepSize | None = None
     occupancy_discount: float = 1.0
     num_env_steps: int = static(default=1000)
     num_lower_steps: int = static(default=1000)

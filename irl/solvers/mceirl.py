@@ -9,7 +9,7 @@ from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 from irl.problem import refuse_others
 from irl.tabular import soft, spec
@@ -19,44 +19,48 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y = Q of the last x; the rule for x."""
+    """What the next step needs."""
 
     x: PyTree
+    """The reward's parameters."""
     y: Array
+    """The soft Q of the x before, shaped like `mdp.shape`: where the next sweeps start."""
     step_x: Stepper
+    """The rule for x."""
 
 
 class Info(NamedTuple):
-    """|mu_pi - mu_E|: how far the features' expectations are from the expert's."""
+    """What a step of MCEIRL shows."""
 
     direction: Array
+    """|mu_pi - mu_E|, []: how far the expected features are from the expert's; the norm of grad F."""
 
 
 @struct(kw_only=True)
 class MCEIRL(Solver):
     """Maximum causal entropy IRL, on all of the demonstrations, for problems of `irl.to_bilevel`:
 
-        Q_t = r + gamma P V_{t+1},  V_t = log sum_a exp Q_t     to the end, or to the fixed point without a horizon
+        Q_t = r + gamma P V_{t+1},  V_t = log sum_a exp Q_t     from the horizon, or to the fixed point without one
         pi_t = exp(Q_t - V_t)
         x <- Proj_X(x - a (mu_pi - mu_E)),    mu = sum over (s, a) of the occupancy times grad r(s, a; x).
 
     With rewards linear in x, mu are expected features, and this is gradient descent on F.
 
-    Assumptions: none on the MDP; rewards linear in x for the global optimum. Gradient descent on a convex smooth F:
-    F - F* falls like 1/k with a <= 1/L.
+    Assumptions: none on the MDP; rewards linear in x for the global optimum. As gradient descent on a smooth convex
+    function it then has F - F* falling like 1/k with a <= 1/L.
     Cost per step: 1 upper gradient (in closed form, with one occupancy), `max_sweeps` lower gradients at most.
 
     Args:
         upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
-        max_sweeps: most soft value iteration sweeps of a step, from the last Q; it stops at rounding error before. With
-            a horizon T sweeps always.
+        max_sweeps: the most sweeps of soft value iteration in a step, >= 0, from the last Q; they stop at rounding
+            error before. With a horizon T there are always T.
 
     Reference: Ziebart, Bagnell, Dey. Modeling interaction via the principle of maximum causal entropy. ICML 2010.
-    Differs from the paper: discounted processes too; sweeps start from the last Q; x is projected; with
-    objective="likelihood" the agent starts from the demonstrations' own measure, and F is the likelihood itself.
+    Differs from the paper: discounted processes are served, too; sweeps start from the last Q; x is projected; with
+        objective="likelihood" the agent starts from the demonstrations' own measure, and F is the likelihood itself.
     """
 
-    upper_step_size: Any = None
+    upper_step_size: StepSize | None = None
     max_sweeps: int = static(default=1000)
     full_batch = True
     renamed = MappingProxyType({"num_sweeps": "max_sweeps"})

@@ -11,7 +11,7 @@ from bilevel.backend.tree import norm
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import Solver
-from bilevel.step import Stepper, step_sizes, stepper
+from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 from irl import demonstrations
 from irl.problem import refuse_others
@@ -35,10 +35,12 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """direction: |h(agent) - h(expert)|. policy_change: max |log pi_{k+1} - log pi_k|."""
+    """What a step of MLIRL shows."""
 
     direction: Array
+    """|h(agent) - h(expert)|, []: the norm of the estimate of grad F."""
     policy_change: Array
+    """The largest |log pi_{k+1} - log pi_k| over states and actions, []."""
 
 
 @struct(kw_only=True)
@@ -47,11 +49,11 @@ class MLIRL(Solver):
 
         Q <- T_x Q (soft Bellman), or one sweep of soft policy evaluation of pi    T = num_lower_steps times
         pi proportional to exp Q
-        x <- Proj_X(x - a (h(agent) - h(expert))),    h = sum over (s, a) of its occupancy times grad r(s, a; x).
+        x <- Proj_X(x - a (h(agent) - h(expert))),    h = sum over (s, a) of the occupancy times grad r(s, a; x).
 
-    The agent's occupancy is exact, from `problem.agent_start`: then h(agent) - h(expert) is grad F wherever Q is the
-    soft optimum. With num_rollouts it is that of sampled trajectories from rho: an estimate of the surrogate's
-    gradient.
+    The agent's occupancy is exact, from the start measure that `TabularImitation.agent_start` says; then
+    h(agent) - h(expert) is grad F wherever Q is the soft optimum. With num_rollouts it is that of sampled trajectories
+    from rho, which gives an estimate of the surrogate's gradient.
 
     Assumptions: bounded rewards, smooth in x; with rewards linear in x the surrogate is convex, else stationary points
     are found. With a ~ K^(-1/2) the mean over k of |log pi_k - log pi_{x_k}| and the mean squared gradient norm fall
@@ -60,19 +62,19 @@ class MLIRL(Solver):
 
     Args:
         upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
-        num_lower_steps: T >= 1, sweeps.
+        num_lower_steps: the number T of sweeps, >= 1.
         policy_evaluation: hold pi during the T sweeps, as an actor-critic does; with T = 1 the two are the same.
-        num_rollouts: sampled trajectories of the agent a step; default None, the exact occupancy.
-        rollout_length: their steps, >= 1; what would follow, gamma^length/(1 - gamma), is missing.
+        num_rollouts: sampled trajectories of the agent each step, >= 1. Default: None, for the exact occupancy.
+        rollout_length: their number of steps, >= 1; the weight gamma^length/(1 - gamma) of what follows is missing.
 
     Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
         NeurIPS 2022, arXiv:2210.01282, Algorithm 1.
-    Differs from the paper: the soft Q sweep is exact over all states and actions; exact occupancies by default; x is
-    projected; without num_rollouts and with objective="likelihood", the agent starts from the demonstrations' own
-    measure.
+    Differs from the paper: the sweep of soft Q is over all states and actions and exact; occupancies are exact by
+        default; x is projected; without num_rollouts and with objective="likelihood", the agent starts from the
+        demonstrations' own measure.
     """
 
-    upper_step_size: Any = None
+    upper_step_size: StepSize | None = None
     num_lower_steps: int = static(default=1)
     policy_evaluation: bool = static(default=False)
     num_rollouts: int | None = static(default=None)

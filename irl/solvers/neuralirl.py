@@ -11,7 +11,7 @@ from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.sets import Ball
 from bilevel.solver import Solver
-from bilevel.step import Stepper, require_numbers, step_sizes, stepper
+from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.mdp import MDP
 from irl.problem import refuse_others
@@ -68,10 +68,12 @@ class Info(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """One TD step of the Q network."""
+    """The outcome of one TD step of the Q network."""
 
     D: Array
+    """As in `State`."""
     step_D: Stepper
+    """As in `State`."""
     visits: Array
     """The chains' states after the step, [n]."""
     pairs: tuple[Array, Array] | None
@@ -84,11 +86,12 @@ class Learned(NamedTuple):
 class NeuralIRL(Solver):
     """Experimental: written from the abstract of arXiv:2503.17865; the full text was not at hand.
 
-    Two-timescale single-loop IRL with overparameterised networks, for problems of `irl.to_bilevel`. With
+    Two-timescale single-loop IRL with overparameterised networks, for problems of `irl.to_bilevel`. The soft Q is a
+    wide network near its initialisation W, at the distance D from it:
 
         Q(s, a; D) = q + c f(z(s, a); D),    f = `TwoLayer`: m^(-1/2) sum_j b_j ReLU((W_j + D_j) . z), f(.; 0) = 0,
 
-    c = 1/(1 - gamma) and q = gamma c log A, the soft Q of zero reward, one step is
+    with c = 1/(1 - gamma) and q = gamma c log A, the soft Q of zero reward. One step is
 
         delta = Q - r(.; x) - gamma E log sum_a exp Qbar(s', a),     Qbar = Q truncated to [lo, hi]
         D <- Proj_{|D| <= B}(D - eta sum over (s, a) of w delta grad_D Q)       fast: one TD step
@@ -96,11 +99,12 @@ class NeuralIRL(Solver):
         x <- Proj_X(x - alpha_k (h(agent) - h(expert) + decay x)),  alpha_k = alpha (k + 1)^(-s)      slow
 
     where lo = (min r + gamma log A)/(1 - gamma) and hi = (max r + gamma log A)/(1 - gamma) for the reward of this step:
-    the soft optimum lies between, so that truncation never moves Q away from it. x and D are averaged with weights
-    like k^p. With `TwoLayerReward` and x_set = Ball(B_r) the reward is such a network, too, in a ball around its start.
+    the soft optimum lies between, so that truncation never moves Q away from it. Both x and D are averaged, with
+    weights like k^p. With `TwoLayerReward` and x_set = Ball(B_r) the reward is such a network, too, in a ball around
+    its start.
 
-    Assumptions: wide networks near their initialisation, bounded features, every pair has weight w > 0. eta/alpha_k
-    grows: D follows x. The paper proves O(eps^-8) steps to an eps-optimal reward and policy.
+    Assumptions: wide networks near their initialisation, bounded features, a weight w > 0 of every pair; and
+    eta/alpha_k grows, so that D follows x. The paper proves O(eps^-8) steps to an eps-optimal reward and policy.
     Cost per step: 1 upper gradient (in closed form, with one occupancy or one sample), 1 lower gradient (the TD step).
 
     Args:
@@ -108,28 +112,31 @@ class NeuralIRL(Solver):
             eigenvalue of the weighted tangent kernel at D = 0; with num_transitions 1/c^2 <= 1/|grad_D Q|^2, since
             one pair may be the whole sample.
         upper_step_size: alpha > 0, an optax schedule or transformation. Default: 1/(curvature of F at x0).
-        upper_decay: s >= 0; 1/2 as in the theory. radius: B > 0. weight_decay: >= 0.
-        averaging: p >= 0; 0 is the plain average, large p the last iterate.
-        width: m, even. inputs: z [S, A, d] of norm 1; default `rewards.one_hot_pairs`.
-        num_transitions: default None: expectations over all pairs with equal w, and exact occupancies. Else n chains
-            of the agent's policy, restarted from rho with probability 1 - gamma: one transition of each is the
-            sample of the TD step and of h(agent).
+        upper_decay: s >= 0. Default: 1/2, as in the theory.
+        radius: B > 0.
+        weight_decay: the factor "decay" of x above, >= 0.
+        averaging: p >= 0; 0 is the plain average, and a large p is close to the last iterate.
+        inputs: what the Q network sees, z [S, A, d] with |z(s, a)| = 1. Default: `rewards.one_hot_pairs`.
+        width: the number m of units, even and >= 2.
+        num_transitions: the number n of chains that follow the agent's policy, restarted from rho with probability
+            1 - gamma; one transition of each is the sample of the TD step and of h(agent).
+            Default: None, for expectations over all pairs with equal w, and exact occupancies.
 
     Reference: Zhang, Zeng, Li, Garcia, Hong. Understanding inverse reinforcement learning under overparameterization:
         non-asymptotic analysis and global optimality. AISTATS 2025 (PMLR 258), arXiv:2503.17865.
-    Differs from the paper: its full text was not at hand. From the abstract: one loop, two timescales, networks near
-        their linearisation, truncated neural soft Q-learning. Our reconstruction, after analyses of neural TD: the
-        form of f, the interval of the truncation, the ball, the averages, alpha_k, and q and c, which keep |D| small
-        against |W|. Expectations are exact by default; weight decay is ours.
+    Differs from the paper: its full text was not at hand. From the abstract are one loop, two timescales, networks near
+        their linearisation and truncated neural soft Q-learning. Our reconstruction, after analyses of neural TD, are
+        the form of f, the interval of the truncation, the ball, the averages, alpha_k, and q and c, which keep |D|
+        small against |W|. Expectations are exact by default; weight decay is ours.
     """
 
-    lower_step_size: Any = None
-    upper_step_size: Any = None
-    upper_decay: Any = 0.5
-    radius: Any = 50.0
-    weight_decay: Any = 0.0
-    averaging: Any = 0.0
-    inputs: Any = None
+    lower_step_size: StepSize | None = None
+    upper_step_size: StepSize | None = None
+    upper_decay: Scalar = 0.5
+    radius: Scalar = 50.0
+    weight_decay: Scalar = 0.0
+    averaging: Scalar = 0.0
+    inputs: Array | None = None
     width: int = static(default=256)
     num_transitions: int | None = static(default=None)
     experimental = "written from the abstract of arXiv:2503.17865; the full text was not at hand"
@@ -187,7 +194,7 @@ class NeuralIRL(Solver):
             weighted = (Q - soft.bellman(mdp, r, truncated)) / Q.size
             td_error = jnp.sqrt(jnp.sum(weighted**2) * Q.size)
         else:
-            visits, pairs, following = _transitions(mdp, truncated, state.visits, key)
+            visits, pairs, following = transitions(mdp, truncated, state.visits, key)
             delta = Q[pairs] - r[pairs] - mdp.discount * soft.value(truncated)[following]
             weighted = jnp.zeros_like(Q).at[pairs].add(delta / delta.size)
             td_error = jnp.sqrt(jnp.mean(delta**2))
@@ -252,7 +259,7 @@ def _truncate(mdp: MDP, r: Array, Q: Array) -> Array:
     return jnp.clip(Q, *bounds(mdp, r))
 
 
-def _transitions(mdp: MDP, Q: Array, visits: Array, key: Array) -> tuple[Array, tuple[Array, Array], Array]:
+def transitions(mdp: MDP, Q: Array, visits: Array, key: Array) -> tuple[Array, tuple[Array, Array], Array]:
     """(next visits, (states, actions), next states), each [n]: a step of every chain under the policy of Q."""
 
     def one(state: Array, key: Array) -> tuple[Array, Array, Array]:

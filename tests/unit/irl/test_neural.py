@@ -90,7 +90,7 @@ def test_chains_visit_what_the_occupancy_says(key):
     Q = jax.random.normal(key, MDP.shape)
 
     def step(visits, k):
-        visits, pairs, following = neuralirl._transitions(MDP, Q, visits, jax.random.fold_in(key, k))
+        visits, pairs, following = neuralirl.transitions(MDP, Q, visits, jax.random.fold_in(key, k))
         return visits, (pairs, following)
 
     ((states, actions), following) = jax.jit(lambda v: jax.lax.scan(step, v, jnp.arange(160))[1])(jnp.zeros(400, int))
