@@ -11,7 +11,7 @@ and 1 for the expert.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,56 @@ def _random_returns(environment: Environment, key: jax.Array, num: int) -> jax.A
     return rollouts.episodes(environment, rollouts.uniform(environment), key, num).returns
 
 
+class Teacher(NamedTuple):
+    """An expert: what it is and what it has learnt."""
+
+    agent: SAC
+    weights: Weights
+
+
+def recovery(
+    world: Environment,
+    teacher: Teacher,
+    agent: SAC,
+    *,
+    seed: int,
+    trajectories: int,
+    state_only: bool = False,
+    absorbing: bool = False,
+) -> Instance:
+    """Imitate `trajectories` episodes of a teacher's best actions in `world`; the rest is as in `make`.
+
+    Args:
+        world: in which the teacher acts.
+        teacher: whom to imitate.
+        agent: the one that learns.
+        seed: >= 0, of the demonstrated episodes.
+        trajectories: demonstrated episodes, >= 1.
+        state_only: a reward r(s) instead of r(s, a).
+        absorbing: learn the reward behind an end, too.
+    """
+    key_shown, key_played, key_random = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 3)
+    shown = expert.demonstrate(world, *teacher, key_shown, num=trajectories)
+    learnt = irl.Absorbing(world) if absorbing else world
+
+    def returns(world: Environment, agent: SAC, weights: Weights) -> float:
+        return float(jnp.mean(expert.play(world, agent, weights, key_played, num=EPISODES).returns))
+
+    goal = returns(world, *teacher)
+    floor = float(jnp.mean(_random_returns(world, key_random, EPISODES)))
+
+    def numbers(reached: float) -> dict[str, float]:
+        return {"return": reached, "scaled_return": (reached - floor) / (goal - floor)}
+
+    return Instance(
+        irl.to_control(learnt, shown, irl.DeepReward(state_only=state_only), agent=agent),
+        tags=frozenset({"irl", "fixed-point", "deep"}),
+        metrics=lambda x, y: numbers(returns(learnt, agent, y)),
+        baselines={"expert": lambda: numbers(goal), "random actions": lambda: numbers(floor)},
+        referee=REFEREE,
+    )
+
+
 def make(
     seed: int = 0,
     environment: str = "CartPole-v1",
@@ -83,27 +133,8 @@ def make(
             invalid(f"{name} (control)", number, "a whole number >= 1", "Give a count.")
     world, precision = environment_of(environment), str(jnp.zeros((), float).dtype)
     steps = expert.steps_of(environment) if expert_steps is None else expert_steps
-    teacher, teaches = _teacher(environment, steps, precision), expert.agent_of(world, environment)
-    key_shown, key_played, key_random = jax.random.split(jax.random.fold_in(jax.random.key(1), seed), 3)
-    shown = expert.demonstrate(world, teaches, teacher, key_shown, num=trajectories)
+    teacher = Teacher(expert.agent_of(world, environment), _teacher(environment, steps, precision))
     agent = learner_of(environment)
     agent = agent if hidden is None else dataclasses.replace(agent, hidden=(hidden, hidden))
-
-    learnt = irl.Absorbing(world) if absorbing else world
-
-    def returns(world: Environment, agent: SAC, weights: Weights) -> float:
-        return float(jnp.mean(expert.play(world, agent, weights, key_played, num=EPISODES).returns))
-
-    goal = returns(world, teaches, teacher)
-    floor = float(jnp.mean(_random_returns(world, key_random, EPISODES)))
-
-    def numbers(reached: float) -> dict[str, float]:
-        return {"return": reached, "scaled_return": (reached - floor) / (goal - floor)}
-
-    return Instance(
-        irl.to_control(learnt, shown, irl.DeepReward(state_only=state_only), agent=agent),
-        tags=frozenset({"irl", "fixed-point", "deep"}),
-        metrics=lambda x, y: numbers(returns(learnt, agent, y)),
-        baselines={"expert": lambda: numbers(goal), "random actions": lambda: numbers(floor)},
-        referee=REFEREE,
-    )
+    chosen = {"seed": seed, "trajectories": trajectories, "state_only": state_only, "absorbing": absorbing}
+    return recovery(world, teacher, agent, **chosen)

@@ -9,19 +9,19 @@ import irl
 import problems
 from benchmarks.experiments.transfer_control import Frozen, in_world
 from bilevel import InvalidInput
+from irl.deep import expert
 from irl.deep.sac import Batch
 from problems import control
 
 
-def test_an_instance_scores_policies_between_random_actions_and_the_expert(monkeypatch):
-    """A process of two states in place of a simulator: state 1 pays, and its own action leads there."""
+def test_an_instance_scores_policies_between_random_actions_and_the_expert():
+    """A process of two states: state 1 pays, and its own action leads there."""
     mdp = irl.MDP.dense(np.eye(2)[[[0, 1], [0, 1]]], start=[1.0, 0.0], discount=0.9)
     world = irl.Tabular(mdp, jnp.array([[0.0, 0.0], [1.0, 1.0]]), max_steps=10)
-    monkeypatch.setattr(control, "environment_of", lambda name: world)
-    monkeypatch.setattr(
-        control.expert, "agent_of", lambda *_: irl.SAC(hidden=(8,), batch_size=16, learning_rate=0.01, discount=0.9)
-    )
-    instance = problems.make("control", environment="TwoStates", expert_steps=1000, hidden=8)
+    agent = irl.SAC(hidden=(8,), batch_size=16, learning_rate=0.01, discount=0.9)
+    teacher = control.Teacher(agent, expert.train(world, jax.random.key(0), agent=agent, num_steps=1000).weights)
+    learner = irl.SAC(hidden=(8, 8), batch_size=128, learning_rate=5e-4)
+    instance = control.recovery(world, teacher, learner, seed=0, trajectories=1)
     problem = instance.problem.validate()
     assert instance.baselines["random actions"]()["scaled_return"] == 0
     best = instance.baselines["expert"]()
