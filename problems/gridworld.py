@@ -33,7 +33,7 @@ MOVES = np.array([(-1, 0), (0, 1), (1, 0), (0, -1), (0, 0)])
 
 
 def grid(size: int, slip: float, discount: float, horizon: int | None = None) -> irl.MDP:
-    """The process: cell (i, j) is state size i + j; the k-th successor of every action is where move k leads."""
+    """The process, in which cell (i, j) is state size i + j; every pair's k-th successor is where move k leads."""
     cells = np.stack(np.divmod(np.arange(size**2), size), axis=1)
     reached = np.clip(cells[:, None, :] + MOVES, 0, size - 1)
     reached = size * reached[..., 0] + reached[..., 1]
@@ -51,9 +51,12 @@ def landmark_features(rng: np.random.Generator, size: int) -> np.ndarray:
     return features - features.mean(axis=0)
 
 
-def _metrics(reward: irl.Reward, r_true: np.ndarray, pi: np.ndarray, d: np.ndarray, x: PyTree, Q: Array):
-    """`policy_error`: largest total variation over states to the expert's policy. `expert_kl`: the expert's discounted
-    sum of KL(expert | policy of Q) >= 0. `reward_rank`: Spearman correlation over states of the rewards.
+def _metrics(reward: irl.Reward, r_true: np.ndarray, pi: np.ndarray, d: np.ndarray, x: PyTree, Q: Any):
+    """How near the policy of Q, and the reward at x where there is one, are to the expert's.
+
+    `policy_error`: the largest total variation distance of the two policies over the states. `expert_kl`: the
+    expert's discounted sum of KL(expert | policy of Q), >= 0. `reward_rank`: Spearman's correlation of the two rewards
+    over the states.
     """
     log_pi = np.asarray(soft.log_policy(jnp.asarray(Q, float)))
     numbers = {
@@ -70,7 +73,7 @@ def _metrics(reward: irl.Reward, r_true: np.ndarray, pi: np.ndarray, d: np.ndarr
 
 
 def _maps(reward: irl.Reward, r_true: np.ndarray, x: PyTree, Q: Array) -> dict[str, np.ndarray]:
-    """Both rewards over the cells, means over the actions, less their own means, which no demonstration shows."""
+    """The two rewards over the cells, averaged over actions and centred, since no demonstration shows their means."""
     side = round(len(r_true) ** 0.5)
     tables = {"true reward": r_true, "learned reward": np.asarray(reward.table(x))}
     means = {name: table.mean(axis=1).reshape(side, side) for name, table in tables.items()}
@@ -91,9 +94,23 @@ def recovery(
     attained: bool = True,
     x_set: bilevel.sets.Set = bilevel.Reals(),  # noqa: B008
 ) -> Instance:
-    """Recover the reward r_true [S, A] from its soft-optimal policy, or from `trajectories` of it, >= 0.
+    """An instance that is to recover the reward r_true [S, A] from its soft-optimal policy.
 
-    The truth is known for the exact occupancy (trajectories = 0) where some x attains r_true; the reward is x_true's.
+    Args:
+        mdp: the process.
+        reward: the model of the reward.
+        r_true: the reward of the expert.
+        seed: >= 0, of the demonstrations.
+        trajectories: demonstrated ones, >= 0; 0 for the exact occupancy of the expert.
+        length: their steps, >= 1; at most the horizon's.
+        batch_size: trajectories in a batch; None: all.
+        objective: that of `irl.to_bilevel`.
+        x_true: the parameters of r_true, where they are known.
+        attained: whether some x attains r_true: then, with trajectories = 0, the optimal value is known.
+        x_set: where x may be.
+
+    Raises:
+        InvalidInput: for trajectories that are not a whole number >= 0.
     """
     if not (isinstance(trajectories, int) and trajectories >= 0):
         invalid("trajectories", trajectories, "a whole number >= 0", "0 gives the expert's exact occupancy.")

@@ -188,7 +188,7 @@ def start(mdp: MDP, reward: Reward) -> Callable[[Array], tuple[PyTree, Array]]:
 
 @functools.cache
 def _start(reward_init: Callable, shape: tuple[int, ...]) -> Callable[[Array], tuple[PyTree, Array]]:
-    """One function for equal rewards and sizes, so that another instance compiles nothing."""
+    """`start`: one function for equal rewards and sizes, so that another instance compiles nothing."""
     return lambda key: (reward_init(key), jnp.zeros(shape, float))
 
 
@@ -269,7 +269,7 @@ def start_measure(mdp: MDP, c: Array) -> Array:
 
 
 def _pairs(d: Array) -> Array:
-    """Summed over the times where there are any, shape [S, A]."""
+    """An occupancy summed over the times, where it has any, shape [S, A]."""
     return d if d.ndim == 2 else jnp.sum(d, axis=0)
 
 
