@@ -200,37 +200,41 @@ class Imitation(Solver):
         state, losses = self.lower(problem, state, key_lower)
 
         act = functools.partial(agent.sample, state.y)
-        seen = rollouts.episodes(environment, act, key_episodes, self.num_rollouts)
-        pair = self.pair(environment, seen, expert)
-        state = state._replace(env_steps=state.env_steps + jnp.sum(seen.inside))
+        rollout = rollouts.episodes(environment, act, key_episodes, self.num_rollouts)
+        pair = self.pair(environment, rollout, expert)
+        state = state._replace(env_steps=state.env_steps + jnp.sum(rollout.inside))
         V = agent.soft_value(state.y, state.y.critics, expert.observation[:, 0], key_value)
-        labels = self.reward(problem, state, pair.expert), self.reward(problem, state, pair.agent)
+        labels = Labels(self.reward(problem, state, pair.expert), self.reward(problem, state, pair.agent), V)
 
         def moves(k: Array, carry: tuple[State, Array]) -> tuple[State, Array]:
             return self.move(problem, carry[0], pair, jax.random.fold_in(key_upper, k))
 
         state, direction = lax.fori_loop(0, self.num_upper_steps, moves, (state, jnp.zeros(())))
-
-        flat = expert.flat
-        count = jnp.sum(flat.inside, dtype=float)
-        change = agent.log_prob(state.y, flat.observation, flat.action)
-        change = change - agent.log_prob(before, flat.observation, flat.action)
-        mean = lambda w, r: jnp.sum(w * r) / jnp.maximum(jnp.sum(w), 1e-12)  # noqa: E731
-        means = mean(pair.agent_weights, labels[1]), mean(pair.expert_weights, labels[0])
-        spread = jnp.sqrt(jnp.sum(jnp.where(flat.inside, (labels[0] - means[1]) ** 2, 0)) / count)
-        discounted = rollouts.weights(environment, expert, agent.discount).reshape(-1)
-        Lhat = jnp.sum(discounted * labels[0]) / len(V) - jnp.mean(V)
-        moved = jnp.sqrt(jnp.sum(jnp.where(flat.inside, change**2, 0)) / count)
-        length = jnp.sum(seen.inside, dtype=float) / self.num_rollouts
-        sides = self.logit(problem, state, pair.agent), self.logit(problem, state, pair.expert)
-        right = jnp.full((), jnp.nan)
-        if sides[0] is not None and sides[1] is not None:
-            right = mean(pair.agent_weights, (sides[0] < 0).astype(float))
-            right = (right + mean(pair.expert_weights, (sides[1] > 0).astype(float))) / 2
+        told_apart = self._told_apart(problem, state, pair)
         return state, Info(
-            Lhat, direction, moved, jnp.mean(seen.returns), length, means[1], means[0], spread, losses.critic,
-            losses.entropy, jnp.exp(state.y.log_temperature), state.env_steps, right, ~(right >= SURE),
-        )  # fmt: skip
+            Lhat=_surrogate(problem, labels),
+            direction=direction,
+            policy_change=_policy_change(problem, before, state.y),
+            returns=jnp.mean(rollout.returns),
+            length=jnp.sum(rollout.inside, dtype=float) / self.num_rollouts,
+            reward_expert=_mean(pair.expert_weights, labels.expert),
+            reward_agent=_mean(pair.agent_weights, labels.agent),
+            reward_std=_spread(pair, labels),
+            critic=losses.critic,
+            entropy=losses.entropy,
+            temperature=jnp.exp(state.y.log_temperature),
+            env_steps=state.env_steps,
+            told_apart=told_apart,
+            overlap=~(told_apart >= SURE),
+        )
+
+    def _told_apart(self, problem: ControlImitation, state: State, pair: Pair) -> Array:
+        """The share of steps that the discriminator gives to the right side, [], both sides counting the same."""
+        agent, expert = self.logit(problem, state, pair.agent), self.logit(problem, state, pair.expert)
+        if agent is None or expert is None:
+            return jnp.full((), jnp.nan)
+        right = _mean(pair.agent_weights, (agent < 0).astype(float))
+        return (right + _mean(pair.expert_weights, (expert > 0).astype(float))) / 2
 
     def pair(self, environment: Environment, seen: Steps, expert: Steps) -> Pair:
         """Episodes of both sides with their weights."""
@@ -268,6 +272,42 @@ class Imitation(Solver):
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return refuse_others(self, problem, ControlImitation)
+
+
+class Labels(NamedTuple):
+    """What a step's networks say of its steps, before x moves."""
+
+    expert: Array
+    """The learned reward of the demonstrations' steps, [b]."""
+    agent: Array
+    """The learned reward of the rollouts' steps, [b]."""
+    V: Array
+    """The soft value of the demonstrations' first states, [n]."""
+
+
+def _mean(weights: Array, values: Array) -> Array:
+    """The weighted mean, []; 0 where all weights are 0."""
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1e-12)
+
+
+def _surrogate(problem: ControlImitation, labels: Labels) -> Array:
+    """`Info.Lhat`, []."""
+    discounted = rollouts.weights(problem.environment, problem.demonstrations, problem.agent.discount).reshape(-1)
+    return jnp.sum(discounted * labels.expert) / len(labels.V) - jnp.mean(labels.V)
+
+
+def _policy_change(problem: ControlImitation, before: Weights, after: Weights) -> Array:
+    """`Info.policy_change`, []."""
+    agent, steps = problem.agent, problem.expert
+    change = agent.log_prob(after, steps.observation, steps.action)
+    change = change - agent.log_prob(before, steps.observation, steps.action)
+    return jnp.sqrt(jnp.sum(jnp.where(steps.inside, change**2, 0)) / jnp.sum(steps.inside, dtype=float))
+
+
+def _spread(pair: Pair, labels: Labels) -> Array:
+    """`Info.reward_std`, []."""
+    inside, mean = pair.expert.inside, _mean(pair.expert_weights, labels.expert)
+    return jnp.sqrt(jnp.sum(jnp.where(inside, (labels.expert - mean) ** 2, 0)) / jnp.sum(inside, dtype=float))
 
 
 def classify(logit: Callable[[Steps], Array], pair: Pair) -> Array:
