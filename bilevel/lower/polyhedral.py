@@ -138,6 +138,5 @@ def projected_step(limits: Rows, flat: Array, d: Array) -> Array:
     the set is empty.
     """
     factor = factorize(jnp.eye(flat.size, dtype=flat.dtype), limits.C)
-    nobody = jnp.zeros_like(limits.lo)
-    model = solve_model(factor, limits, Point(flat, factor.down(d), nobody), nobody)
+    model = solve_model(factor, limits, Point(flat, factor.down(d)), jnp.zeros_like(limits.lo))
     return jnp.where(model.empty | model.unsolved, jnp.nan, model.p)

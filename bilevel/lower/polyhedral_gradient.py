@@ -297,7 +297,7 @@ def directional(
         cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
         slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
         start = jnp.where(strong, 1, 0).astype(at.dtype)
-        model = solve_model(found.factor, cone, Point(zero, found.factor.down(slope), jnp.zeros_like(at)), start)
+        model = solve_model(found.factor, cone, Point(zero, found.factor.down(slope)), start)
         change = sign * (fx @ d) + fy @ model.p
         return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
 

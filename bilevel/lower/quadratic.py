@@ -29,7 +29,7 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
         active = guess(limits, factor, y, z)
     else:
         active, inverse = jnp.asarray(warm.active, y.dtype), warm.inverse if kept else None
-    at = Point(y, z, jnp.zeros_like(limits.lo))
+    at = Point(y, z)
     model = solve_model(factor, limits, at, active, settings.max_changes, inverse)
     end = _refine(_Kkt(level, factor, model, jnp.linalg.norm(grad)), y, kept)
     if kept:

@@ -117,8 +117,8 @@ class Point(NamedTuple):
     """[n]"""
     z: Array
     """[n], L^-1 (grad_y g + C' lam)."""
-    lam: Array
-    """[m], multipliers that z counts."""
+    lam: Array | None = None
+    """[m], multipliers that z counts; None for zeros, which saves products."""
 
 
 class Model(NamedTuple):
@@ -160,6 +160,8 @@ class _Scaled(NamedTuple):
     """[m], the rounding error of a row and of a multiplier."""
     fixed: Array
     """[m], equalities: these stay active."""
+    counted: bool
+    """Whether lam may be other than zero."""
 
 
 class _Step(NamedTuple):
@@ -213,9 +215,10 @@ def _scaled(factor: Factor, limits: Rows, at: Point) -> _Scaled:
         reach=factor.W @ z0,
         lo=d * (limits.lo - rows),
         hi=d * (limits.hi - rows),
-        lam=at.lam / d,
+        lam=jnp.zeros_like(d) if at.lam is None else at.lam / d,
         noise=10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0)),
         fixed=limits.lo == limits.hi,
+        counted=at.lam is not None,
     )
 
 
@@ -223,7 +226,8 @@ def _step_on(model: _Scaled, a: Array, inverse: Array) -> _Step:
     """The step on the active set a: the module's equations."""
     outside = jnp.where(a != 0, 0, -model.lam)
     bound = jnp.where(a > 0, model.hi, model.lo)
-    rhs = jnp.where(a != 0, model.reach - bound - model.S @ outside, 0)
+    moved = model.S @ outside if model.counted else 0
+    rhs = jnp.where(a != 0, model.reach - bound - moved, 0)
     change = (inverse @ rhs) @ inverse + outside
     return _Step(change, model.reach - model.S @ change)
 
