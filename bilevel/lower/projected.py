@@ -46,21 +46,26 @@ class Settings:
 
 
 class ProjectedSolution(NamedTuple):
-    """y; residual = |y - Proj(y - s R)|/s, recomputed; steps: rounds; face; R at y, raveled.
-
-    sketch: of H at the start, for `tangent_solve`; zeros where a Newton step has failed since; None up to
-    `linear.DENSE_LIMIT` unknowns, beyond `SKETCH_LIMIT`, in half precision, with a ball, and where H is given.
-    status: CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
-    error; MAX_STEPS, NONFINITE.
-    """
+    """What `solve` returns."""
 
     y: PyTree
+    """Shaped like the problem's."""
     residual: Array
+    """[], |y - Proj(y - s R)|/s, recomputed."""
     steps: Array
+    """[], rounds."""
     status: Array
+    """[], CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
+    error; MAX_STEPS, NONFINITE.
+    """
     face: Face
+    """At y."""
     R: Array
+    """[n], at y, raveled."""
     sketch: Nystrom | None = None
+    """Of H at the start, for `tangent_solve`; zeros where a Newton step has failed since; None up to
+    `linear.DENSE_LIMIT` unknowns, beyond `SKETCH_LIMIT`, in half precision, with a ball, and where H is given.
+    """
 
 
 def tangent_solve(
@@ -95,19 +100,59 @@ def tangent_solve(
     return lambda b, tol=None: CG(tol, preconditioner=inside).iterate(operator, face.tangent(b))[0]
 
 
+class _Level(NamedTuple):
+    """The lower level at one x, in the raveled y [n]. Not a pytree of arrays: it stays in one trace."""
+
+    problem: BilevelProblem
+    x: PyTree
+    batch: PyTree
+    unravel: Callable[[Array], PyTree]
+    tol: Any
+
+    def project(self, y: Array) -> Array:
+        """The nearest point of Y."""
+        return ravel_pytree(self.problem.y_set.project(self.unravel(y)))[0]
+
+    def evaluate(self, y: Array) -> tuple[Array, Array]:
+        """(g, R) at y."""
+        g, R = oracles.lower_value_and_gradient(self.problem, self.x, self.unravel(y), self.batch)
+        return g, ravel_pytree(R)[0]
+
+    def residual(self, y: Array, R: Array, s: Array) -> Array:
+        """The natural residual |y - Proj(y - s R)|."""
+        return jnp.linalg.norm(y - self.project(y - s * R))
+
+
 class _Search(NamedTuple):
-    """y and R there; step size s; natural residual |y - Proj(y - s R)|, and the largest so far; rounds; status; whether
-    every Newton step so far was good: else the sketch is none of the Hessian here.
-    """
+    """Carry of the rounds."""
 
     y: Array
     R: Array
+    """[n], at y."""
     s: Array
+    """[], step size."""
     size: Array
+    """[], the natural residual at y."""
     before: Array
+    """[], the largest one so far."""
     rounds: Array
     status: Array
     near: Array
+    """[], whether every Newton step so far was good: else the sketch is none of the Hessian here."""
+
+    def scale(self) -> Array:
+        """What `size` is measured by: |y| + s |R|."""
+        return jnp.linalg.norm(self.y) + self.s * jnp.linalg.norm(self.R)
+
+
+class _Accelerated(NamedTuple):
+    """Carry of the accelerated steps: y, the point w ahead of it, theta, s; R at y."""
+
+    y: Array
+    w: Array
+    theta: Array
+    s: Array
+    R: Array
 
 
 def solve(
@@ -120,85 +165,116 @@ def solve(
     settings = Settings() if settings is None else settings
     flat, unravel = ravel_pytree(y)
     eps = jnp.finfo(flat.dtype).eps
-    tol = 10 * eps if settings.tol is None else settings.tol
-
-    def project(flat: Array) -> Array:
-        return ravel_pytree(problem.y_set.project(unravel(flat)))[0]
-
-    def evaluate(flat: Array) -> tuple[Array, Array]:
-        g, R = oracles.lower_value_and_gradient(problem, x, unravel(flat), batch)
-        return g, ravel_pytree(R)[0]
-
-    def accelerate(_: Array, carry: tuple) -> tuple:
-        """One accelerated step, or half the step size where the quadratic model is not above g."""
-        y, w, theta, s, _ = carry
-        g, R = evaluate(w)
-        trial = project(w - s * R)
-        moved = trial - w
-        g_trial, R_trial = evaluate(trial)
-        above = g_trial <= g + R @ moved + moved @ moved / (2 * s) + 100 * eps * (1 + jnp.abs(g))
-        ok = above & jnp.isfinite(R_trial).all()
-        restart = (w - trial) @ (trial - y) > 0
-        theta_next = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * theta**2)) / 2)
-        ahead = trial + jnp.where(restart, 0, (theta - 1) / theta_next) * (trial - y)
-        return (
-            jnp.where(ok, trial, y), jnp.where(ok, project(ahead), y), jnp.where(ok, theta_next, 1),
-            jnp.where(ok, s, s / 2), jnp.where(ok, R_trial, carry[-1]),
-        )  # fmt: skip
-
-    def natural(y: Array, R: Array, s: Array) -> Array:
-        return jnp.linalg.norm(y - project(y - s * R))
-
-    def trusted(near: Array) -> Nystrom | None:
-        """The sketch, or one of nothing, so that CG goes without."""
-        return jax.tree.map(lambda rows: jnp.where(near, rows, 0), sketch)
-
-    def body(c: _Search) -> _Search:
-        # A Newton step on the face first: a warm start needs no other. It is solved to leave a third of what is asked.
-        base, R = c.y, c.R
-        if problem.constrained_lower:
-            base = project(c.y - c.s * c.R)
-            R = evaluate(base)[1]
-        face = problem.y_set.face(unravel(base), unravel(c.R), c.s)
-        goal = tol * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
-        enough = goal / 3 / jnp.maximum(c.size, jnp.finfo(flat.dtype).tiny)
-        forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), eps, 0.01)
-        d = tangent_solve(problem, x, unravel(base), batch, face, trusted(c.near))(-R, forcing)
-        newton = project(base + d)
-        R = evaluate(newton)[1]
-        size = natural(newton, R, c.s)
-        good = jnp.isfinite(R).all() & (size <= 0.5 * c.size)
-
-        def steps() -> tuple[Array, Array, Array]:
-            start = c.y, c.y, jnp.ones((), flat.dtype), c.s, c.R
-            y, _, _, s, R = lax.fori_loop(0, ROUND, accelerate, start)
-            return y, R, s
-
-        small = c.size <= jnp.sqrt(eps) * (jnp.linalg.norm(c.y) + c.s * jnp.linalg.norm(c.R))
-        y, R, s = lax.cond(good, lambda: (newton, R, c.s), steps)
-        size = jnp.where(good, size, natural(y, R, s))
-        scale = jnp.linalg.norm(y) + s * jnp.linalg.norm(R)
-        stuck = small & ~good & (size > 0.5 * c.size)
-        better = size <= c.size
-        y, R, size = (jnp.where(stuck & ~better, old, new) for new, old in ((y, c.y), (R, c.R), (size, c.size)))
-        status = jnp.where((size <= tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
-        status = jnp.where(jnp.isfinite(size), status, Status.NONFINITE)
-        return _Search(y, R, s, size, jnp.maximum(c.before, c.size), c.rounds + 1, status, c.near & (good | small))
-
-    start = project(flat)
-    g, R = evaluate(start)
+    level = _Level(problem, x, batch, unravel, 10 * eps if settings.tol is None else settings.tol)
+    start = level.project(flat)
     sketch = _sketch(problem, x, unravel(start), batch)
-    s = _first_step(problem, x, unravel(start), batch, sketch)
-    size = natural(start, R, s)
-    status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
-    before = jnp.maximum(size, jnp.finfo(flat.dtype).tiny)
-    begin = _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
-    end = lax.while_loop(lambda c: (c.status == Status.MAX_STEPS) & (c.rounds < settings.max_rounds), body, begin)
+    begin = _begin(level, start, sketch)
+    end = lax.while_loop(
+        lambda c: (c.status == Status.MAX_STEPS) & (c.rounds < settings.max_rounds),
+        lambda c: _round(level, sketch, c),
+        begin,
+    )
     face = problem.y_set.face(unravel(end.y), unravel(end.R), end.s)
-    noise = 1e3 * eps * (jnp.linalg.norm(end.y) + end.s * jnp.linalg.norm(end.R))
+    noise = 1e3 * eps * end.scale()
     weak = (end.status == Status.CONVERGED) & (face.margin <= jnp.maximum(noise, 10 * end.size))
     status = jnp.where(weak, Status.WEAKLY_ACTIVE, end.status)
-    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R, trusted(end.near))
+    kept = _trusted(sketch, end.near)
+    return ProjectedSolution(unravel(end.y), end.size / end.s, end.rounds, status, face, end.R, kept)
+
+
+def _begin(level: _Level, start: Array, sketch: Nystrom | None) -> _Search:
+    """The search at a feasible point."""
+    g, R = level.evaluate(start)
+    s = _first_step(level.problem, level.x, level.unravel(start), level.batch, sketch)
+    size = level.residual(start, R, s)
+    status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
+    before = jnp.maximum(size, jnp.finfo(start.dtype).tiny)
+    return _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
+
+
+def _round(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
+    """A Newton step on the face, since a warm start needs no other; where it does not halve the natural residual,
+    accelerated steps from y instead. Where these do not either, and the residual is small, it is rounding error.
+    """
+    newton = _newton_step(level, sketch, c)
+    good = jnp.isfinite(newton.R).all() & (newton.size <= 0.5 * c.size)
+    small = c.size <= jnp.sqrt(jnp.finfo(c.y.dtype).eps) * c.scale()
+    y, R, s = lax.cond(good, lambda: (newton.y, newton.R, c.s), lambda: _accelerated(level, c))
+    size = jnp.where(good, newton.size, level.residual(y, R, s))
+    scale = jnp.linalg.norm(y) + s * jnp.linalg.norm(R)
+    stuck = small & ~good & (size > 0.5 * c.size)
+    worse = stuck & ~(size <= c.size)
+    size = jnp.where(worse, c.size, size)
+    status = jnp.where((size <= level.tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
+    return _Search(
+        y=jnp.where(worse, c.y, y),
+        R=jnp.where(worse, c.R, R),
+        s=s,
+        size=size,
+        before=jnp.maximum(c.before, c.size),
+        rounds=c.rounds + 1,
+        status=jnp.where(jnp.isfinite(size), status, Status.NONFINITE),
+        near=c.near & (good | small),
+    )
+
+
+def _newton_step(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
+    """y <- Proj(y + d), P (H + D) P d = -P R on the face where a projected step ends; `c` with y, R, size there.
+
+    By CG, to leave a third of the residual that is asked for.
+    """
+    problem, info = level.problem, jnp.finfo(c.y.dtype)
+    base, R = c.y, c.R
+    if problem.constrained_lower:
+        base = level.project(c.y - c.s * c.R)
+        R = level.evaluate(base)[1]
+    face = problem.y_set.face(level.unravel(base), level.unravel(c.R), c.s)
+    enough = level.tol * c.scale() / 3 / jnp.maximum(c.size, info.tiny)
+    forcing = jnp.clip(jnp.maximum(c.size / c.before, enough), info.eps, 0.01)
+    near = _trusted(sketch, c.near)
+    d = tangent_solve(problem, level.x, level.unravel(base), level.batch, face, near)(-R, forcing)
+    y = level.project(base + d)
+    R = level.evaluate(y)[1]
+    return c._replace(y=y, R=R, size=level.residual(y, R, c.s))
+
+
+def _accelerated(level: _Level, c: _Search) -> tuple[Array, Array, Array]:
+    """(y, R, s) after ROUND accelerated steps from y."""
+    begin = _Accelerated(c.y, c.y, jnp.ones((), c.y.dtype), c.s, c.R)
+    end = lax.fori_loop(0, ROUND, lambda _, at: _accelerate(level, at), begin)
+    return end.y, end.R, end.s
+
+
+def _accelerate(level: _Level, c: _Accelerated) -> _Accelerated:
+    """One step of Beck and Teboulle, or half the step size where the quadratic model at w is not above g:
+
+        y+ = Proj(w - s R(w)),    theta+ = (1 + (1 + 4 theta^2)^(1/2))/2,
+        w+ = Proj(y+ + (theta - 1)/theta+ (y+ - y)),
+
+    with theta+ = 1 and w+ = y+ where the step turns back, (w - y+)'(y+ - y) > 0.
+    """
+    eps = jnp.finfo(c.y.dtype).eps
+    g, R = level.evaluate(c.w)
+    trial = level.project(c.w - c.s * R)
+    moved = trial - c.w
+    g_trial, R_trial = level.evaluate(trial)
+    above = g_trial <= g + R @ moved + moved @ moved / (2 * c.s) + 100 * eps * (1 + jnp.abs(g))
+    ok = above & jnp.isfinite(R_trial).all()
+    restart = (c.w - trial) @ (trial - c.y) > 0
+    theta = jnp.where(restart, 1, (1 + jnp.sqrt(1 + 4 * c.theta**2)) / 2)
+    ahead = trial + jnp.where(restart, 0, (c.theta - 1) / theta) * (trial - c.y)
+    return _Accelerated(
+        y=jnp.where(ok, trial, c.y),
+        w=jnp.where(ok, level.project(ahead), c.y),
+        theta=jnp.where(ok, theta, 1),
+        s=jnp.where(ok, c.s, c.s / 2),
+        R=jnp.where(ok, R_trial, c.R),
+    )
+
+
+def _trusted(sketch: Nystrom | None, near: Array) -> Nystrom | None:
+    """The sketch, or one of nothing, so that CG goes without."""
+    return jax.tree.map(lambda rows: jnp.where(near, rows, 0), sketch)
 
 
 def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nystrom | None:

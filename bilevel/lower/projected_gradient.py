@@ -1,12 +1,13 @@
 """Derivatives of F through a lower level solved by `projected`: the hypergradient with its error, F for `jax.grad`."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.tree import take
 from bilevel.lower import projected
 from bilevel.lower.polyhedral_gradient import conclude, lower_failed
 from bilevel.lower.projected import Settings
@@ -16,10 +17,39 @@ from bilevel.record import Hypergradient, Status
 PyTree = Any
 
 
+class _Point(NamedTuple):
+    """Where the systems stand, all [n]: y, the adjoint u, and what is left of their equations in the tangent space."""
+
+    y: Array
+    u: Array
+    r_y: Array
+    """P R."""
+    r_u: Array
+    """P (f_y - (H + D) u)."""
+
+
+class _Seen(NamedTuple):
+    """What else is seen at a point; [] but y, u [n] and gradient [dim x]."""
+
+    y: Array
+    u: Array
+    value: Array
+    gradient: Array
+    """f_x - g_yx' u."""
+    linear_residual: Array
+    """|P (f_y - (H + D) u)|."""
+    sizes: Array
+    """|f_x| + |g_yx' u|, for rounding error."""
+    fy: Array
+    """|f_y|."""
+
+
 def differentiate(
     problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings, estimate: bool = True
 ) -> Hypergradient:
-    """The hypergradient from the warm start y, by corrections of y and of the adjoint u in the face's tangent space.
+    """The hypergradient from the warm start y, by corrections of y and of the adjoint u in the face's tangent space:
+
+        y <- Proj(y + d),  P (H + D) P d = -P R,        u <- u + du,  P (H + D) P du = P (f_y - (H + D) u).
 
     The first solves for u and gives the gradient; with `estimate` a second one gives a gradient that is right to higher
     order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It supposes
@@ -27,39 +57,45 @@ def differentiate(
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = projected.solve(problem, x, y, lower_batch, settings)
-    face = found.face
-    flat, unravel = ravel_pytree(found.y)
+    face, (flat, unravel) = found.face, ravel_pytree(found.y)
     solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
 
-    def correct(carry: tuple, _: None) -> tuple:
+    def correct(at: _Point, _: None) -> tuple[_Point, _Seen]:
         """Solve for the corrections of y and u, and look at the corrected point."""
-        flat, u, r_y, r_u = carry
-        flat = ravel_pytree(problem.y_set.project(unravel(flat + solve(-r_y))))[0]
-        u = u + solve(r_u)
+        flat = ravel_pytree(problem.y_set.project(unravel(at.y + solve(-at.r_y))))[0]
+        u = at.u + solve(at.r_u)
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        r_y, r_u = face.tangent(R), face.tangent(fy - Hu - face.mu * u)
-        sizes = jnp.stack([jnp.linalg.norm(part) for part in (r_u, fx, cross, fy)])
-        return (flat, u, r_y, r_u), (flat, u, value, fx - cross, sizes)
+        r_u = face.tangent(fy - Hu - face.mu * u)
+        norm = jnp.linalg.norm
+        seen = _Seen(flat, u, value, fx - cross, norm(r_u), norm(fx) + norm(cross), norm(fy))
+        return _Point(flat, u, face.tangent(R), r_u), seen
 
     R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
-    begin = flat, jnp.zeros_like(flat), face.tangent(R), face.tangent(fy)
-    ys, us, values, slopes, sizes = lax.scan(correct, begin, length=2 if estimate else 1)[1]
-    eps = jnp.finfo(flat.dtype).eps
+    begin = _Point(flat, jnp.zeros_like(flat), face.tangent(R), face.tangent(fy))
+    corrections = lax.scan(correct, begin, length=2 if estimate else 1)[1]  # a scan: `correct` is compiled once
+    seen = take(corrections, 0)
     if estimate:
-        error = 2 * jnp.linalg.norm(slopes[1] - slopes[0]) + eps * flat.size * jnp.sum(sizes[0, 1:3])
-        solved = sizes[0, 0] <= jnp.maximum(0.1 * jnp.linalg.norm(begin[3]), 10 * eps * flat.size * sizes[0, 3])
-        error = jnp.where(solved, error, jnp.inf)  # an estimate by a solver that has not solved is none
+        error = _error(seen, take(corrections, 1), begin)
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
     return conclude(
-        found.status, good, x, values[0], slopes[0], error,
-        y=unravel(ys[0]), lower_residual=found.residual, linear_residual=sizes[0, 0], active_margin=face.margin,
-        v=unravel(us[0]),
+        found.status, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
+        lower_residual=found.residual, linear_residual=seen.linear_residual, active_margin=face.margin,
     )  # fmt: skip
+
+
+def _error(seen: _Seen, better: _Seen, begin: _Point) -> Array:
+    """Twice the distance of the two gradients and an allowance for rounding; infinite where the first adjoint is not
+    solved, to a tenth of where it began or to rounding: an estimate by a solver that has not solved is none.
+    """
+    eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
+    error = 2 * jnp.linalg.norm(better.gradient - seen.gradient) + eps * n * seen.sizes
+    enough = jnp.maximum(0.1 * jnp.linalg.norm(begin.r_u), 10 * eps * n * seen.fy)
+    return jnp.where(seen.linear_residual <= enough, error, jnp.inf)
 
 
 def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
