@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,10 +16,6 @@ PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
 DIRECTIONS = [{"a": jnp.array([0.5, 1.0]) * k, "b": jnp.array(-1.0) / k} for k in (1.0, 2.0, 3.0)]
 
 
-def close(a, b):
-    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-15), a, b)
-
-
 def walk(rule):
     params, move = PARAMS, stepper(rule, None, PARAMS)
     for direction in DIRECTIONS:
@@ -28,7 +25,7 @@ def walk(rule):
 
 def test_a_float():
     want = {"a": PARAMS["a"] - 0.1 * jnp.array([3.0, 6.0]), "b": PARAMS["b"] + 0.1 * (1 + 1 / 2 + 1 / 3)}
-    close(walk(as_step(0.1)), want)
+    chex.assert_trees_all_close(walk(as_step(0.1)), want, rtol=1e-15)
 
 
 def test_a_schedule_counts_from_zero():
@@ -37,7 +34,7 @@ def test_a_schedule_counts_from_zero():
 
     rates = (0.4, 0.2, 0.1)
     want = jax.tree.map(lambda p, *ds: p - sum(r * d for r, d in zip(rates, ds, strict=True)), PARAMS, *DIRECTIONS)
-    close(walk(as_step(halving)), want)
+    chex.assert_trees_all_close(walk(as_step(halving)), want, rtol=1e-15)
     move = stepper(as_step(halving), None, PARAMS)
     first, move = move.size()
     second, move = move.size()
@@ -53,7 +50,7 @@ def test_optax_transformations_equal_optax_itself(make):
         for direction in DIRECTIONS:
             updates, state = transformation.update(direction, state, params)
             params = optax.apply_updates(params, updates)
-    close(walk(as_step(make())), params)
+    chex.assert_trees_all_close(walk(as_step(make())), params, rtol=1e-15)
 
 
 def test_optax_schedules_under_strict_dtypes():
