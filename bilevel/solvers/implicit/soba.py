@@ -17,9 +17,10 @@ from bilevel.struct import struct
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v|: the norm of the direction in x."""
+    """What a step of SOBA shows."""
 
     direction: Array
+    """|f_x - R_x' v|, shape []: an estimate of |grad F| once y and v have settled."""
 
 
 @struct(kw_only=True)
@@ -37,8 +38,10 @@ class SOBA(Solver):
     Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP, in one sweep over each batch.
 
     Args:
-        lower_step_size, linear_step_size, upper_step_size: a, b, c > 0, optax schedules or optax transformations.
-            Default: `tuning.default_steps` at init.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        linear_step_size: b > 0, likewise. Default: the same as for a.
+        upper_step_size: c > 0, likewise. Default: the upper step of `parts.tuning.default_steps` at the start.
 
     Reference: Dagréou, Ablin, Vaiter, Moreau. A framework for bilevel optimization that enables stochastic and global
         variance reduction algorithms. NeurIPS 2022, arXiv:2201.13409, Algorithm 1.
