@@ -3,6 +3,7 @@
 import importlib
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,11 @@ def test_an_old_module_is_an_attribute_too():
     vars(bilevel).pop("polyhedral", None)
     with pytest.warns(DeprecationWarning, match=r"bilevel\.lower\.polyhedral"):
         assert bilevel.polyhedral.solve is not None
+
+
+@pytest.mark.parametrize("old", sorted(MOVED))
+def test_every_old_name_is_an_attribute_of_its_package(old):
+    package, _, name = old.rpartition(".")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # only the first import of a name warns
+        assert getattr(importlib.import_module(package), name) is importlib.import_module(MOVED[old])

@@ -10,7 +10,9 @@ import pkgutil
 import sys
 from collections.abc import Iterator
 from types import ModuleType
+from typing import TYPE_CHECKING
 
+from bilevel.backend import moved
 from bilevel.solver import Solver
 
 
@@ -36,3 +38,9 @@ def discover(package: str) -> dict[str, type[Solver]]:
 ALL = discover(__name__)
 globals().update(ALL)
 __all__ = list(ALL)  # pyright: ignore[reportUnsupportedDunderAll]
+
+if not TYPE_CHECKING:  # to a type checker, other names are errors
+
+    def __getattr__(name):
+        """A module by its old name, or an error with the nearest name."""
+        return moved.lookup(__name__, name, {}, __all__)
