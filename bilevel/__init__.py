@@ -16,10 +16,11 @@ from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
-from bilevel.record import OracleCount, Record, Row, Solution, SolveError, Stats, Status
+from bilevel.record import OracleCount, Record, Row, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
 from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
+from bilevel.solution import Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.solvers.coupled.bicgaffa import BiCGAFFA
 from bilevel.solvers.coupled.blocc import BLOCC

@@ -21,10 +21,11 @@ from bilevel import report
 from bilevel.backend import sharding
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.problem import BilevelProblem
-from bilevel.record import Record, Row, Solution, SolveError, Stats, Status
+from bilevel.record import Record, Row, Stats, Status
 from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
+from bilevel.solution import Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 

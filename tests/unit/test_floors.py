@@ -14,6 +14,7 @@ ORDER = (  # of the files and folders at the top of bilevel: each imports those 
     "qp",
     "linear",
     "record",
+    "solution",
     "report",
     "step",
     "sets",

@@ -5,7 +5,8 @@ import math
 import matplotlib.image
 import pytest
 
-from bilevel import OracleCount, Record, Solution, Status, record, report
+from bilevel import OracleCount, Record, Solution, Status, report
+from bilevel import solution as end
 
 
 def row(step, **changes):
@@ -20,10 +21,10 @@ def solution(rows, status=Status.CONVERGED):
 
 
 def test_columns_are_aligned():
-    text = [record.header().splitlines()[0]]
+    text = [end.header().splitlines()[0]]
     extremes = ({}, {"value": -1.234567890123e-300}, {"value": math.nan, "hypergradient": math.inf},
                 {"violation": 1e-5, "oracles": 1e12, "time": 99999.0, "lower_residual": math.nan})  # fmt: skip
-    text += [record.row_text(row(123456, **changes)) for changes in extremes]
+    text += [end.row_text(row(123456, **changes)) for changes in extremes]
     bars = [[k for k, letter in enumerate(line) if letter == "|"] for line in text]
     assert len(bars[0]) == 6
     assert all(places == bars[0] for places in bars)
@@ -31,7 +32,7 @@ def test_columns_are_aligned():
 
 
 def test_numbers_in_a_row():
-    cells = [cell.strip() for cell in record.row_text(row(7, value=0.123456789, violation=2e-3)).split("|")]
+    cells = [cell.strip() for cell in end.row_text(row(7, value=0.123456789, violation=2e-3)).split("|")]
     assert cells == ["7", "0.1234568", "1.000e-03", "1.000e-09", "2.00e-03", "17.5", "0.070"]
 
 

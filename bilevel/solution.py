@@ -1,0 +1,96 @@
+"""What `solve` returns, and how it prints: header, table and footer."""
+
+import math
+from typing import Any
+
+from bilevel.record import Record, Row, Stats, Status
+
+PyTree = Any
+
+
+class Solution:
+    """What `solve` returns; printing it gives the report.
+
+    Attributes:
+        x: the solver's upper variable.
+        y: the solver's lower variable.
+        status: how the run ended, a `Status`.
+        record: what was measured on the way, a `Record`.
+        stats: what the run was and what it cost, a dictionary with the entries of `Stats`.
+        state: the solver's state, from which `advance` goes on.
+        info: what the solver shows of its last step.
+    """
+
+    def __init__(
+        self,
+        x: PyTree,
+        y: PyTree,
+        status: Status,
+        record: Record,
+        stats: Stats,
+        state: PyTree,
+        info: PyTree,
+    ) -> None:
+        """Collect the parts."""
+        self.x, self.y, self.status, self.record = x, y, status, record
+        self.stats, self.state, self.info = stats, state, info
+
+    def __str__(self) -> str:
+        """Header, table and footer."""
+        return solution_text(self)
+
+    def __repr__(self) -> str:
+        """One line."""
+        value = self.record.rows[-1]["value"] if self.record.rows else math.nan
+        return f"Solution(status={self.status.name}, steps={self.stats['steps']}, F={value:.6g})"
+
+
+class SolveError(RuntimeError):
+    """Raised by `solve(..., throw=True)` when a run does not end well; `.solution` holds what there is."""
+
+    def __init__(self, solution: Solution) -> None:
+        """Carry the solution."""
+        super().__init__(f"{solution.status.name}: {solution.status.advice}")
+        self.solution = solution
+
+
+HEADINGS = ("step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)")
+
+
+WIDTHS = (9, 14, 10, 10, 9, 11, 9)
+
+
+def header() -> str:
+    """The table's heading and rule."""
+    line = " | ".join(f"{name:>{width}}" for name, width in zip(HEADINGS, WIDTHS, strict=True))
+    return f"{line}\n{'-' * len(line)}"
+
+
+def row_text(row: Row) -> str:
+    """One aligned row."""
+    cells = (
+        f"{int(row['step'])}", f"{row['value']:.7g}", f"{row['hypergradient']:.3e}", f"{row['lower_residual']:.3e}",
+        f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
+    )  # fmt: skip
+    return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def solution_text(solution: "Solution", max_rows: int = 12) -> str:
+    """Header, at most `max_rows` evenly chosen rows (the first and last among them), and a footer with status and
+    times.
+    """
+    rows, stats = solution.record.rows, solution.stats
+    if len(rows) > max_rows:
+        chosen = sorted({round(k * (len(rows) - 1) / (max_rows - 1)) for k in range(max_rows)})
+        rows = [rows[k] for k in chosen]
+    unit = "oracles: passes over the data; feas: distance to the sets; F and hypergrad recomputed with y(x)"
+    footer = (
+        f"{solution.status.name} after {stats['steps']} steps: {solution.status.advice}\n"
+        f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
+        f"measuring {stats['measure_time']:.3f} s; {unit}"
+    )
+    failed = [
+        f"assumption failed at {number} of {stats['steps']} steps: {sentence}"
+        for sentence, number in stats.get("failed", {}).items()
+    ]
+    return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer, *failed])
