@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.table import Table
+from bilevel.backend.table import text as table_text
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -31,6 +33,14 @@ class Status(enum.IntEnum):
         member._value_ = value
         member.advice = advice
         return member
+
+    def __str__(self) -> str:
+        """The name. The number is `int(status)`, and what files hold."""
+        return self.name
+
+    def __format__(self, spec: str) -> str:
+        """The name, as `spec` lays out text; the number where it ends with a type of numbers, as in `{status:d}`."""
+        return format(int(self), spec) if spec[-1:] in tuple("bcdeEfFgGnoxX%") else format(self.name, spec)
 
     CONVERGED = 0, "The referee recomputed every residual, and all are within the tolerance."
     MAX_STEPS = 1, "The step limit came first. Raise max_steps or the step size, or loosen tol."
@@ -239,24 +249,30 @@ class Referee:
         return float(np.power(eps, self.exponent))
 
 
-class Record:
-    """The measurements of a run, a `Row` for each measured step: `rows` by rows, `record["value"]` by columns."""
+class Record(Table):
+    """The measurements of a run: `rows`, a `Row` for each measured step, and `record["value"]`, its columns by name.
+
+    It is a mapping of columns, with `keys()`, `in` and iteration over names, and a `to_pandas()`. As with a data frame
+    its length is the number of rows. A column that nobody measured is an error; the columns of the solver's own info
+    begin after the first step, with NaN before.
+    """
+
+    rows: list[Row]
+    expected = tuple(Row.__annotations__)
 
     def __init__(self, rows: Iterable[Mapping[str, Any]] | None = None) -> None:
         """Start from `rows`, one mapping of numbers by column each."""
-        self.rows: list[Row] = [cast(Row, row) for row in rows or ()]
+        self.rows = [cast(Row, row) for row in rows or ()]
 
     def append(self, **row: float) -> None:
         """Add a row."""
         self.rows.append(cast(Row, row))
 
-    def __len__(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
-
-    def __getitem__(self, column: str) -> np.ndarray:
-        """One column as an array of floats, shape [rows]."""
-        return np.array([row.get(column, math.nan) for row in self.rows], float)
+    def __repr__(self) -> str:
+        """The number of rows and the columns, then the first and last rows of what every run has."""
+        count = f"{len(self)} row{'' if len(self) == 1 else 's'}"
+        shown = [name for name in self.expected if name in self]
+        return f"Record of {count}; columns: {', '.join(self)}\n{table_text(self.rows, shown)}"
 
     def encode(self) -> list[dict[str, str]]:
         """The rows with each number as hexadecimal text: exact, and JSON has no word for NaN."""

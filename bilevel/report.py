@@ -4,16 +4,14 @@ import io
 import math
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bilevel.backend.extras import extra
 from bilevel.backend.files import write_atomically
-
-if TYPE_CHECKING:  # record prints through this module: at run time the arrow points one way
-    from bilevel.record import Record
-
+from bilevel.backend.table import Table
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 DRIVERS = ("step", "violation", "oracles", "time", "error_bound", "status")  # columns that are no curves
@@ -36,7 +34,7 @@ def sparkline(values: Any, width: int = 40) -> str:
     return "".join(BLOCKS[round((v - low) * scale)] if math.isfinite(v) else " " for v in values)
 
 
-def curves(record: "Record") -> Any:
+def curves(record: Table) -> Any:
     """A rich table, a line for each measured quantity, the solver's own among them: name, last value, curve, span."""
     with extra("cli"):
         from rich.table import Table
@@ -64,7 +62,7 @@ class Progress:
         self.wanted = sys.stderr.isatty() and find_spec("rich") is not None if wanted is None else wanted
         self.total, self.label, self.begin, self.bar, self.task = total, label, time.monotonic(), None, None
 
-    def update(self, step: int, record: "Record") -> None:
+    def update(self, step: int, record: Table) -> None:
         """Show `step` and what has been measured so far."""
         if not self.wanted or time.monotonic() - self.begin < 2:
             return
@@ -91,7 +89,7 @@ class Progress:
 
 
 def plot_records(
-    records: dict[str, list["Record"]], path: str | Path, title: str = "", optimum: float | None = None
+    records: Mapping[str, Sequence[Table]], path: str | Path, title: str = "", optimum: float | None = None
 ) -> Path:
     """A PNG of F, hypergradient norm and lower residual (rows) against oracle calls and time (columns).
 
