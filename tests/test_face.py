@@ -1,6 +1,9 @@
 """The public face: what `bilevel` and `irl` show of themselves is spelt out, complete and nothing else."""
 
+import ast
+import dataclasses
 import importlib.metadata
+import inspect
 import re
 import subprocess
 from pathlib import Path
@@ -44,6 +47,23 @@ def test_what_rests_on_an_abstract_or_on_memory_says_so_first(name):
     reported = re.search(r"from (its|the) abstract|from memory|not at hand", doc) is not None
     assert bool(kind.experimental) == reported
     assert doc.startswith(f"Experimental: {kind.experimental}. ") == reported
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_setting_has_a_line_of_its_own(name):
+    docs = "\n".join(inspect.getdoc(base) or "" for base in ALL[name].__mro__ if dataclasses.is_dataclass(base))
+    for field in dataclasses.fields(ALL[name]):
+        assert re.search(rf"^ +{field.name}: ", docs, re.MULTILINE), f"{name}'s docstring has no line on {field.name}"
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_each_field_of_a_state_or_info_says_what_it_is(name):
+    module = ast.parse(Path(inspect.getfile(ALL[name])).read_text())
+    for kind in (node for node in module.body if isinstance(node, ast.ClassDef) and node.name in ("State", "Info")):
+        for field, after in zip(kind.body, [*kind.body[1:], None], strict=True):
+            if isinstance(field, ast.AnnAssign):
+                said = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                assert said, f"{name}: {kind.name}.{ast.unparse(field.target)}"
 
 
 @pytest.mark.parametrize("name", ["bilevel", "irl", "problems", "benchmarks"])

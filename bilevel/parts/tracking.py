@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
@@ -209,7 +210,7 @@ def gradient(problem: BilevelProblem, x: PyTree, found: Tracking, upper: PyTree,
     fx, fy = oracles.upper_gradients(problem, x, y, upper)
     if isinstance(by, ByDiagonal):
         u = unravel_y(jnp.where(by.inside, ravel_pytree(fy)[0] / by.D, 0))
-        return jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, u, lower))
+        return optax.tree.sub(fx, oracles.cross(problem, x, y, u, lower))
     u, v = kkt_solve(by.factor, by.inverse, found.solution.active, ravel_pytree(fy)[0])
     cross = ravel_pytree(oracles.cross(problem, x, y, unravel_y(u), lower))[0]
     flat, unravel_x = ravel_pytree(fx)
@@ -217,23 +218,33 @@ def gradient(problem: BilevelProblem, x: PyTree, found: Tracking, upper: PyTree,
 
 
 class Info(NamedTuple):
-    """|grad F_q(x)|, and what can be seen of the assumptions, as in `Tracked`; all []."""
+    """What a step along an implicit gradient shows, and what can be seen there of the assumptions, as in `Tracked`."""
 
     direction: Array
+    """|grad F_q(x)|, shape []."""
     margin: Array
+    """The least slack or multiplier at y, shape []."""
     feasible: Array
+    """Whether the lower level has a point, shape []."""
     independent: Array
+    """Whether its active rows are linearly independent (LICQ), shape []."""
     definite: Array
+    """Whether g_yy is positive definite, shape []."""
     strict: Array
+    """Whether the margin is more than rounding error, shape []."""
 
 
 class Iterate(NamedTuple):
-    """x, y; the active set at y; the step rule."""
+    """What `implicit_step` moves."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     active: Array
+    """The active set at y, shape [rows] or [0], from which the next one starts."""
     step: Stepper
+    """The step rule of x, with its state."""
 
 
 def implicit_step(

@@ -53,8 +53,8 @@ class FIRL(Imitation):
     Cost per step: num_upper_steps upper gradients, num_lower_steps lower gradients (updates).
 
     Args: those of `imitation.Imitation`, with num_rollouts >= 2 for the covariance, and
-        divergence: "fkl", "rkl" or "js".
-        num_discriminator_steps: steps of D on the episodes of each step, >= 0.
+        divergence: "fkl", "rkl" or "js". Default: "fkl".
+        num_discriminator_steps: steps of D on the episodes of each step, >= 0. Default: 50.
 
     Reference: Ni, Sikchi, Wang, Gupta, Lee, Eysenbach. f-IRL: inverse reinforcement learning via state marginal
         matching. CoRL 2020, arXiv:2011.04709, Theorem 4.1 and Algorithm 1.

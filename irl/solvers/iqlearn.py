@@ -31,10 +31,11 @@ class IQLearn(Imitation):
     Cost per step: num_lower_steps lower gradients (updates).
 
     Args: those of `imitation.Imitation`, of which those about x have no effect, and
-        regularisation: c > 0, the weight of the chi-square term is 1/(4 c).
-        use_memory: see above. Measured: without it little is learnt beyond what `BC` learns; with it policies come
-            close to the expert and leave it again, once the critics tell the few demonstrated pairs from all others.
-            Its authors mostly use temperatures of 0.01, and learning rates of 3e-4 and, for the actor, 3e-5.
+        regularisation: c > 0, the weight of the chi-square term is 1/(4 c). Default: 0.5.
+        use_memory: see above. Default: False. Measured: without it little is learnt beyond what `BC` learns; with it
+            policies come close to the expert and leave it again, once the critics tell the few demonstrated pairs from
+            all others. Its authors mostly use temperatures of 0.01, and learning rates of 3e-4 and, for the actor,
+            3e-5.
 
     Reference: Garg, Chakraborty, Cundy, Song, Ermon. IQ-Learn: inverse soft-Q learning for imitation. NeurIPS 2021,
         arXiv:2106.12142, Algorithm 1.

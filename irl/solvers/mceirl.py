@@ -51,9 +51,10 @@ class MCEIRL(Solver):
     Cost per step: 1 upper gradient (in closed form, with one occupancy), `max_sweeps` lower gradients at most.
 
     Args:
-        upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
+        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(curvature of F at
+            x0).
         max_sweeps: the most sweeps of soft value iteration in a step, >= 0, from the last Q; they stop at rounding
-            error before. With a horizon T there are always T.
+            error before. With a horizon T there are always T. Default: 1000.
 
     Reference: Ziebart, Bagnell, Dey. Modeling interaction via the principle of maximum causal entropy. ICML 2010.
     Differs from the paper: discounted processes are served, too; sweeps start from the last Q; x is projected; with

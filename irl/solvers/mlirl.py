@@ -61,11 +61,14 @@ class MLIRL(Solver):
     Cost per step: 1 upper gradient (in closed form, with one occupancy), T lower gradients.
 
     Args:
-        upper_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(curvature of F at x0).
-        num_lower_steps: the number T of sweeps, >= 1.
-        policy_evaluation: hold pi during the T sweeps, as an actor-critic does; with T = 1 the two are the same.
-        num_rollouts: sampled trajectories of the agent each step, >= 1. Default: None, for the exact occupancy.
+        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(curvature of F at
+            x0).
+        num_lower_steps: T >= 1, sweeps in a step. Default: 1.
+        policy_evaluation: whether pi is held during the T sweeps, as in an actor-critic; with T = 1 the two are the
+            same. Default: False.
+        num_rollouts: sampled trajectories of the agent in a step, >= 1. Default: None, for the exact occupancy.
         rollout_length: their number of steps, >= 1; the weight gamma^length/(1 - gamma) of what follows is missing.
+            Default: 50.
 
     Reference: Zeng, Li, Garcia, Hong. Maximum-likelihood inverse reinforcement learning with finite-time guarantees.
         NeurIPS 2022, arXiv:2210.01282, Algorithm 1.

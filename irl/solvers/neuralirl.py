@@ -108,19 +108,19 @@ class NeuralIRL(Solver):
     Cost per step: 1 upper gradient (in closed form, with one occupancy or one sample), 1 lower gradient (the TD step).
 
     Args:
-        lower_step_size: eta > 0, an optax schedule or transformation. Default: 1/lambda, with lambda the largest
-            eigenvalue of the weighted tangent kernel at D = 0; with num_transitions 1/c^2 <= 1/|grad_D Q|^2, since
-            one pair may be the whole sample.
-        upper_step_size: alpha > 0, an optax schedule or transformation. Default: 1/(curvature of F at x0).
+        lower_step_size: eta > 0. A number, an optax schedule or an optax transformation. Default: 1/lambda, with lambda
+            the largest eigenvalue of the weighted tangent kernel at D = 0; with num_transitions 1/c^2 <= 1/|grad_D
+            Q|^2, since one pair may be the whole sample.
+        upper_step_size: alpha > 0, likewise. Default: 1/(curvature of F at x0).
         upper_decay: s >= 0. Default: 1/2, as in the theory.
-        radius: B > 0.
-        weight_decay: the factor "decay" of x above, >= 0.
-        averaging: p >= 0; 0 is the plain average, and a large p is close to the last iterate.
-        inputs: what the Q network sees, z [S, A, d] with |z(s, a)| = 1. Default: `rewards.one_hot_pairs`.
-        width: the number m of units, even and >= 2.
-        num_transitions: the number n of chains that follow the agent's policy, restarted from rho with probability
-            1 - gamma; one transition of each is the sample of the TD step and of h(agent).
-            Default: None, for expectations over all pairs with equal w, and exact occupancies.
+        radius: B > 0, of the ball around the initial weights. Default: 50.
+        weight_decay: the factor "decay" of x above, >= 0. Default: 0.
+        averaging: p >= 0; a large p is close to the last iterate. Default: 0, the plain average.
+        inputs: what the Q network sees, z of shape [S, A, d] with |z(s, a)| = 1. Default: `rewards.one_hot_pairs`.
+        width: m, the number of units, even and >= 2. Default: 256.
+        num_transitions: n >= 1 chains that follow the agent's policy, restarted from rho with probability 1 - gamma;
+            one transition of each is the sample of the TD step and of h(agent). Default: None, for expectations over
+            all pairs with equal w, and exact occupancies.
 
     Reference: Zhang, Zeng, Li, Garcia, Hong. Understanding inverse reinforcement learning under overparameterization:
         non-asymptotic analysis and global optimality. AISTATS 2025 (PMLR 258), arXiv:2503.17865.

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles
@@ -19,25 +20,37 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; w, shaped like y; z, multipliers [rows]; the rules of w, of (x, y), of z and of c."""
+    """What a step of BiCGAFFA needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     w: PyTree
+    """The gap function's maximiser over Y, followed by one step at a time, shaped like y."""
     z: Array
+    """Multipliers, shape [rows]."""
     step_w: Stepper
+    """The step rule of w, with its state."""
     step: Stepper
+    """The step rule of (x, y), with its state."""
     step_z: Stepper
+    """The step rule of z, with its state."""
     penalty: Stepper
+    """The step rule of c, with its state."""
 
 
 class Info(NamedTuple):
-    """|d_x|, |d_y|, |y - w|, and the norm of the coupling's violation at the old (x, y)."""
+    """What a step of BiCGAFFA shows."""
 
     direction_x: Array
+    """|d_x|, shape []."""
     direction_y: Array
+    """|d_y|, shape []."""
     proximal_gap: Array
+    """|y - w| at the old y and the new w, shape []."""
     violation: Array
+    """Norm of the coupling's violation at the old (x, y), shape []."""
 
 
 @struct(kw_only=True)
@@ -65,12 +78,14 @@ class BiCGAFFA(Solver):
     Cost per step: 1 upper gradient, 3 lower gradients. As many gradients of h are not counted.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation, for w. upper_step_size: b > 0, likewise,
-            for (x, y) together. dual_step_size: e > 0, likewise, for z. Defaults, with L_f, L_g, J from
-            `lagrangian.lipschitz`: a = 1/(L_g + 1/gamma_1), b = 1/(L_f/c_0 + 2 L_g + 1/gamma_1 + 2 gamma_2 J^2), and
-            e = 1/(1/gamma_2 + gamma_1 J^2).
-        penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.3.
-        gamma_1, gamma_2: > 0. bound: r > 0.
+        lower_step_size: a > 0, for w. A number, an optax schedule or an optax transformation. Default: 1/(L_g +
+            1/gamma_1), with L_f, L_g, J here and below from `lagrangian.lipschitz`.
+        upper_step_size: b > 0, likewise, for (x, y) together. Default: 1/(L_f/c_0 + 2 L_g + 1/gamma_1 + 2 gamma_2 J^2).
+        dual_step_size: e > 0, likewise, for z. Default: 1/(1/gamma_2 + gamma_1 J^2).
+        penalty: c_k > 0, a number or an optax schedule of the step. Default: (k + 1)^0.3.
+        gamma_1: > 0, of the proximal term in w. Default: 1.
+        gamma_2: > 0, of the proximal term in lam. Default: 1.
+        bound: r > 0, of the multipliers z. Default: 1000.
 
     Reference: Yao, Yin, Zeng, Zhang. Overcoming lower-level constraints in bilevel optimization: a novel approach with
         regularized gap functions. ICLR 2025, arXiv:2406.01992, Algorithm 1.
@@ -143,7 +158,7 @@ class BiCGAFFA(Solver):
         z = lagrangian.clip(problem, z, self.bound)
 
         info = Info(
-            norm(dx), norm(dy), norm(jax.tree.map(jnp.subtract, state.y, w)),
+            norm(dx), norm(dy), norm(optax.tree.sub(state.y, w)),
             norm(oracles.coupling_residual(problem, state.x, state.y)),
         )  # fmt: skip
         return State(problem.x_set.project(x), problem.y_set.project(y), w, z, step_w, step, step_z, penalty), info

@@ -19,23 +19,33 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y and m, minimiser and multipliers [rows] of f/c + g; z and n, those of g; sizes s and r; the rule of x."""
+    """What a step of BLOCC needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The minimiser of f/c + g over Y under h <= 0."""
     m: Array
+    """The multipliers there, shape [rows]."""
     z: PyTree
+    """The minimiser of g over Y under h <= 0, shaped like y."""
     n: Array
+    """The multipliers there, shape [rows]."""
     size: Array
+    """The primal step size s of both, shape []."""
     dual_size: Array
+    """The dual step size r of both, shape []."""
     step_x: Stepper
+    """The step rule of x, with its state."""
 
 
 class Info(NamedTuple):
-    """The norms of the direction in x and of the coupling's violation at y."""
+    """What a step of BLOCC shows."""
 
     direction: Array
+    """Norm of the direction in x, shape []."""
     violation: Array
+    """Norm of the coupling's violation at the old x and the new y, shape []."""
 
 
 @struct(kw_only=True)
@@ -57,11 +67,13 @@ class BLOCC(Solver):
         for each of g, are not counted.
 
     Args:
-        lower_step_size: s > 0 of both max-min problems. Default: 1/(L_f/c + L_g), by `lagrangian.lipschitz`.
-        dual_step_size: r > 0. Default: 1/(s J^2), J the norm of h's derivative.
-        upper_step_size: e > 0, an optax schedule or an optax transformation. Default: 1/(L_f + c L_g).
-        penalty: c > 0. num_lower_steps: T >= 1. num_primal_steps: steps of y for each dual step, 1 where h is affine
-            in y; with more the dual steps are accelerated.
+        lower_step_size: s > 0 of both max-min problems, a number. Default: 1/(L_f/c + L_g), by `lagrangian.lipschitz`.
+        dual_step_size: r > 0, a number. Default: 1/(s J^2), J the norm of h's derivative.
+        upper_step_size: e > 0. A number, an optax schedule or an optax transformation. Default: 1/(L_f + c L_g).
+        penalty: c > 0. Default: 10.
+        num_lower_steps: T >= 1, dual steps. Default: 20.
+        num_primal_steps: >= 1, steps of y for each dual step; with more than one the dual steps are accelerated.
+            Default: 1, enough where h is affine in y.
 
     Reference: Jiang, Xiao, Tenorio, Real-Rojas, Marques, Chen. A primal-dual-assisted penalty approach to bilevel
         optimization with coupled constraints. NeurIPS 2024, arXiv:2406.10148, Algorithms 1 and 2.

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles
@@ -22,29 +23,41 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y and m, minimiser and multipliers [rows] with f; z and n, without; move, shaped like x; the steps' sizes."""
+    """What a step of F2CBA needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The minimiser with f."""
     m: Array
+    """The multipliers there, shape [rows]."""
     z: PyTree
+    """The minimiser without f, shaped like y."""
     n: Array
+    """The multipliers there, shape [rows]."""
     move: PyTree
+    """The next step u of x, shaped like x; 0 without a radius."""
     size: Array
+    """The primal step size of `lagrangian.max_min`, shape []."""
     dual_size: Array
+    """The dual one, shape []."""
     step_x: Stepper
+    """The step rule of x, with its state."""
 
 
 class Info(NamedTuple):
-    """The norm of the hypergradient's estimate; how many rows are active; the violation at y; whether the active rows
-    are linearly independent; margin, the least over the inequalities of the larger of multiplier and slack at z.
-    """
+    """What a step of F2CBA shows."""
 
     direction: Array
+    """|G|, shape []: the norm of the hypergradient's estimate."""
     active: Array
+    """How many rows are active, shape []."""
     violation: Array
+    """Norm of the coupling's violation at y, shape []."""
     independent: Array
+    """Whether the active rows are linearly independent, shape []."""
     margin: Array
+    """The least over the inequalities of the larger of multiplier and slack at z, shape []."""
 
 
 @struct(kw_only=True)
@@ -75,12 +88,14 @@ class F2CBA(Solver):
         alone T + 1 and 2 T + 2.
 
     Args:
-        lower_step_size, dual_step_size: of `lagrangian.max_min`, > 0. Default, by
-            `lagrangian.lipschitz`: s = 1/(d L_f + L_g) and 1/(s J^2).
-        upper_step_size: c > 0, an optax schedule or an optax transformation; a number with a radius. Default:
-            1/(L_f + L_g/d).
-        alpha: > 0, small: errors of z are divided by d. radius: D > 0, or None; c is then of order D/|G|.
-        num_lower_steps: T >= 1. num_penalty_steps: K >= 1.
+        lower_step_size: s > 0 of `lagrangian.max_min`, a number. Default: 1/(d L_f + L_g), by `lagrangian.lipschitz`.
+        dual_step_size: > 0, a number. Default: 1/(s J^2), likewise.
+        upper_step_size: c > 0. A number, an optax schedule or an optax transformation. With a radius it is a number, of
+            order D/|G|. Default: 1/(L_f + L_g/d).
+        alpha: > 0, small: errors of z are divided by d = alpha^2. Default: 0.1.
+        radius: D > 0, the longest step of x. Default: None, for plain steps.
+        num_lower_steps: T >= 1, dual steps. Default: 20.
+        num_penalty_steps: K >= 1, steps in y where there are inequalities. Default: 30.
 
     Reference: Kornowski, Padmanabhan, Wang, Zhang, Sra. First-order methods for linearly constrained bilevel
         optimization. NeurIPS 2024, arXiv:2406.12771: the oracles of its sections on equalities and on inequalities with
@@ -126,7 +141,7 @@ class F2CBA(Solver):
         if self.upper_step_size is None:
             L_f, L_g, _ = lagrangian.lipschitz(full, key, x, y)
             default = 1 / (L_f + L_g / jnp.asarray(self.alpha, m.dtype) ** 2)
-        still = jax.tree.map(jnp.zeros_like, x)
+        still = optax.tree.zeros_like(x)
         return State(x, y, m, y, m, still, size, dual_size, stepper(self.upper_step_size, default, x))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
@@ -151,7 +166,7 @@ class F2CBA(Solver):
             value, gradient = weighted(y)
             h, pull = oracles.coupling_pullback(problem, x, y)
             off = jnp.where(held, h, 0)
-            return value + n @ h + off @ off / (2 * delta), jax.tree.map(jnp.add, gradient, pull(n + off / delta)[1])
+            return value + n @ h + off @ off / (2 * delta), optax.tree.add(gradient, pull(n + off / delta)[1])
 
         if _equalities_alone(problem):
             y, m = lagrangian.max_min(problem, x, state.y, state.m, lambda y: weighted(y)[1], *sizes)

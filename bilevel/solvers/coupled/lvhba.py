@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -21,26 +22,39 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; w, shaped like y; lam and z, multipliers [rows]; the rules of (w, lam), of (x, y), of z and of c."""
+    """What a step of LVHBA needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     w: PyTree
+    """The saddle value's minimiser over Y, followed by one step at a time, shaped like y."""
     lam: Array
+    """Its multipliers, shape [rows]."""
     z: Array
+    """The multipliers that lam is pulled to, shape [rows]."""
     step_w: Stepper
+    """The step rule of (w, lam), with its state."""
     step: Stepper
+    """The step rule of (x, y), with its state."""
     step_z: Stepper
+    """The step rule of z, with its state."""
     penalty: Stepper
+    """The step rule of c, with its state."""
 
 
 class Info(NamedTuple):
-    """|d_x|, |d_y|, |y - w| and |lam - z|."""
+    """What a step of LVHBA shows."""
 
     direction_x: Array
+    """|d_x|, shape []."""
     direction_y: Array
+    """|d_y|, shape []."""
     proximal_gap: Array
+    """|y - w| at the old y and the new w, shape []."""
     multiplier_gap: Array
+    """|lam - z| at the new lam and the old z, shape []."""
 
 
 @struct(kw_only=True)
@@ -65,12 +79,16 @@ class LVHBA(Solver):
     Cost per step: 1 upper gradient, 3 lower gradients. Gradients of h and projections are not counted.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation, for (w, lam). upper_step_size: b > 0,
-            likewise, for (x, y). dual_step_size: e > 0, likewise, for z. Defaults, with L_f, L_g, J from
-            `lagrangian.lipschitz` and m = min(1/gamma_1, 1/gamma_2): a = m/(L_g + 1/gamma_1 + 1/gamma_2 + J)^2, for
-            which the steps on (w, lam) contract; e = a; b = min(a, 1/(L_f/c_0 + 2 L_g + 1/gamma_1)).
-        penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.3.
-        gamma_1, gamma_2: > 0. bound: r > 0.
+        lower_step_size: a > 0, for (w, lam). A number, an optax schedule or an optax transformation. Default: m/(L_g +
+            1/gamma_1 + 1/gamma_2 + J)^2, with m = min(1/gamma_1, 1/gamma_2) and L_f, L_g, J here and below from
+            `lagrangian.lipschitz`: the steps on (w, lam) contract.
+        upper_step_size: b > 0, likewise, for (x, y). Default: min(a, 1/(L_f/c_0 + 2 L_g + 1/gamma_1)), with the default
+            a.
+        dual_step_size: e > 0, likewise, for z. Default: that of a.
+        penalty: c_k > 0, a number or an optax schedule of the step. Default: (k + 1)^0.3.
+        gamma_1: > 0, of the proximal term in w. Default: 1.
+        gamma_2: > 0, of the proximal term in lam. Default: 1.
+        bound: r > 0, of the multipliers z. Default: 1000.
 
     Reference: Yao, Yu, Zeng, Zhang. Constrained bi-level optimization: proximal Lagrangian value function approach and
         Hessian-free algorithm. ICLR 2024, arXiv:2401.16164, Algorithm 1.
@@ -135,7 +153,7 @@ class LVHBA(Solver):
         dx = jax.tree.map(lambda f, g, h: f / jnp.asarray(c, f.dtype) + g - h, fx, gap_x, lam_x)
         along_y = lambda f, g, y, w: f / jnp.asarray(c, f.dtype) + g - (y - w) / jnp.asarray(g1, f.dtype)  # noqa: E731
         dy = jax.tree.map(along_y, fy, gy, y, w)
-        gap = norm(jax.tree.map(jnp.subtract, y, w))
+        gap = norm(optax.tree.sub(y, w))
         moved, step = state.step((x, y), (dx, dy))
         if problem.coupling is None:  # the set is a product, and no dense matrix is needed
             x, y = problem.x_set.project(moved[0]), problem.y_set.project(moved[1])

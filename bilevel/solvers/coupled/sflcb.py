@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles
@@ -20,29 +21,41 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y, u, alpha: minimiser, multipliers and slacks of delta f + g; z, v, beta: those of g; the rules of x, of
-    (y, alpha), of (z, beta) and of (u, v).
-    """
+    """What a step of SFLCB needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The minimiser of delta f + g."""
     z: PyTree
+    """The minimiser of g, shaped like y."""
     u: Array
+    """The multipliers at y, shape [rows]."""
     v: Array
+    """The multipliers at z, shape [rows]."""
     alpha: Array
+    """The slacks at y, shape [rows]."""
     beta: Array
+    """The slacks at z, shape [rows]."""
     step_x: Stepper
+    """The step rule of x, with its state."""
     step_y: Stepper
+    """The step rule of (y, alpha), with its state."""
     step_z: Stepper
+    """The step rule of (z, beta), with its state."""
     step_u: Stepper
+    """The step rule of (u, v), with its state."""
 
 
 class Info(NamedTuple):
-    """The norms of the direction in x, over delta, and of h(x, y) - alpha and h(x, z) - beta."""
+    """What a step of SFLCB shows."""
 
     direction: Array
+    """|K_x|/delta, shape [], in the units of grad F."""
     gap_y: Array
+    """|h(x, y) - alpha| before the step, shape []."""
     gap_z: Array
+    """|h(x, z) - beta| likewise, shape []."""
 
 
 @struct(kw_only=True)
@@ -66,11 +79,12 @@ class SFLCB(Solver):
     Cost per step: 1 upper gradient, 3 lower gradients.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation. Default, by `lagrangian.lipschitz`:
-            1/(delta L_f + L_g + rho (J^2 + 1)).
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(delta L_f + L_g +
+            rho (J^2 + 1)), by `lagrangian.lipschitz`.
         dual_step_size: d > 0, likewise. Default: rho.
-        upper_step_size: c > 0, likewise. Default: a/2.
-        delta, rho: > 0.
+        upper_step_size: c > 0, likewise. Default: half of the default a.
+        delta: > 0, the weight of f. Default: 0.1.
+        rho: > 0, the weight of the squared residuals. Default: 1.
 
     Reference: Shen, Zhang, Huang, Shen. A single-loop first-order algorithm for linearly constrained bilevel
         optimization. NeurIPS 2025, arXiv:2510.24710, Algorithm 1.
@@ -130,7 +144,7 @@ class SFLCB(Solver):
         (p_x, p_y), (q_x, q_z) = pull_y(p), pull_z(q)
         dx = jax.tree.map(lambda f, g, p, q: jnp.asarray(delta, f.dtype) * f + g + p - q, fx, gap_x, p_x, q_x)
         dy = jax.tree.map(lambda f, g, p: jnp.asarray(delta, f.dtype) * f + g + p, fy, gy, p_y)
-        dz = jax.tree.map(jnp.add, gz, q_z)
+        dz = optax.tree.add(gz, q_z)
         x, step_x = state.step_x(x, dx)
         (y, alpha), step_y = state.step_y((y, state.alpha), (dy, -p))
         (z, beta), step_z = state.step_z((z, state.beta), (dz, -q))

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -20,11 +20,10 @@ from bilevel.struct import static, struct
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v|, the norm of the hypergradient's approximation; |R(x, y)| after the lower steps is in the
-    record.
-    """
+    """What a step of AID shows."""
 
     direction: Array
+    """|f_x - R_x' v|, shape []: the norm of the hypergradient's approximation."""
 
 
 @struct(kw_only=True)
@@ -40,12 +39,15 @@ class AID(Solver):
     Cost per step: 1 upper gradient, num_lower_steps lower gradients, the products of `linear` in HVPs, 1 JVP.
 
     Args:
-        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. Default: `tuning`'s.
-        num_lower_steps: >= 1. linear: a linear solver from `bilevel.linear` with max_iterations set; default 10
-            iterations of CG, or of GMRES for fixed points; `Neumann` gives AID-FP.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        upper_step_size: c > 0, likewise. Default: the upper step of `parts.tuning.default_steps` at the start.
+        num_lower_steps: steps in y, >= 1. Default: 10.
+        linear: a linear solver from `bilevel.linear` with max_iterations set; `Neumann` gives AID-FP. Default: 10
+            iterations of CG, or of GMRES for fixed points.
 
-    Reference: Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016, arXiv:1602.02355, Algorithm
-    1.
+    Reference: Pedregosa. Hyperparameter optimization with approximate gradient. ICML 2016, arXiv:1602.02355,
+        Algorithm 1.
         Grazzi, Franceschi, Pontil, Salzo. On the iteration complexity of hypergradient computation. ICML 2020,
         arXiv:2006.16218, Algorithm 2. Warm start of v: Ji, Yang, Liang, ICML 2021, arXiv:2010.07962, Algorithm 1.
     Differs from the papers: numbers of iterations are fixed in place of Pedregosa's decreasing tolerances; x is
@@ -107,7 +109,7 @@ class AID(Solver):
         transposed = oracles.flat_operator(problem, x, y, batch_g, transpose=True)
         flat_v, _ = self._linear(problem).iterate(transposed, flat_fy, ravel_pytree(state.v)[0])
         v = unravel(flat_v)
-        direction = jax.tree.map(jnp.subtract, fx, oracles.cross(problem, x, y, v, batch_g))
+        direction = optax.tree.sub(fx, oracles.cross(problem, x, y, v, batch_g))
 
         x, step_x = state.step_x(x, direction)
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, state.step_v, state.upper, lower)

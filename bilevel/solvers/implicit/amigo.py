@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 from jax import Array, lax
 
 from bilevel import oracles
@@ -18,9 +18,10 @@ PyTree = Any
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v|."""
+    """What a step of AmIGO shows."""
 
     direction: Array
+    """|f_x - R_x' v|, shape []: the norm of the hypergradient's estimate."""
 
 
 @struct(kw_only=True)
@@ -37,8 +38,12 @@ class AmIGO(Solver):
     Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
 
     Args:
-        lower_step_size, linear_step_size, upper_step_size: a, b, c > 0, optax schedules or optax transformations.
-            Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        linear_step_size: b > 0, likewise. Default: the same as for a.
+        upper_step_size: c > 0, likewise. Default: the upper step of `parts.tuning.default_steps` at the start.
+        num_lower_steps: T >= 1, steps in y. Default: 10.
+        num_linear_steps: Q >= 1, steps in v. Default: 10.
 
     Reference: Arbel, Mairal. Amortized implicit differentiation for stochastic bilevel optimization. ICLR 2022,
         arXiv:2111.14580, Algorithms 1 to 3.
@@ -73,7 +78,7 @@ class AmIGO(Solver):
             def linear_step(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple, None]:
                 v, step_v, lower = carry
                 batch, lower = problem.lower_data.next(lower, key, x, y)
-                v, step_v = step_v(v, jax.tree.map(jnp.subtract, oracles.hvp(problem, x, y, v, batch), fy))
+                v, step_v = step_v(v, optax.tree.sub(oracles.hvp(problem, x, y, v, batch), fy))
                 return (v, step_v, lower), None
 
             keys = jax.random.split(key, self.num_linear_steps)

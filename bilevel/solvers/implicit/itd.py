@@ -15,10 +15,12 @@ from bilevel.struct import static, struct
 
 
 class Info(NamedTuple):
-    """|d/dx f(x, y_T(x))| and f(x, y_T)."""
+    """What a step of ITD shows."""
 
     direction: Array
+    """|d/dx f(x, y_T(x))|, shape [], the norm of the derivative through the T steps."""
     value: Array
+    """f(x, y_T) before x moves, shape []."""
 
 
 @struct(kw_only=True)
@@ -36,8 +38,11 @@ class ITD(Solver):
     Cost per step: 1 upper gradient, T lower gradients, T HVPs, T JVPs. Memory: T copies of y.
 
     Args:
-        lower_step_size: a > 0 or an optax schedule of the outer step. upper_step_size: c > 0, an optax schedule or an
-            optax transformation. Default: `tuning`'s. num_lower_steps: T >= 1.
+        lower_step_size: a > 0, a number or an optax schedule of the outer step. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        upper_step_size: c > 0. A number, an optax schedule or an optax transformation. Default: the upper step of
+            `parts.tuning.default_steps` at the start.
+        num_lower_steps: T >= 1, steps in y that the derivative goes through. Default: 20.
 
     Reference: Franceschi, Donini, Frasconi, Pontil. Forward and reverse gradient-based hyperparameter optimization.
         ICML 2017, arXiv:1703.01785. Grazzi et al., ICML 2020, arXiv:2006.16218, Algorithm 1. Warm start of y: Ji,

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles, theory
@@ -20,11 +21,14 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """The shared iterates; tables over the upper blocks of (f_x, f_y) and the lower blocks of (R, R_y' v, R_x' v)."""
+    """What a step of SABA needs."""
 
     iterates: Iterates
+    """The variables, step rules and sources that most solvers share."""
     upper_table: SagaTable
+    """(f_x, f_y) of every upper block, where it was last looked at."""
     lower_table: SagaTable
+    """(R, R_y' v, R_x' v) of every lower block, likewise."""
 
     @property
     def x(self) -> PyTree:
@@ -38,9 +42,10 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v| of the variance-reduced direction."""
+    """What a step of SABA shows."""
 
     direction: Array
+    """|f_x - R_x' v| of the variance-reduced direction, shape []."""
 
 
 @struct(kw_only=True)
@@ -57,8 +62,11 @@ class SABA(Solver):
     Memory: num_blocks (2 dim y + dim x) for g and num_blocks (dim y + dim x) for f.
 
     Args:
-        lower_step_size, linear_step_size, upper_step_size: a, b, c > 0, optax schedules or optax transformations.
-            Default: `tuning.default_steps` at init, a third of it as in SAGA's theory.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: a third of the lower
+            step of `parts.tuning.default_steps` at the start, as in SAGA's theory.
+        linear_step_size: b > 0, likewise. Default: the same as for a.
+        upper_step_size: c > 0, likewise. Default: a third of the upper step of `parts.tuning.default_steps` at the
+            start.
 
     Reference: Dagréou, Ablin, Vaiter, Moreau. A framework for bilevel optimization that enables stochastic and global
         variance reduction algorithms. NeurIPS 2022, arXiv:2201.13409, Section 3 (SABA).
@@ -118,10 +126,10 @@ class SABA(Solver):
         new_lower = oracles.directions(problem, it.x, it.y, it.v, problem.lower_data.block(i))
         (fx, fy), upper_table = saga(state.upper_table, j, new_upper)
         (R, Hv, Jv), lower_table = saga(state.lower_table, i, new_lower)
-        direction_x = jax.tree.map(jnp.subtract, fx, Jv)
+        direction_x = optax.tree.sub(fx, Jv)
 
         y, step_y = it.step_y(it.y, R)
-        v, step_v = it.step_v(it.v, jax.tree.map(jnp.subtract, Hv, fy))
+        v, step_v = it.step_v(it.v, optax.tree.sub(Hv, fy))
         x, step_x = it.step_x(it.x, direction_x)
         it = Iterates(problem.x_set.project(x), y, v, step_x, step_y, step_v, it.upper, it.lower)
         return State(it, upper_table, lower_table), Info(norm(direction_x))

@@ -3,7 +3,7 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles, theory
@@ -99,8 +99,8 @@ class SOBA(Solver):
 
         fx, fy = oracles.upper_gradients(problem, x, y, batch_f)
         R, Hv, Jv = oracles.directions(problem, x, y, v, batch_g)
-        direction_v = jax.tree.map(jnp.subtract, Hv, fy)
-        direction_x = jax.tree.map(jnp.subtract, fx, Jv)
+        direction_v = optax.tree.sub(Hv, fy)
+        direction_x = optax.tree.sub(fx, Jv)
 
         y, step_y = state.step_y(y, R)
         v, step_v = state.step_v(v, direction_v)

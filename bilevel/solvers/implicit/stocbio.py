@@ -16,9 +16,10 @@ PyTree = Any
 
 
 class Info(NamedTuple):
-    """|f_x - R_x' v|."""
+    """What a step of stocBiO shows."""
 
     direction: Array
+    """|f_x - R_x' v|, shape []: the norm of the hypergradient's estimate."""
 
 
 @struct(kw_only=True)
@@ -34,8 +35,13 @@ class StocBiO(Solver):
     Cost per step: 1 upper gradient, T lower gradients, Q HVPs, 1 JVP.
 
     Args:
-        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size:
-            eta > 0 or an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        linear_step_size: eta > 0, a number or an optax schedule. Default: the same as for a.
+        upper_step_size: c > 0. A number, an optax schedule or an optax transformation. Default: the upper step of
+            `parts.tuning.default_steps` at the start.
+        num_lower_steps: T >= 1, steps in y. Default: 10.
+        num_linear_steps: Q >= 1, terms of the series after the first. Default: 10.
 
     Reference: Ji, Yang, Liang. Bilevel optimization: convergence analysis and enhanced design. ICML 2021,
         arXiv:2010.07962, Algorithms 2 and 3.

@@ -23,20 +23,27 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; the rules for (x, y) and for the lower steps."""
+    """What a step of BOME needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     step: Stepper
+    """The step rule of (x, y), with its state."""
     step_y: Stepper
+    """The step rule of the lower steps, those of w, with its state."""
 
 
 class Info(NamedTuple):
-    """|df + lam dq|, lam, and |dq|, which is 0 where y minimises g(x, .)."""
+    """What a step of BOME shows."""
 
     direction: Array
+    """|df + lam dq|, shape []."""
     multiplier: Array
+    """The multiplier lam, shape []."""
     gap_gradient: Array
+    """|dq|, shape [], which is 0 where y minimises g(x, .)."""
 
 
 @struct(kw_only=True)
@@ -57,11 +64,13 @@ class BOME(Solver):
     Cost per step: 1 upper gradient, T + 2 lower gradients.
 
     Args:
-        lower_step_size: b > 0, an optax schedule or an optax transformation; b <= 1/L. Default: `tuning`'s.
-        upper_step_size: a > 0, an optax schedule or an optax transformation, for (x, y) together. Default:
-            min(a_F, b)/10, with `tuning`'s steps a_F for F and b for g; with a y_set min(1/L_f, b)/10 and b = 1/L_g,
-            from `spectrum.smoothness`.
-        decrease: eta > 0. num_lower_steps: T >= 1.
+        lower_step_size: b > 0, at most 1/L. A number, an optax schedule or an optax transformation. Default: the lower
+            step of `parts.tuning.default_steps` at the start, or 1/L_g from `spectrum.smoothness` with a y_set.
+        upper_step_size: a > 0, likewise, for (x, y) together. Default: min(a_F, b)/10 with the upper step a_F and the
+            lower step b of `parts.tuning.default_steps`; with a y_set min(1/L_f, b)/10 and b = 1/L_g, from
+            `spectrum.smoothness`.
+        decrease: eta > 0, how fast the gap has to fall. Default: 0.5.
+        num_lower_steps: T >= 1, steps in w. Default: 30.
 
     Reference: Ye, Liu, Wright, Stone, Liu. BOME! Bilevel optimization made easy: a simple first-order approach.
         NeurIPS 2022, arXiv:2209.08709, with phi = eta |dq|^2.

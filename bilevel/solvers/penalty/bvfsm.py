@@ -24,23 +24,33 @@ CUT = 0.01  # part of the largest slack below which the logarithm is continued b
 
 
 class State(NamedTuple):
-    """x, y; z, the regularised minimiser of g(x, .), shaped like y; the rules of x and z, and of the decay."""
+    """What a step of BVFSM needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     z: PyTree
+    """The minimiser of the regularised g(x, .), shaped like y."""
     step_x: Stepper
+    """The step rule of x, with its state."""
     step_z: Stepper
+    """The step rule of z, with its state."""
     decay: Stepper
+    """The step rule of the weights' decay d_k, with its state."""
 
 
 class Info(NamedTuple):
-    """The norm of the direction in x; the slack v - g(x, y) left to the barrier, and its multiplier s/slack; decay."""
+    """What a step of BVFSM shows."""
 
     direction: Array
+    """Norm of the direction in x, shape []."""
     slack: Array
+    """The slack v - g(x, y) that is left to the barrier, shape []."""
     multiplier: Array
+    """The barrier's multiplier of g: s/slack, until its parabola takes over; shape []."""
     decay: Array
+    """The factor d_k of this step, shape []."""
 
 
 def _decay(k: Array) -> Array:
@@ -74,12 +84,15 @@ class BVFSM(Solver):
     Cost per step: with K = num_penalty_steps, K + 2 upper gradients, T + K + 3 lower gradients and 2 lower values.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(L_g + mu), from
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(L_g + mu), L_g from
             `spectrum.smoothness`.
-        upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g).
-        regularisation, penalty_regularisation, barrier: mu, theta, s > 0 at the first step.
-        decay: d_k, an optax schedule of the step or a number. Default: 1.01^-k, at least 1e-5.
-        num_lower_steps: T >= 1. num_penalty_steps: >= 1.
+        upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g), likewise.
+        regularisation: mu > 0 at the first step. Default: 1.
+        penalty_regularisation: theta > 0 at the first step. Default: 0.01.
+        barrier: s > 0 at the first step. Default: 1.
+        decay: d_k > 0, a number or an optax schedule of the step. Default: 1.01^-k, at least 1e-5.
+        num_lower_steps: T >= 1, steps in z. Default: 20.
+        num_penalty_steps: K >= 1, steps in y. Default: 20.
 
     Reference: Liu, Liu, Zeng, Zhang, Zhang. Value-function-based sequential minimization for bi-level optimization.
         arXiv:2110.04974, 2021; Liu, Liu, Yuan, Zeng, Zhang. A value-function-based interior-point method for non-convex

@@ -23,24 +23,35 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x; y and z, the lower iterates with and without f; three step rules and the multiplier's; the sources' states."""
+    """What a step of F2SA needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate with f: near the minimiser of f/lam + g."""
     z: PyTree
+    """The lower iterate without f: near the minimiser of g."""
     step_x: Stepper
+    """The step rule of x, with its state."""
     step_y: Stepper
+    """The step rule of y, with its state."""
     step_z: Stepper
+    """The step rule of z, with its state."""
     penalty: Stepper
+    """The step rule of lam, with its state."""
     upper: PyTree
+    """The state of the upper source."""
     lower: PyTree
+    """The state of the lower source."""
 
 
 class Info(NamedTuple):
-    """|f_x + lam (g_x(x, y) - g_x(x, z))|, the norm of the direction in x; lam of this step."""
+    """What a step of F2SA shows."""
 
     direction: Array
+    """|f_x + lam (g_x(x, y) - g_x(x, z))|, shape []: the norm of the direction in x."""
     penalty: Array
+    """The multiplier lam of this step, shape []."""
 
 
 def _growth(k: Array) -> Array:
@@ -69,10 +80,11 @@ class F2SA(Solver):
     Cost per step: T + 1 upper gradients, 2 T + 2 lower gradients.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation, 1/L or less. Default: `tuning`'s.
-        upper_step_size: c > 0, an optax schedule or an optax transformation. Default: `tuning`'s.
-        penalty: lam > 0, or an optax schedule of the step. Default: 10 + k at step k.
-        num_lower_steps: T >= 1; with T = 1 this is a single loop, and c has to be smaller.
+        lower_step_size: a > 0, 1/L or less. A number, an optax schedule or an optax transformation. Default: the lower
+            step of `parts.tuning.default_steps` at the start.
+        upper_step_size: c > 0, likewise. Default: the upper step of `parts.tuning.default_steps` at the start.
+        penalty: lam > 0, a number or an optax schedule of the step. Default: 10 + k at step k.
+        num_lower_steps: T >= 1; with T = 1 this is a single loop, and c has to be smaller. Default: 10.
 
     Reference: Kwon, Kwon, Wright, Nowak. A fully first-order method for stochastic bilevel optimization. ICML 2023,
         arXiv:2301.10945.
@@ -179,11 +191,11 @@ class ProxF2SA(F2SA):
     Cost per step: T + 1 upper gradients, 2 T + 2 lower gradients.
 
     Args:
-        lower_step_size: a > 0, an optax schedule or an optax transformation. Default: 1/(sigma_0 L_f + L_g), from
-            `spectrum.smoothness`.
-        upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g/sigma_0).
-        penalty: 1/sigma > 0, or an optax schedule of the step. Default: 10 (k + 1)^(1/3).
-        num_lower_steps: T >= 1.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(sigma_0 L_f + L_g),
+            from `spectrum.smoothness`.
+        upper_step_size: c > 0, likewise. Default: 1/(L_f + L_g/sigma_0), likewise.
+        penalty: 1/sigma > 0, a number or an optax schedule of the step. Default: 10 (k + 1)^(1/3).
+        num_lower_steps: T >= 1. Default: 10.
 
     Reference: Kwon, Kwon, Wright, Nowak. On penalty methods for nonconvex bilevel optimization and first-order
         stochastic approximation. ICLR 2024, arXiv:2309.01753.

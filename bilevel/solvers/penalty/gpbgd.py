@@ -19,19 +19,25 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y and the rule for both."""
+    """What a step of GPBGD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     step: Stepper
+    """The step rule of (x, y), with its state."""
 
 
 class Info(NamedTuple):
-    """|f_x + c R_x' R| and |f_y + c R_y' R|: the norms of the direction's two parts; |R| before the step."""
+    """What a step of GPBGD shows."""
 
     direction_x: Array
+    """|f_x + c R_x' R|, shape []: the norm of the direction's part in x."""
     direction_y: Array
+    """|f_y + c R_y' R|, shape []: that of its part in y."""
     residual: Array
+    """|R| before the step, shape []."""
 
 
 @struct(kw_only=True)
@@ -49,9 +55,9 @@ class GPBGD(Solver):
     Cost per step: 1 upper gradient, 1 lower gradient, 1 HVP, 1 JVP.
 
     Args:
-        upper_step_size: a > 0, an optax schedule or an optax transformation, for (x, y) together. Default:
-            1/(1/a_F + 2 c/b^2), with `tuning`'s steps a_F for F and b for g.
-        penalty: c > 0, large against L_f/mu_g^2: f itself may be unbounded below.
+        upper_step_size: a > 0, for (x, y) together. A number, an optax schedule or an optax transformation. Default:
+            1/(1/a_F + 2 c/b^2), with the upper step a_F and the lower step b of `parts.tuning.default_steps`.
+        penalty: c > 0, large against L_f/mu_g^2: f itself may be unbounded below. Default: 100.
 
     Reference: Shen, Chen. On penalty-based bilevel gradient descent method. ICML 2023, arXiv:2302.05185 (G-PBGD).
     Differs from the paper: the penalty carries a factor 1/2; fixed points are allowed as lower level, R = y - T.

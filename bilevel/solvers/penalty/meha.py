@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel import oracles
@@ -23,23 +24,33 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; w, near the proximal point of g(x, .) at y, shaped like y; gamma; the rules of w, of (x, y) and of c."""
+    """What a step of MEHA needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     w: PyTree
+    """Near the proximal point of g(x, .) at y, shaped like y."""
     gamma: Array
+    """The envelope's gamma, shape [], chosen at the start."""
     step_w: Stepper
+    """The step rule of w, with its state."""
     step: Stepper
+    """The step rule of x and of y, with its state."""
     penalty: Stepper
+    """The step rule of c, with its state."""
 
 
 class Info(NamedTuple):
-    """|d_x|, |d_y|, and |y - w|, which is 0 where y is stationary for g(x, .)."""
+    """What a step of MEHA shows."""
 
     direction_x: Array
+    """Norm of the direction in x, shape []."""
     direction_y: Array
+    """Norm of the direction in y, shape []."""
     proximal_gap: Array
+    """|y - w| before y moves, shape [], which is 0 where y is stationary for g(x, .)."""
 
 
 @struct(kw_only=True)
@@ -63,11 +74,13 @@ class MEHA(Solver):
     Cost per step: 2 upper gradients, 4 lower gradients.
 
     Args:
-        lower_step_size: a > 0 or an optax schedule. Default: 1/(L_g + 1/gamma), L_g from `spectrum.smoothness`.
-        upper_step_size: b > 0 or an optax schedule, for x and y. Default: 1/(L_f/c_0 + 2 L_g + 1/gamma).
-        penalty: c_k, a number > 0 or an optax schedule of the step. Default: (k + 1)^0.49.
-        gamma: > 0. Default: 3/2 of the first lower step size, 1/(2 L_g) with both defaults.
-        nonsmooth: r(x, y) -> [], or None. prox: (x, z, t) -> point shaped like y; None projects on Y.
+        lower_step_size: a > 0, a number or an optax schedule. Default: 1/(L_g + 1/gamma), L_g from
+            `spectrum.smoothness`.
+        upper_step_size: b > 0, likewise, for x and y. Default: 1/(L_f/c_0 + 2 L_g + 1/gamma).
+        penalty: c_k > 0, a number or an optax schedule of the step. Default: (k + 1)^0.49.
+        gamma: > 0, of the Moreau envelope. Default: 3/2 of the first lower step size, 1/(2 L_g) with both defaults.
+        nonsmooth: r(x, y) -> []. Default: None, no such part.
+        prox: (x, z, t) -> a point shaped like y. Default: None, the projection on Y.
 
     Reference: Liu, Liu, Yao, Zeng, Zhang. Moreau envelope for nonconvex bi-level optimization: a single-loop and
         Hessian-free solution strategy. ICML 2024, arXiv:2405.09927, Algorithm 1.
@@ -119,7 +132,7 @@ class MEHA(Solver):
         c, penalty = state.penalty.size()
 
         pull = jax.tree.map(lambda w, y: (w - y) / state.gamma, w, y)
-        w = prox(x, move(w, jax.tree.map(jnp.add, oracles.residual(smooth, x, w, batch_g), pull), a), a)
+        w = prox(x, move(w, optax.tree.add(oracles.residual(smooth, x, w, batch_g), pull), a), a)
 
         fx, _ = oracles.upper_gradients(problem, x, y, batch_f)
         gap_x, _ = oracles.value_gap_gradients(problem, x, y, w, batch_g)
@@ -130,7 +143,7 @@ class MEHA(Solver):
         gy = oracles.residual(smooth, x, y, batch_g)
         toward = lambda f, g, y, w: f / jnp.asarray(c, f.dtype) + g - (y - w) / state.gamma  # noqa: E731
         dy = jax.tree.map(toward, fy, gy, y, w)
-        gap = norm(jax.tree.map(jnp.subtract, y, w))
+        gap = norm(optax.tree.sub(y, w))
         y = prox(x, move(y, dy, b), b)
         return State(x, y, w, state.gamma, step_w, step, penalty), Info(norm(dx), norm(dy), gap)
 

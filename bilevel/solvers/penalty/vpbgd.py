@@ -23,20 +23,27 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; w, the auxiliary minimiser of g(x, .), shaped like y; the rules for (x, y) and for w."""
+    """What a step of VPBGD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     w: PyTree
+    """The auxiliary minimiser of g(x, .), shaped like y."""
     step: Stepper
+    """The step rule of (x, y), with its state."""
     step_w: Stepper
+    """The step rule of w, with its state."""
 
 
 class Info(NamedTuple):
-    """|f_x + c q_x| and |f_y + c q_y|, q the gap: the norms of the direction's two parts."""
+    """What a step of VPBGD shows."""
 
     direction_x: Array
+    """|f_x + c q_x|, q the gap, shape []: the norm of the direction's part in x."""
     direction_y: Array
+    """|f_y + c q_y|, shape []: that of its part in y."""
 
 
 @struct(kw_only=True)
@@ -55,11 +62,13 @@ class VPBGD(Solver):
     Cost per step: 1 upper gradient, T + 2 lower gradients.
 
     Args:
-        lower_step_size: b > 0, an optax schedule or an optax transformation; b <= 1/L. Default: `tuning`'s.
-        upper_step_size: a > 0, an optax schedule or an optax transformation, for (x, y) together. Default:
-            1/(1/a_F + 4 c/b), with `tuning`'s steps a_F for F and b for g. With a y_set: b = 1/L_g and
-            a = 1/(L_f + 2 c L_g), from `spectrum.smoothness`.
-        penalty: c > 0, large against L_f/mu_g: f itself may be unbounded below. num_lower_steps: T >= 1.
+        lower_step_size: b > 0, at most 1/L. A number, an optax schedule or an optax transformation. Default: the lower
+            step of `parts.tuning.default_steps` at the start, or 1/L_g from `spectrum.smoothness` with a y_set.
+        upper_step_size: a > 0, likewise, for (x, y) together. Default: 1/(1/a_F + 4 c/b), with the upper step a_F and
+            the lower step b of `parts.tuning.default_steps`; with a y_set 1/(L_f + 2 c L_g), from
+            `spectrum.smoothness`.
+        penalty: c > 0, large against L_f/mu_g: f itself may be unbounded below. Default: 10.
+        num_lower_steps: T >= 1, steps in w. Default: 10.
 
     Reference: Shen, Chen. On penalty-based bilevel gradient descent method. ICML 2023, arXiv:2302.05185 (V-PBGD).
     Differs from the paper: w starts from its last value, not from y.

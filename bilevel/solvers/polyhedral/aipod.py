@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -23,24 +24,35 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; inverse, the pseudo-inverse of A [dim y, rows]; the step rules; the states of the two sources."""
+    """What a step of AiPOD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     inverse: Array
+    """The pseudo-inverse of A, shape [dim y, rows]."""
     step_x: Stepper
+    """The step rule of x, with its state."""
     step_y: Stepper
+    """The step rule of y, with its state."""
     step_v: Stepper
+    """The step rule of the series, eta, with its state."""
     upper: PyTree
+    """The state of the upper source."""
     lower: PyTree
+    """The state of the lower source."""
 
 
 class Info(NamedTuple):
-    """The norm of the direction in x; |A y + B x - b|; whether v'g_yy v > 0 (or v = 0)."""
+    """What a step of AiPOD shows."""
 
     direction: Array
+    """Norm of the direction in x, shape []."""
     violation: Array
+    """|A y + B x - b| at the old x and the new y, shape []."""
     convex: Array
+    """Whether v'g_yy v > 0, or v = 0; shape []."""
 
 
 def _matrix(problem: BilevelProblem, y: PyTree) -> Array:
@@ -71,8 +83,13 @@ class AiPOD(Solver):
     Cost per step: 1 upper gradient, T lower gradients, Q + 1 HVPs, 1 JVP.
 
     Args:
-        lower_step_size, upper_step_size: a, c > 0, optax schedules or optax transformations. linear_step_size: eta > 0
-            or an optax schedule. Default: `tuning`'s. num_lower_steps: T >= 1. num_linear_steps: Q >= 1.
+        lower_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: the lower step of
+            `parts.tuning.default_steps` at the start.
+        linear_step_size: eta > 0, a number or an optax schedule. Default: the same as for a.
+        upper_step_size: c > 0. A number, an optax schedule or an optax transformation. Default: the upper step of
+            `parts.tuning.default_steps` at the start.
+        num_lower_steps: T >= 1, steps in y. Default: 10.
+        num_linear_steps: Q >= 1, terms of the series after the first. Default: 10.
 
     Reference: Xiao, Shen, Yin, Chen. Alternating implicit projected SGD and its efficient variants for
         equality-constrained bilevel optimization. AISTATS 2023, arXiv:2211.07096, Algorithm 1.
@@ -128,7 +145,7 @@ class AiPOD(Solver):
 
         batch_g, lower = problem.lower_data.next(lower, key_x, x, y)
         Hv = oracles.hvp(problem, x, y, v, batch_g)
-        rest = jax.tree.map(jnp.subtract, fy, Hv)
+        rest = optax.tree.sub(fy, Hv)
         by_x, _ = oracles.coupling_pullback(problem, x, y)[1](inverse.T @ ravel_pytree(rest)[0])
         cross = oracles.cross(problem, x, y, v, batch_g)
         direction = jax.tree.map(lambda f, c, b: f - c - b, fx, cross, by_x)

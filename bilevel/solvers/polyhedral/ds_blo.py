@@ -24,29 +24,37 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; the momentum m, shaped like x; active: the active set at y, a warm start; the upper source's state."""
+    """What a step of DSBLO needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     m: PyTree
+    """The momentum, shaped like x."""
     active: Array
+    """The active set at y, shape [rows] or [0], from which the next one starts."""
     upper: PyTree
+    """The state of the upper source."""
 
 
 class Info(NamedTuple):
-    """|m|; the step's length eta |m|; and what can be seen of the assumptions, all [].
-
-    margin: the least slack or multiplier at y. feasible: the lower level has a point. independent: its active rows are
-    linearly independent (LICQ). definite: g_yy is positive definite. strict: the margin is more than rounding error.
-    """
+    """What a step of DSBLO shows, and what can be seen there of the assumptions."""
 
     momentum: Array
+    """|m| after the step, shape []."""
     length: Array
+    """The step's length eta |m| with the old m, shape []."""
     margin: Array
+    """The least slack or multiplier at y, shape []."""
     feasible: Array
+    """Whether the lower level has a point, shape []."""
     independent: Array
+    """Whether its active rows are linearly independent (LICQ), shape []."""
     definite: Array
+    """Whether g_yy is positive definite, shape []."""
     strict: Array
+    """Whether the margin is more than rounding error, shape []."""
 
 
 @struct(kw_only=True)
@@ -68,11 +76,14 @@ class DSBLO(Solver):
         `PerSample` data all on one batch.
 
     Args:
-        beta: momentum in [0, 1). gamma_1, gamma_2: > 0; 1/gamma_1 bounds the length of a step, 1/gamma_2 eta.
-        sigma: > 0, the size of q: standard deviation ("gaussian") or radius ("sphere", "ball").
-        distribution: of q. option: "I" uses all of f's data in every step, "II" a batch.
-        num_lower_steps: SQP steps per perturbation; one solves a quadratic g exactly.
-        num_perturbations: draws of q per step, averaged, by vmap; the paper has one.
+        beta: the momentum, in [0, 1). Default: 0.9.
+        gamma_1: > 0; 1/gamma_1 bounds the length of a step. Default: 10.
+        gamma_2: > 0; 1/gamma_2 bounds eta. Default: 10.
+        sigma: > 0, the size of q: standard deviation ("gaussian") or radius ("sphere", "ball"). Default: 0.01.
+        distribution: the law of q, "gaussian", "sphere" or "ball". Default: "gaussian".
+        option: "I", all of f's data in every step, or "II", a batch. Default: "II".
+        num_lower_steps: T >= 1, SQP steps for each perturbation; one solves a quadratic g exactly. Default: 2.
+        num_perturbations: >= 1, draws of q in a step, averaged, by vmap; the paper has one. Default: 1.
 
     Reference: Khanduri, Tsaknakis, Zhang, Liu, Hong. A doubly stochastically perturbed algorithm for
         linearly constrained bilevel optimization. 2025, arXiv:2504.04545, Algorithm 1.

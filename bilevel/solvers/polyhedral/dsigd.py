@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
@@ -21,24 +22,35 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; q, drawn once, shaped like y; the active set at y."""
+    """What a step of DSIGD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     q: PyTree
+    """The perturbation, drawn once, shaped like y."""
     active: Array
+    """The active set at y, shape [rows] or [0], from which the next one starts."""
 
 
 class Info(NamedTuple):
-    """|d|; the accepted a, 0 where no trial was; and the assumptions as in DSBLO's."""
+    """What a step of DSIGD shows, and what can be seen there of the assumptions."""
 
     direction: Array
+    """|d|, shape []."""
     accepted: Array
+    """The accepted a, shape [], 0 where no trial was."""
     margin: Array
+    """The least slack or multiplier at y, shape []."""
     feasible: Array
+    """Whether the lower level has a point, shape []."""
     independent: Array
+    """Whether its active rows are linearly independent (LICQ), shape []."""
     definite: Array
+    """Whether g_yy is positive definite, shape []."""
     strict: Array
+    """Whether the margin is more than rounding error, shape []."""
 
 
 @struct(kw_only=True)
@@ -57,10 +69,14 @@ class DSIGD(Solver):
         (M + 1) T lower gradients, (M + 1) n HVPs ((M + 1) n (T + 1) where g is not quadratic), 1 JVP.
 
     Args:
-        upper_step_size: s > 0, a number; default 1.
-        shrink, decrease: in (0, 1). slack: >= 0, for the lower level's inexactness.
-        sigma, distribution: size and law of q ("gaussian", "sphere", "ball").
-        num_trials: M >= 1. num_lower_steps: SQP steps per point; one solves a quadratic g exactly.
+        upper_step_size: s > 0, a number. Default: 1.
+        shrink: the ratio of two trial steps, in (0, 1). Default: 0.5.
+        decrease: the part of the expected fall that is asked for, in (0, 1). Default: 0.1.
+        slack: >= 0, for the lower level's inexactness. Default: 0.
+        sigma: > 0, the size of q: standard deviation ("gaussian") or radius ("sphere", "ball"). Default: 1e-3.
+        distribution: the law of q, "gaussian", "sphere" or "ball". Default: "gaussian".
+        num_trials: M >= 1, trial steps. Default: 12.
+        num_lower_steps: T >= 1, SQP steps at each point; one solves a quadratic g exactly. Default: 2.
 
     Reference: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong. Linearly constrained bilevel optimization: a smoothed
         implicit gradient approach. ICML 2023.
@@ -110,7 +126,7 @@ class DSIGD(Solver):
             jnp.asarray(part, dtype) for part in (step, self.shrink, self.decrease, self.slack)
         )
         target = problem.x_set.project(jax.tree.map(lambda a, g: a - step * g, x, gradient))
-        d = jax.tree.map(jnp.subtract, target, x)
+        d = optax.tree.sub(target, x)
         slope = ravel_pytree(gradient)[0] @ ravel_pytree(d)[0]
         move = lambda a: jax.tree.map(lambda b, d: b + a * d, x, d)  # noqa: E731
 

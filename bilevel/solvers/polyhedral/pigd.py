@@ -2,8 +2,7 @@
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
+import optax
 from jax import Array
 
 from bilevel.parts import tracking
@@ -18,12 +17,16 @@ PyTree = Any
 
 
 class State(NamedTuple):
-    """x, y; the active set at y; the step rule."""
+    """What a step of PIGD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     active: Array
+    """The active set at y, shape [rows] or [0], from which the next one starts."""
     step: Stepper
+    """The step rule of x, with its state."""
 
 
 @struct(kw_only=True)
@@ -40,8 +43,8 @@ class PIGD(Solver):
         is not quadratic) and 1 JVP.
 
     Args:
-        upper_step_size: a > 0, an optax schedule or an optax transformation; default 0.1.
-        num_lower_steps: SQP steps per step; one solves a quadratic g exactly.
+        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 0.1.
+        num_lower_steps: T >= 1, SQP steps at each point; one solves a quadratic g exactly. Default: 2.
 
     Reference: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong. Linearly constrained bilevel optimization: a smoothed
         implicit gradient approach. ICML 2023. The method without its smoothing.
@@ -70,7 +73,7 @@ class PIGD(Solver):
         return State(x, y, tracking.no_rows_active(problem, x, y), stepper(self.upper_step_size, 0.1, x))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
-        nothing = jax.tree.map(jnp.zeros_like, state.y)
+        nothing = optax.tree.zeros_like(state.y)
         new, info = implicit_step(problem, Iterate(*state), nothing, problem.upper_data.full(), self.num_lower_steps)
         return State(*new), info
 

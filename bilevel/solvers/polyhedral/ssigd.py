@@ -23,14 +23,20 @@ def decreasing(count: Array) -> Array:
 
 
 class State(NamedTuple):
-    """x, y; q, drawn once, shaped like y; the active set at y; the step rule; the upper source's state."""
+    """What a step of SSIGD needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
+    """The lower iterate."""
     q: PyTree
+    """The perturbation, drawn once, shaped like y."""
     active: Array
+    """The active set at y, shape [rows] or [0], from which the next one starts."""
     step: Stepper
+    """The step rule of x, with its state."""
     upper: PyTree
+    """The state of the upper source."""
 
 
 @struct(kw_only=True)
@@ -48,9 +54,10 @@ class SSIGD(Solver):
         is not quadratic; none with `Minimize.diagonal` on a box) and 1 JVP. With `PerSample` data all on one batch.
 
     Args:
-        upper_step_size: b_r > 0, an optax schedule or an optax transformation; default 0.1 (r + 1)^(-1/2).
-        sigma, distribution: size and law of q ("gaussian", "sphere", "ball").
-        num_lower_steps: SQP steps per step; one solves a quadratic g exactly.
+        upper_step_size: b_r > 0. A number, an optax schedule or an optax transformation. Default: 0.1 (r + 1)^(-1/2).
+        sigma: > 0, the size of q: standard deviation ("gaussian") or radius ("sphere", "ball"). Default: 1e-3.
+        distribution: the law of q, "gaussian", "sphere" or "ball". Default: "gaussian".
+        num_lower_steps: T >= 1, SQP steps at each point; one solves a quadratic g exactly. Default: 2.
 
     Reference: Khanduri, Tsaknakis, Zhang, Liu, Liu, Zhang, Hong. Linearly constrained bilevel optimization: a smoothed
         implicit gradient approach. ICML 2023.

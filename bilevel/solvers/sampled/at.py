@@ -23,12 +23,11 @@ class State(NamedTuple):
     """What a step of AT needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
     """The last attack on every sample."""
-
     step: Stepper
-    """The step rule of x."""
-
+    """The step rule of x, with its state."""
     upper: PyTree
     """The state of the upper source."""
 
@@ -37,8 +36,9 @@ class Attack(NamedTuple):
     """An attack under way."""
 
     y: PyTree
+    """The point that it has come to."""
     step: Stepper
-    """Its step rule."""
+    """The step rule of y, with its state."""
 
 
 class Info(NamedTuple):
@@ -67,12 +67,14 @@ class AT(Solver):
         one batch; else g is on all of its data.
 
     Args:
-        upper_step_size: b > 0, an optax schedule or an optax transformation; default 0.1.
-        lower_step_size: a > 0, an optax schedule (of the steps within an attack) or an optax transformation. Default:
-            2.5/T times the distances of y's entries to the middle of their range, for a box; else 0.1.
-        num_lower_steps: T >= 0. num_starts: K >= 1.
-        random_start: starts are drawn from Y; else the attack goes on from the last y, and K must be 1.
-        sign: take the sign of R; else R itself.
+        upper_step_size: b > 0. A number, an optax schedule or an optax transformation. Default: 0.1.
+        lower_step_size: a > 0, likewise; a schedule is one of the steps within an attack. Default: 2.5/T times the
+            distances of y's entries to the middle of their range, for a box; else 0.1.
+        num_lower_steps: T >= 0, steps of an attack. Default: 10.
+        num_starts: K >= 1, attacks of which the worst is kept. Default: 1.
+        random_start: whether starts are drawn from Y; else the attack goes on from the last y, and K must be 1.
+            Default: True.
+        sign: whether to take the sign of R, and not R itself. Default: True.
 
     Reference: Madry, Makelov, Schmidt, Tsipras, Vladu. Towards deep learning models resistant to adversarial attacks.
         ICLR 2018, arXiv:1706.06083. Worst of K: Engstrom, Tran, Tsipras, Schmidt, Madry. Exploring the landscape of

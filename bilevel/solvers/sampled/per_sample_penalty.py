@@ -24,18 +24,15 @@ class State(NamedTuple):
     """What a step of PerSamplePenalty needs."""
 
     x: PyTree
+    """The upper iterate."""
     y: PyTree
     """Each sample's candidate of least g when it was last looked at."""
-
     slots: PyTree
     """Candidates that are kept, num_slots of them shaped like y and stacked, of least g when last looked at."""
-
     step: Stepper
-    """The step rule of x."""
-
+    """The step rule of x, with its state."""
     upper: PyTree
     """The state of the upper source."""
-
     count: Array
     """Steps done, shape []."""
 
@@ -72,11 +69,13 @@ class PerSamplePenalty(Solver):
     Cost per step: num_samples lower values, num_slots upper and lower gradients; with `PerSample` data on one batch.
 
     Args:
-        upper_step_size: a > 0, an optax schedule or an optax transformation; default 0.1.
-        penalty, max_penalty: rho > 0 at the first and after `num_ladder_steps` steps.
-        temperature: rho t > 0, in units of f.
-        num_samples: candidates a sample, more than num_slots. num_slots: >= 1.
-        num_ladder_steps: >= 1, steps to the last rho.
+        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 0.1.
+        penalty: rho > 0 at the first step. Default: 1.
+        max_penalty: rho > 0 after `num_ladder_steps` steps. Default: 10.
+        temperature: rho t > 0, in units of f. Default: 0.1.
+        num_samples: candidates a sample, more than num_slots. Default: 9.
+        num_slots: >= 1, candidates that are kept. Default: 2.
+        num_ladder_steps: >= 1, steps to the last rho. Default: 200.
 
     Reference: A discretization approach for bilevel optimization with low-dimensional and non-convex lower-level. 2025,
         arXiv:2505.10830. From its abstract alone: sampled feasible points, a convexified value function, a penalty.

@@ -30,40 +30,34 @@ MOST, LEAST = (64, 8, 8, 3), (16, 4, 4, 2)  # default samples, slots, starts and
 
 
 class State(NamedTuple):
-    """Everything is stacked over L = num_starts num_ladders lanes; lane i is start i // num_ladders."""
+    """What a step needs, stacked over L = num_starts num_ladders lanes; lane i is start i // num_ladders."""
 
     x: PyTree
+    """The upper iterates."""
     y: PyTree
+    """The lower iterates."""
     samples: Array
     """Points of Y, shape [L, N, n, m]; the last 2 num_slots of them are the slots, the very last one is y."""
-
     sizes: Array
     """The lengths of the slots' steps, shape [L, 2 num_slots, n], 0 where none is known."""
-
     size: Array
     """The length of x's last step, shape [L], 0 where none is known."""
-
     rule: PyTree
     """The step rule's state."""
-
     first: Array
     """rho at the foot of each lane's ladder, shape [L]."""
-
     last: Array
     """rho at its top, shape [L]."""
-
     smooth: Array
-    """rho t at the foot, shape []."""
-
+    """rho t at the foot, shape []; not stacked."""
     scales: tuple[Array, Array]
-    """The spreads of f and of g over the samples at the starts, shapes []."""
-
+    """The spreads of f and of g over the samples at the starts, shapes []; not stacked."""
     count: Array
-    """Steps done, shape []."""
+    """Steps done, shape []; not stacked."""
 
 
 class Lane(NamedTuple):
-    """What a step changes of one lane: fields of `State`."""
+    """What a step changes of one lane: fields of `State`, without the axis of lanes."""
 
     x: PyTree
     y: PyTree
@@ -78,18 +72,21 @@ class Noise(NamedTuple):
 
     near: Array
     """For points near the slots, shape [num_samples // 2, n, 2 m + 2]; empty without refresh."""
-
     length: Array
     """For a random length of the line search, shape [1]."""
 
 
 class Sizes(NamedTuple):
-    """Fresh samples, slots of each kind, starts and ladders; lanes = starts ladders."""
+    """How many there are of what; lanes = starts ladders."""
 
     samples: int
+    """Fresh samples of a lane."""
     slots: int
+    """Slots of each kind."""
     starts: int
+    """Starts in x."""
     ladders: int
+    """Ladders for each start."""
 
 
 class Info(NamedTuple):
@@ -138,19 +135,22 @@ class SampledPenalty(Solver):
     search's.
 
     Args:
-        upper_step_size: s > 0, an optax schedule or an optax transformation. Default: the best of five lengths, one of
-            them random, and of staying, all tried at once.
+        upper_step_size: s > 0. A number, an optax schedule or an optax transformation. Default: the best of five
+            lengths, one of them random, and of staying, all tried at once.
         penalty: rho > 0 at the foot of the lowest ladder. Default: 1/100 of the spread (standard deviation over the
             samples) of f over that of g, at the starts.
         max_penalty: rho > 0 at the top. Default: 1e4 times that ratio.
         temperature: rho t > 0 at the foot, in units of f. Default: 0.1 times the spread of f.
-        lower_tol: > 0, the lower gap that `output` accepts.
-        form: "lifted" or "joint". smoothing: "entropic" or "quadratic".
-        num_samples: fresh samples, >= 8. num_slots: slots of each kind, >= 1. num_starts: lanes in x, >= 1; the first
-            is init's x0. num_ladders: >= 1. Default: 64, 8, 8 and 3; of a separable problem of n > 4 blocks 4/n of
-            that, at least 16, 4, 4 and 2, because each block has its own samples.
-        num_ladder_steps: steps to the top.
-        refresh: whether samples are renewed. chunk: samples in memory at once, of a lane.
+        lower_tol: > 0, the lower gap that `output` accepts. Default: 1e-5.
+        form: "lifted" or "joint". Default: "lifted".
+        smoothing: "entropic" or "quadratic". Default: "entropic".
+        num_samples: fresh samples, >= 8. Default: 64; of n > 4 blocks 4/n of that, at least 16.
+        num_slots: slots of each kind, >= 1. Default: 8; of n > 4 blocks 4/n of that, at least 4.
+        num_starts: lanes in x, >= 1; the first is init's x0. Default: 8; of n > 4 blocks 4/n of that, at least 4.
+        num_ladders: >= 1, for each start. Default: 3; of n > 4 blocks 4/n of that, at least 2.
+        num_ladder_steps: steps to the top, >= 1. Default: 200.
+        refresh: whether samples are renewed. Default: True.
+        chunk: samples of a lane in memory at once, >= 1. Default: 1024.
 
     Reference: A discretization approach for bilevel optimization with low-dimensional and non-convex lower-level. 2025,
         arXiv:2505.10830. From its abstract alone: sampled feasible points, a convexified value function, a penalty.
