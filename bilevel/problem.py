@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from bilevel.backend import sharding
+from bilevel.backend.checks import check_callable, check_like, check_map, check_point, shape_of
 from bilevel.data import Full, PerSample, Source
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
@@ -181,7 +182,7 @@ class BilevelProblem:
             invalid("init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees.")
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
-            _check_point(name, point)
+            check_point(f"init: {name}", point)
         _check_per_sample(self.upper_data, self.lower_data, y)
         self.x_set.validate("x_set", x)
         self.y_set.validate("y_set", y)
@@ -199,30 +200,25 @@ class BilevelProblem:
         if isinstance(self.lower, Minimize):
             _check_scalar("lower (Minimize)", self.lower.g, shape_x, shape_y, batches["lower_data"])
             if self.lower.diagonal is not None:
-                _check_map("lower.diagonal", self.lower.diagonal, shape_x, shape_y, batches["lower_data"])
+                check_map("lower.diagonal", self.lower.diagonal, shape_x, shape_y, batches["lower_data"])
         else:
-            _check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
+            check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
         _check_coupling(self.coupling, x, y)
         return self
 
 
-def _check_callable(name: str, value: object, signature: str) -> None:
-    if not callable(value):
-        invalid(name, type(value).__name__, f"a function {signature}", "Pass the function itself.")
-
-
 def _check_kinds(problem: BilevelProblem) -> None:
-    _check_callable("upper", problem.upper, "f(x, y, batch) -> []")
-    _check_callable("init", problem.init, "key -> (x0, y0)")
+    check_callable("upper", problem.upper, "f(x, y, batch) -> []")
+    check_callable("init", problem.init, "key -> (x0, y0)")
     if not isinstance(problem.lower, Minimize | FixedPoint):
         do = "Wrap the function: lower=Minimize(g)."
         invalid("lower", type(problem.lower).__name__, "Minimize(g) or FixedPoint(T)", do)
     if isinstance(problem.lower, Minimize):
-        _check_callable("lower (Minimize)", problem.lower.g, "g(x, y, batch) -> []")
+        check_callable("lower (Minimize)", problem.lower.g, "g(x, y, batch) -> []")
         if problem.lower.diagonal is not None:
-            _check_callable("lower.diagonal (Minimize)", problem.lower.diagonal, "h(x, y, batch) shaped like y")
+            check_callable("lower.diagonal (Minimize)", problem.lower.diagonal, "h(x, y, batch) shaped like y")
     else:
-        _check_callable("lower (FixedPoint)", problem.lower.T, "T(x, y, batch) shaped like y")
+        check_callable("lower (FixedPoint)", problem.lower.T, "T(x, y, batch) shaped like y")
     for name, kind in (("x_set", Set), ("y_set", Set), ("upper_data", Source), ("lower_data", Source)):
         value = getattr(problem, name)
         if not isinstance(value, kind):
@@ -235,23 +231,6 @@ def _check_kinds(problem: BilevelProblem) -> None:
     if not isinstance(problem.coupling, LinearCoupling | SmoothCoupling | None):
         got = type(problem.coupling).__name__
         invalid("coupling", got, "LinearCoupling, SmoothCoupling or None", "Wrap the constraint.")
-
-
-def _check_point(name: str, point: PyTree) -> None:
-    leaves = jax.tree_util.tree_leaves_with_path(point)
-    if not leaves:
-        invalid(f"init: {name}", "an empty pytree", "at least one float array", "Return the variables from init.")
-    for path, leaf in leaves:
-        label = f"init: {name}{jax.tree_util.keystr(path)}"
-        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            invalid(label, type(leaf).__name__, "a float array", "Use jnp.asarray(value, float).")
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            do = "Convert it: jnp.asarray(value, float)."
-            invalid(label, f"dtype {leaf.dtype}", "a floating-point dtype", do)
-        if not np.isfinite(np.asarray(leaf)).all():
-            invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
-    if not sum(leaf.size for _, leaf in leaves):
-        invalid(f"init: {name}", "no entries", "at least one number", "Return the variables from init.")
 
 
 def _check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:
@@ -271,26 +250,13 @@ def _check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:
             invalid(label, f"shape {np.shape(leaf)}", f"({samples}, …), a row a sample", "Stack y over the samples.")
 
 
-def _shape_of(name: str, function: Callable, *args: PyTree) -> PyTree:
-    try:
-        return jax.eval_shape(function, *args)
-    except InvalidInput:
-        raise
-    except Exception as error:
-        shapes = [jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", arg) for arg in args]
-        invalid(
-            name, f"{type(error).__name__}: {error}", f"a function of arguments shaped {shapes}",
-            "Check the shapes and dtypes of init, of the data and in the function.",
-        )  # fmt: skip
-
-
 def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: PyTree) -> None:
     if isinstance(function, Separable):
-        out, rows = _shape_of(f"{name} (Separable)", function.terms, x, y, batch), jax.tree.map(np.shape, y)
+        out, rows = shape_of(f"{name} (Separable)", function.terms, x, y, batch), jax.tree.map(np.shape, y)
         if {shape[:1] for shape in jax.tree.leaves(rows, is_leaf=_is_shape)} != {getattr(out, "shape", None)}:
             got = f"terms shaped {jax.tree.map(np.shape, out)} for y shaped {rows}"
             invalid(f"{name} (Separable)", got, "n terms, and n rows in every leaf of y", "Give each block a row.")
-    out = _shape_of(name, function, x, y, batch)
+    out = shape_of(name, function, x, y, batch)
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
         got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
         invalid(name, got, "a scalar, shape []", "Take the mean over the batch.")
@@ -302,25 +268,12 @@ def _is_shape(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
 
 
-def _check_map(name: str, T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:
-    out = _shape_of(name, T, x, y, batch)
-    if jax.tree.structure(out) != jax.tree.structure(y):
-        got, want = jax.tree.structure(out), jax.tree.structure(y)
-        invalid(name, f"structure {got}", f"y's structure {want}", "Return a pytree like y.")
-    for (path, have), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(y), strict=True):
-        if (have.shape, have.dtype) != (want.shape, want.dtype):
-            invalid(
-                f"{name}{jax.tree_util.keystr(path)}", f"{have.dtype}{list(have.shape)}",
-                f"{want.dtype}{list(want.shape)} as y", "Return a pytree like y.",
-            )  # fmt: skip
-
-
 def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree, y: PyTree) -> None:
     if coupling is None:
         return
     if isinstance(coupling, SmoothCoupling):
-        _check_callable("coupling (SmoothCoupling)", coupling.h, "h(x, y) -> [rows]")
-        out = _shape_of("coupling (SmoothCoupling)", coupling.h, x, y)
+        check_callable("coupling (SmoothCoupling)", coupling.h, "h(x, y) -> [rows]")
+        out = shape_of("coupling (SmoothCoupling)", coupling.h, x, y)
         if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) != 1:
             got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
             invalid("coupling (SmoothCoupling)", got, "h(x, y) of shape [rows]", "Stack the constraints in one vector.")
@@ -356,15 +309,6 @@ def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
         return problem.init(jax.random.key(0))[1]
     check_like("y", y, y0, "init's y0")
     return y
-
-
-def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
-    """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
-    got, want = (
-        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
-    )
-    if got != want:
-        invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")
 
 
 @struct

@@ -1,12 +1,13 @@
-"""Checks of what users give, shared by the sets and the sources of data."""
+"""Checks of what users give, shared by the problem, the sets and the sources of data."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevel.backend.errors import invalid
+from bilevel.backend.errors import InvalidInput, invalid
 
 PyTree = Any
 
@@ -54,3 +55,64 @@ def check_finite(name: str, arrays: PyTree) -> None:
         if jnp.issubdtype(jnp.asarray(leaf).dtype, jnp.inexact) and not np.isfinite(np.asarray(leaf)).all():
             where = np.argwhere(~np.isfinite(np.asarray(leaf)))[0].tolist()
             invalid(label, f"a non-finite datum at index {where}", "finite numbers", "Clean or drop the sample.")
+
+
+def check_callable(name: str, value: object, signature: str) -> None:
+    """Raise `InvalidInput` where `value` is no function."""
+    if not callable(value):
+        invalid(name, type(value).__name__, f"a function {signature}", "Pass the function itself.")
+
+
+def check_point(name: str, point: PyTree) -> None:
+    """Raise `InvalidInput` unless `point` is a pytree of finite float arrays, with one number at least."""
+    leaves = jax.tree_util.tree_leaves_with_path(point)
+    if not leaves:
+        invalid(name, "an empty pytree", "at least one float array", "Return the variables from init.")
+    for path, leaf in leaves:
+        label = f"{name}{jax.tree_util.keystr(path)}"
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
+            invalid(label, type(leaf).__name__, "a float array", "Use jnp.asarray(value, float).")
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            do = "Convert it: jnp.asarray(value, float)."
+            invalid(label, f"dtype {leaf.dtype}", "a floating-point dtype", do)
+        if not np.isfinite(np.asarray(leaf)).all():
+            invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
+    if not sum(leaf.size for _, leaf in leaves):
+        invalid(name, "no entries", "at least one number", "Return the variables from init.")
+
+
+def shape_of(name: str, function: Callable, *args: PyTree) -> PyTree:
+    """The shapes that `function` gives at `args`; `InvalidInput` where it fails."""
+    try:
+        return jax.eval_shape(function, *args)
+    except InvalidInput:
+        raise
+    except Exception as error:
+        shapes = [jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", arg) for arg in args]
+        invalid(
+            name, f"{type(error).__name__}: {error}", f"a function of arguments shaped {shapes}",
+            "Check the shapes and dtypes of init, of the data and in the function.",
+        )  # fmt: skip
+
+
+def check_map(name: str, T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> None:
+    """Raise `InvalidInput` unless T(x, y, batch) is shaped like y."""
+    out = shape_of(name, T, x, y, batch)
+    if jax.tree.structure(out) != jax.tree.structure(y):
+        got, want = jax.tree.structure(out), jax.tree.structure(y)
+        invalid(name, f"structure {got}", f"y's structure {want}", "Return a pytree like y.")
+    for (path, have), want in zip(jax.tree_util.tree_leaves_with_path(out), jax.tree.leaves(y), strict=True):
+        if (have.shape, have.dtype) != (want.shape, want.dtype):
+            invalid(
+                f"{name}{jax.tree_util.keystr(path)}", f"{have.dtype}{list(have.shape)}",
+                f"{want.dtype}{list(want.shape)} as y", "Return a pytree like y.",
+            )  # fmt: skip
+
+
+def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
+    """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
+    got, want = (
+        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
+    )
+    if got != want:
+        invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")

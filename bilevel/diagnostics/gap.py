@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel import oracles
+from bilevel.backend.checks import check_like
 from bilevel.backend.precision import full_precision
 from bilevel.diagnostics.descent import descent_rate
 from bilevel.oracles import samples as sample_oracles
-from bilevel.problem import BilevelProblem, Minimize, check_like
+from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Measurement, Status
 from bilevel.sampled import covering, nets, refine
 from bilevel.sampled.blocks import Blocks, pick

@@ -15,12 +15,13 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.checks import check_like
 from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver, default_solver, norms, refine
 from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerSolution, Unrolled
-from bilevel.problem import BilevelProblem, Constants, Minimize, check_like
+from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import Hypergradient, Status
 
 PyTree = Any
