@@ -63,7 +63,11 @@ class Status(enum.IntEnum):
         "Rounding error stopped progress before the tolerance was met. Loosen tol, rescale f and g, or use float64.",
     )
     INTERRUPTED = 7, "Interrupted from the keyboard; everything up to the interruption is returned."
-    ESTIMATED = 8, "Solved, with an error that is estimated, not proved. Pass constants= of f and g to certify it."
+    ESTIMATED = (
+        8,
+        "Solved to what rounding leaves of a residual, in units of the terms that cancel in it, tr(g_yy) |y| and "
+        "|grad_y g|, with an error that is estimated, not proved. Pass constants= of f and g to certify it.",
+    )
     STOPPED = 9, "The callback asked to stop; everything up to then is returned."
     SADDLE = (
         10,
@@ -72,13 +76,29 @@ class Status(enum.IntEnum):
     )
     UNSOLVED_LINEAR = (
         11,
-        "The adjoint's linear system R_y' v = f_y is not solved to its tolerance, so that the error is unknown. Raise "
-        "max_iterations of the linear solver, or use Dense().",
+        "The adjoint's linear system R_y' v = f_y is not solved to its tolerance, so that the error is unknown. Pass "
+        "method=Dense() to hypergradient, or another method with more iterations, as CG(max_iterations=10000); or add "
+        "a strongly convex term to g, which improves the condition number of R_y.",
     )
     SATURATED = (
         13,
         "What is learned is saturated: the reward sits at its clamp on most demonstrations, or the discriminator is "
         "right at nearly every step, so that gradients vanish. Lower the upper step size, or raise weight_decay.",
+    )
+    DIVERGED = (
+        14,
+        "F ends above its start, or still climbs, by more than noise explains. Reduce the solver's upper step size, or "
+        "take solution.best, the best point that was measured.",
+    )
+    GOLDSTEIN = (
+        15,
+        "Zero is nearly in the convex hull of gradients near x: x is close to a kink of F, which may be a minimum, but "
+        "also a maximum. Reduce the solver's upper step size to come closer; stats has the radius and the distance.",
+    )
+    UNSOLVED_LOWER = (
+        16,
+        "The referee came to its own step limit before it had solved the lower level at this x. Pass measure= with a "
+        "larger one, as lambda p, x, y: bilevel.diagnostics.measure(p, x, y, lower=bilevel.Newton(max_steps=1000)).",
     )
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
@@ -202,6 +222,8 @@ class Stats(TypedDict):
 
     solver: str
     """The solver's class."""
+    referee: str
+    """Who measured: the referee's name, which says how."""
     steps: int
     """Steps done, >= 0."""
     tol: float
@@ -242,6 +264,8 @@ class Referee:
     """A function (problem, x, y, rows), rows being those of the run's record, that computes again what `measure` found
     by another algorithm. It returns the numbers that it finds, by name, and the names of those that disagree with the
     last row. None where there is no second way."""
+    at_y: bool = False
+    """Whether F is taken at the solver's own y, so that a lower residual counts as a violation beside F."""
 
     def default_tol(self, x: PyTree) -> float:
         """The tol of a run whose upper variable is `x`; the finest of its dtypes counts."""

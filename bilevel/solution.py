@@ -54,10 +54,10 @@ class SolveError(RuntimeError):
         self.solution = solution
 
 
-HEADINGS = ("step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)")
+HEADINGS = ("step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)", "verdict")
 
 
-WIDTHS = (9, 14, 10, 10, 9, 11, 9)
+WIDTHS = (9, 14, 10, 10, 9, 11, 9, 16)
 
 
 def header() -> str:
@@ -69,10 +69,19 @@ def header() -> str:
 def row_text(row: Row) -> str:
     """One aligned row."""
     cells = (
-        f"{int(row['step'])}", f"{row['value']:.7g}", f"{row['hypergradient']:.3e}", f"{row['lower_residual']:.3e}",
-        f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
+        f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
+        f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
+        Status(row["status"]).name,
     )  # fmt: skip
     return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def size_text(size: float | None, error_bound: float | None, spec: str = ".3e") -> str:
+    """The size of a gradient: with a question mark where no bound of its error is known, and then never as zero."""
+    known = error_bound is not None and math.isfinite(error_bound)
+    if size is None or (size == 0 and not known):
+        return "-" if size is None else "unknown"
+    return format(size, spec) + ("" if known or not math.isfinite(size) else "?")
 
 
 def solution_text(solution: "Solution", max_rows: int = 12) -> str:
@@ -83,7 +92,9 @@ def solution_text(solution: "Solution", max_rows: int = 12) -> str:
     if len(rows) > max_rows:
         chosen = sorted({round(k * (len(rows) - 1) / (max_rows - 1)) for k in range(max_rows)})
         rows = [rows[k] for k in chosen]
-    unit = "oracles: passes over the data; feas: distance to the sets; F and hypergrad recomputed with y(x)"
+    unit = f"oracles: passes over the data; feas: distance to the sets; F and hypergrad: {stats['referee']}"
+    if any(not math.isfinite(row["error_bound"]) for row in rows):
+        unit += "; ?: no bound of its error is known"
     footer = (
         f"{solution.status.name} after {stats['steps']} steps: {solution.status.advice}\n"
         f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "

@@ -17,6 +17,7 @@ from bilevel.hypergradient import hypergradient
 from bilevel.lower import LowerMethod, Newton, given_for_none, polyhedral
 from bilevel.problem import BilevelProblem
 from bilevel.record import Measurement as Measurement
+from bilevel.record import Status
 
 PyTree = Any
 
@@ -46,7 +47,8 @@ def measure(
     """Recompute everything from (x, y) on all of the data; y only warm-starts the lower solve.
 
     `lower=AsGiven()` measures at the given y instead: for lower levels with many minimisers, where y(x) has no meaning.
-    None still means that, with a DeprecationWarning; in the next version it will mean the default.
+    None still means that, with a DeprecationWarning; in the next version it will mean the default. The status is that
+    of the hypergradient; UNSOLVED_LOWER where the lower level came to the step limit of `lower`.
     """
     lower = given_for_none(lower, "measure")
     h = hypergradient(problem, x, y, lower=lower)
@@ -64,7 +66,7 @@ def measure(
         error_bound=h.error_bound,
         lower_residual=norm(residual),
         violation=violation + norm(oracles.coupling_residual(problem, x, y)),
-        status=h.status,
+        status=jnp.where(h.status == Status.MAX_STEPS, Status.UNSOLVED_LOWER, h.status),
         lower_distance=distance(y, h.y) / (1 + norm(h.y)),
     )
 

@@ -10,7 +10,7 @@ from bilevel.record import Referee
 IMPLICIT = Referee("the lower level solved again from y", measure, 0.5, check_implicit)
 """F(x) and its gradient at y(x), which is solved again from y (`measure`): where y(x) is unique."""
 
-BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, check_by_value)
+BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, check_by_value, at_y=True)
 """f(x, y) and the true lower gap g(x, y) - v(x), `gap.measure_global`: where g(x, .) may have many minimisers, or where
 F has no implicit derivative. Default tolerance eps^(1/5): the rate of descent is a difference quotient.
 """

@@ -25,14 +25,15 @@ from bilevel.record import Record, Row, Stats, Status
 from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
+from bilevel.run.verdicts import last_word, verdict
 from bilevel.solution import Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 
 __all__ = ["SolveError", "Unsupported", "advance", "passes_per_step", "solve", "solve_many"]
 PyTree = Any
+ENDS_WELL = Status.CONVERGED, Status.MAX_STEPS, Status.WEAKLY_ACTIVE, Status.GOLDSTEIN  # to `throw`
 PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
-NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE  # F has no value at this x, but may have one at the next
 
 _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
 
@@ -70,7 +71,8 @@ def solve(
         checkpoint: a file. Saved after every measurement and on interruption; where it exists already, the run goes on
             from it, to the same bits as a run without a break.
         progress: a bar and the curves of what is measured, live; default only on a terminal, after two seconds.
-        throw: raise `SolveError` unless the status is CONVERGED or MAX_STEPS.
+        throw: raise `SolveError` unless the status is CONVERGED, MAX_STEPS, or one of a run that stands at a kink of F,
+            WEAKLY_ACTIVE or GOLDSTEIN.
         measure: the referee, a `diagnostics.Referee`, or a function (problem, x, y) -> `diagnostics.Measurement`.
             Default, `run.referee_of`: the one that the solver asks for; where it asks for none, `diagnostics.IMPLICIT`,
             which solves the lower level again from y, or `diagnostics.BY_VALUE`, which looks for its least value, below
@@ -94,7 +96,7 @@ def solve(
     check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
         solution = Driver(problem, solver, key, arguments, mesh=devices).run()[0]
-    if throw and solution.status not in (Status.CONVERGED, Status.MAX_STEPS):
+    if throw and solution.status not in ENDS_WELL:
         raise SolveError(solution)
     return solution
 
@@ -316,40 +318,13 @@ class Driver:
         """Lane k's solution."""
         status, at = self.ended.get(k) or End(self.ending, self.at.lane(self.many, k))
         failed = dict(zip(self.solver.assumptions, at.failed.tolist(), strict=True))
-        status = last_word(self.solver, status, at.step, failed, self.records[k].rows[-1])
+        status = last_word(self.solver, status, failed, self.records[k].rows, self.tol, self.referee.at_y)
         x, y = self.lanes.output(at.state)
         stats: Stats = {
-            "solver": type(self.solver).__name__, "steps": at.step, "tol": self.tol, "setup_time": self.clock.setup,
+            "solver": type(self.solver).__name__, "referee": self.referee.name, "steps": at.step, "tol": self.tol,
+            "setup_time": self.clock.setup,
             "solve_time": self.clock.solve, "measure_time": self.clock.measure, "oracles": at.step * self.passes,
             "cost": self.cost.as_dict(),
             "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
         }  # fmt: skip
         return Solution(x, y, status, self.records[k], stats, at.state, at.info)
-
-
-def verdict(found: Measurement, tol: float, early: bool) -> Status | None:
-    """How a run ends at what was found, or None where it goes on: CONVERGED, where the size of the gradient mapping
-    plus its error, the lower residual, the relative distance of y to y(x) and the violation are all at most tol, and it
-    is not too `early`; NONFINITE, so far out that F overflows.
-    """
-    error = np.inf if np.isnan(found.error_bound) else found.error_bound
-    sizes = found.hypergradient + error, found.lower_residual, found.lower_distance, found.violation
-    solved = found.status in (Status.CONVERGED, Status.ESTIMATED)
-    if solved and tol > 0 and not early and all(size <= tol for size in sizes):
-        return Status.CONVERGED
-    if not np.isfinite(found.value) and found.status not in NO_VALUE:
-        return Status.NONFINITE
-    return None
-
-
-def last_word(solver: Solver, status: Status, step: int, failed: dict[str, int], row: Row) -> Status:
-    """The status of a run that came to its step limit: the referee's where its last row says that there is no result at
-    this x, through which a run may pass, but where it may not end; else the solver's warning where an assumption
-    failed at half of the steps or more. Any other status stays.
-    """
-    if status != Status.MAX_STEPS:
-        return status
-    if row["status"] in ((Status.SATURATED,) if np.isfinite(row["value"]) else NO_VALUE):
-        return Status(row["status"])
-    warned = (warning for name, warning in solver.warnings.items() if 0 < step <= 2 * failed[name])
-    return next(warned, status)

@@ -16,24 +16,45 @@ def row(step, **changes):
 
 
 def solution(rows, status=Status.CONVERGED):
-    stats = {"steps": 40, "solver": "SOBA", "tol": 1e-6, "solve_time": 1.25, "setup_time": 2.5, "measure_time": 0.125}
+    stats = {"steps": 40, "solver": "SOBA", "referee": "solved again", "tol": 1e-6, "solve_time": 1.25,
+             "setup_time": 2.5, "measure_time": 0.125}  # fmt: skip
     return Solution(None, None, status, Record(rows), stats, None, None)
 
 
 def test_columns_are_aligned():
     text = [end.header().splitlines()[0]]
     extremes = ({}, {"value": -1.234567890123e-300}, {"value": math.nan, "hypergradient": math.inf},
+                {"hypergradient": 0.0, "error_bound": math.inf, "status": 4},
+                {"hypergradient": 1.0, "error_bound": math.nan, "status": 11},
                 {"violation": 1e-5, "oracles": 1e12, "time": 99999.0, "lower_residual": math.nan})  # fmt: skip
     text += [end.row_text(row(123456, **changes)) for changes in extremes]
     bars = [[k for k, letter in enumerate(line) if letter == "|"] for line in text]
-    assert len(bars[0]) == 6
+    assert len(bars[0]) == 7
     assert all(places == bars[0] for places in bars)
     assert len({len(line) for line in text}) == 1
 
 
 def test_numbers_in_a_row():
     cells = [cell.strip() for cell in end.row_text(row(7, value=0.123456789, violation=2e-3)).split("|")]
-    assert cells == ["7", "0.1234568", "1.000e-03", "1.000e-09", "2.00e-03", "17.5", "0.070"]
+    assert cells == ["7", "0.1234568", "1.000e-03", "1.000e-09", "2.00e-03", "17.5", "0.070", "CONVERGED"]
+
+
+def test_a_gradient_without_a_bound_is_never_zero():
+    for bound in (math.inf, math.nan):
+        assert end.row_text(row(1, hypergradient=0.0, error_bound=bound)).split("|")[2].strip() == "unknown"
+        assert end.row_text(row(1, hypergradient=0.5, error_bound=bound)).split("|")[2].strip() == "5.000e-01?"
+    assert end.row_text(row(1, hypergradient=0.0)).split("|")[2].strip() == "0.000e+00"
+    assert "no bound of its error" in str(solution([row(0), row(1, error_bound=math.inf)]))
+    assert "no bound of its error" not in str(solution([row(0)]))
+
+
+def test_the_footer_names_the_referee():
+    assert "F and hypergrad: solved again" in str(solution([row(0)]))
+
+
+def test_advice_for_a_gradient_names_what_to_change():
+    assert "max_iterations" in Status.UNSOLVED_LINEAR.advice
+    assert "in units of" in Status.ESTIMATED.advice
 
 
 @pytest.mark.parametrize("count", [0, 1, 12, 13, 1000])

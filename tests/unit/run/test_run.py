@@ -296,7 +296,7 @@ def test_the_report_reads_as_designed(instance, key):
     lines = str(solution).splitlines()
     assert lines[1].split(" | ") != []
     assert [cell.strip() for cell in lines[1].split("|")] == [
-        "step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)",
+        "step", "F(x)", "hypergrad", "lower res", "feas", "oracles", "time (s)", "verdict",
     ]  # fmt: skip
     assert len({len(line) for line in lines[1:8]}) == 1  # aligned
     assert "MAX_STEPS after 40 steps" in lines[-2]

@@ -1,0 +1,109 @@
+"""How a run ends: what the referee's rows say of it, in functions of numbers alone."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from bilevel.record import Measurement, Row, Status
+from bilevel.solver import Solver
+
+NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE  # F has no value at this x, but may have one at the next
+USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
+SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found
+RISE = 1e-3  # part of |F_0| by which F may stay above F_0
+CLIMB = 0.1  # part of |F_0| by which F may climb over the last quarter
+NOISE = 3.0  # times the noise, beside both
+FEW, LONG = 5, 12  # rows from which noise can be told, and from which a last quarter is one
+
+
+def verdict(found: Measurement, tol: float, early: bool) -> Status | None:
+    """How a run ends at what was found, or None where it goes on: CONVERGED, where the size of the gradient mapping
+    plus its error, the lower residual, the relative distance of y to y(x) and the violation are all at most tol, and it
+    is not too `early`; NONFINITE, so far out that F overflows.
+    """
+    error = np.inf if np.isnan(found.error_bound) else found.error_bound
+    sizes = found.hypergradient + error, found.lower_residual, found.lower_distance, found.violation
+    solved = found.status in (Status.CONVERGED, Status.ESTIMATED)
+    if solved and tol > 0 and not early and all(size <= tol for size in sizes):
+        return Status.CONVERGED
+    if not np.isfinite(found.value) and found.status not in NO_VALUE:
+        return Status.NONFINITE
+    return None
+
+
+def last_word(
+    solver: Solver, status: Status, failed: dict[str, int], rows: Sequence[Row], tol: float, at_y: bool = False
+) -> Status:
+    """The status of a run that came to its limit of steps or time. Any other status stays. The first that applies:
+
+    1. DIVERGED, where `diverged` says so.
+    2. What the referee says of the last row, where something is wrong with it: a run may pass through such an x, but it
+       may not end there with a good word.
+    3. The solver's warning, at the step limit, where an assumption failed at half of the steps or more.
+    """
+    if status not in (Status.MAX_STEPS, Status.TIME_LIMIT):
+        return status
+    if diverged(rows, tol, at_y):
+        return Status.DIVERGED
+    last = rows[-1]
+    if last["status"] not in USABLE:
+        return Status(last["status"])
+    steps = last["step"] if status == Status.MAX_STEPS else 0
+    warned = (warning for name, warning in solver.warnings.items() if 0 < steps <= 2 * failed[name])
+    return next(warned, status)
+
+
+def diverged(rows: Sequence[Row], tol: float, at_y: bool = False) -> bool:
+    """Whether F stays above its start, or still climbs, by more than the run's own noise explains.
+
+    F_k is the refereed F at row k of n, v_k the violation there, with the lower residual added where F is measured at
+    the solver's own y (`at_y`). F has risen where both its last value and the median of its last half are above F_0 by
+
+        RISE |F_0| + NOISE s/sqrt(m) + tol,    s the median distance of the m rows of the last half to their median,
+
+    or, below `FEW` rows, where there is no noise to speak of, where F_{n-1} > F_0 + |F_0| + tol. The run has diverged
+    where
+
+    1. the start is feasible, v_0 <= tol, and F has risen;
+    2. the start is not, and the violation has more than doubled over the last half; or it has not fallen by a tenth,
+       and F has risen: where it has fallen, F may well have risen for it;
+    3. of twelve rows or more, F rose at each of the last quarter, by more than CLIMB |F_0| + NOISE s_2 + tol in all,
+       s_2 the median of |F_{k+1} - 2 F_k + F_{k-1}|, which is blind to a trend; and the violation did not fall.
+
+    Rows without a finite F are left out. A run whose first row is not solved, or not checked, is never called diverged.
+    """
+    kept = [row for row in rows if math.isfinite(row["value"])]
+    if len(kept) < 2 or kept[0] is not rows[0] or rows[0]["status"] not in SOLVED:
+        return False
+    F = np.array([row["value"] for row in kept])
+    v = np.nan_to_num([infeasibility(row, at_y) for row in kept], nan=np.inf)
+    rose, late = _rose(F, tol), min(np.median(v[-(len(v) // 2) :]), v[-1])
+    above = rose if v[0] <= tol else bool(late > 2 * v[0]) or (rose and bool(v[-1] >= 0.9 * v[0]))
+    return above or _climbs(F, v, tol)
+
+
+def _rose(F: np.ndarray, tol: float) -> bool:
+    """Whether F is above its start at the end and over the last half, beyond noise."""
+    size = abs(float(F[0]))
+    if len(F) < FEW:
+        return bool(F[-1] - F[0] > size + tol)
+    late = F[-(len(F) // 2) :]
+    middle = np.median(late)
+    noise = np.median(np.abs(late - middle)) / np.sqrt(len(late))
+    return bool(min(middle, F[-1]) - F[0] > RISE * size + NOISE * noise + tol)
+
+
+def _climbs(F: np.ndarray, v: np.ndarray, tol: float) -> bool:
+    """Whether F rose throughout the last quarter, beyond noise, and the violation v did not fall for it."""
+    if len(F) < LONG:
+        return False
+    quarter = slice(-(len(F) // 4 + 1), None)
+    allowed = CLIMB * abs(float(F[0])) + NOISE * float(np.median(np.abs(np.diff(F, 2)))) + tol
+    up = np.all(np.diff(F[quarter]) > 0) and F[-1] - F[quarter][0] > allowed
+    return bool(up and v[-1] >= v[quarter][0])
+
+
+def infeasibility(row: Row, at_y: bool) -> float:
+    """The violation of a row, and its lower residual where F is measured at the solver's own y."""
+    return row["violation"] + (row["lower_residual"] if at_y else 0.0)
