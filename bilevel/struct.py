@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeVar, dataclass_transform, overload
 
 import jax
+import numpy as np
 
 from bilevel.backend.errors import InvalidInput as InvalidInput
 from bilevel.backend.errors import invalid as invalid
@@ -57,6 +58,8 @@ def struct(cls: type[T] | None = None, /, *, kw_only: bool = False) -> Any:
 def _make(cls: type[T], kw_only: bool) -> type[T]:
     cls = dataclasses.dataclass(frozen=True, eq=False, kw_only=kw_only)(cls)
     fields = dataclasses.fields(cls)  # pyright: ignore[reportArgumentType]
+    if counts := [field.name for field in fields if field.metadata.get("static", False)]:
+        _plain_numbers(cls, counts)
     if fields and all(field.kw_only for field in fields):
         _accept_old(cls)
     for field in fields:
@@ -64,6 +67,23 @@ def _make(cls: type[T], kw_only: bool) -> type[T]:
             setattr(cls, field.name, property(field.metadata["derived"]))
     _register(cls)
     return cls
+
+
+def _plain_numbers(cls: type, names: list[str]) -> None:
+    """Let the static fields `names` of `cls` be given as NumPy's whole numbers: they become Python's, since NumPy's
+    have a dtype of their own that a promotion would have to respect.
+    """
+    init: Any = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **settings: Any) -> None:
+        init(self, *args, **settings)
+        for name in names:
+            value = vars(self).get(name)
+            if isinstance(value, np.integer):
+                object.__setattr__(self, name, int(value))
+
+    cls.__init__ = __init__
 
 
 def _register(cls: type) -> None:

@@ -1,6 +1,7 @@
 """The arguments of a run: whether they make sense, and which referee it has."""
 
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bilevel.diagnostics import BY_VALUE, IMPLICIT, Referee, as_referee
@@ -68,6 +70,12 @@ class Arguments:
     progress: bool | None = None
     measure: Referee | Callable | None = None
 
+    def __post_init__(self) -> None:
+        """NumPy's whole numbers become Python's, which a checkpoint can write."""
+        for name in ("max_steps", "every"):
+            if isinstance(getattr(self, name), np.integer):
+                object.__setattr__(self, name, int(getattr(self, name)))
+
     def check(self) -> None:
         """Raise `InvalidInput` for the first one that makes no sense."""
         if not _is_count(self.max_steps, 0) or self.max_steps >= 2**31 - 1:
@@ -75,8 +83,8 @@ class Arguments:
         if self.every is not None and not _is_count(self.every, 1):
             do = "It is the number of steps between measurements."
             invalid("every", self.every, "a whole number >= 1, or None", do)
-        if self.tol is not None and not _not_negative(self.tol):
-            invalid("tol", self.tol, "a number >= 0, or None", "Use 0 to run all steps.")
+        if self.tol is not None and not (_not_negative(self.tol) and math.isfinite(self.tol)):
+            invalid("tol", self.tol, "a finite number >= 0, or None", "Use 0 to run all steps.")
         if self.time_limit is not None and not _not_negative(self.time_limit):
             invalid("time_limit", self.time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
         if self.callback is not None and not callable(self.callback):
@@ -100,12 +108,12 @@ def check_problem_and_solver(problem: object, solver: object) -> None:
 def _not_negative(value: Any) -> bool:
     try:
         return not isinstance(value, str) and float(value) >= 0
-    except TypeError:
+    except (TypeError, ValueError):
         return False
 
 
 def _is_count(value: object, least: int) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:

@@ -141,3 +141,20 @@ def test_an_instance_carries_its_referee():
     assert old.referee is BY_VALUE
     with pytest.warns(DeprecationWarning, match=r"Instance\.referee\.measure"):
         assert old.measure is gap.measure_global
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("tol", np.inf), ("tol", "small"), ("max_steps", 10**11), ("max_steps", True), ("every", 2.0), ("every", 0)],
+)
+def test_numbers_without_a_sense_are_named(name, value, key):
+    with pytest.raises(bilevel.InvalidInput, match=f"^{name}: got {value}; expected"):
+        bilevel.solve(FREE, bilevel.SOBA(), key=key, **{name: value})
+
+
+def test_whole_numbers_may_be_of_numpy(key, tmp_path):
+    solver = bilevel.AID(num_lower_steps=np.int64(2), lower_step_size=0.1, upper_step_size=0.1)  # pyright: ignore
+    assert type(solver.num_lower_steps) is int
+    kwargs = {"key": key, "max_steps": np.int64(2), "every": np.int32(1), "checkpoint": tmp_path / "run"}
+    solution = bilevel.solve(FREE, solver, **kwargs)
+    assert solution.record["step"].tolist() == [0, 1, 2]
