@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from benchmarks.study.compilation import use_quick_compilation, xla_flags
+from bilevel.backend import bounded
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,6 +29,7 @@ settings.load_profile("tests")
 def _forget_compiled_functions() -> Iterator[None]:
     """Free what a file has compiled: with thousands of executables alive, XLA runs out of memory maps and crashes."""
     yield
+    bounded.clear()
     jax.clear_caches()
 
 

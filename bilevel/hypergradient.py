@@ -21,8 +21,7 @@ rounding. It is an estimate: status says so. Iterative methods find the correcti
 
 from typing import Any
 
-import jax
-
+from bilevel.backend.bounded import bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.linear import LinearSolver
 from bilevel.lower import (
@@ -87,7 +86,7 @@ def hypergradient(
     return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate, warm))
 
 
-@jax.jit
+@bounded_jit
 @full_precision
 def _hypergradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, lower: LowerMethod | None, adjoint: Adjoint

@@ -7,9 +7,9 @@ The lower level's method brings the derivative of y(x) (`lower.adjoint`, `lower.
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import Array
 
+from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.hypergradient import check_method
 from bilevel.linear import LinearSolver
@@ -34,10 +34,11 @@ def implicit_objective(
     check_problem(problem)
     check_method(method, "implicit_objective")
     check_lower(lower, "implicit_objective")
-    return lambda x, y=None: _implicit_value(problem, x, y, method, lower)
+    flat: Any = Flat(problem)
+    return lambda x, y=None: _implicit_value(flat, x, y, method, lower)
 
 
-@jax.jit
+@bounded_jit
 @full_precision
 def _implicit_value(
     problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: LowerMethod | None

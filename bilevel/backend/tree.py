@@ -40,3 +40,12 @@ def broadcast_like(prefix: PyTree, z: PyTree) -> PyTree:
     """`prefix`, of which one leaf may stand for many, broadcast to the structure, shapes and dtypes of z."""
     full = jax.tree.broadcast(prefix, z)
     return jax.tree.map(lambda b, leaf: jnp.broadcast_to(jnp.asarray(b, leaf.dtype), leaf.shape), full, z)
+
+
+def strong(tree: PyTree) -> PyTree:
+    """`tree` without weak types, under which JAX keeps what comes of plain Python numbers, as in jnp.full(2, 0.5).
+
+    A weakly typed array has the same bits, and is another type to `jax.jit`: what is compiled for it is compiled again.
+    """
+    weak = lambda leaf: getattr(getattr(leaf, "aval", None), "weak_type", False)  # noqa: E731
+    return jax.tree.map(lambda leaf: jax.lax.convert_element_type(leaf, leaf.dtype) if weak(leaf) else leaf, tree)

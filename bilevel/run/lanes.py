@@ -15,8 +15,10 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
 from bilevel.backend import sharding
+from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.compilation import COMPILER_OPTIONS
 from bilevel.backend.precision import full_precision
+from bilevel.backend.tree import strong
 from bilevel.problem import BilevelProblem
 from bilevel.solver import Solver
 
@@ -49,20 +51,6 @@ def _steps(
 
     begin = state, nothing, jnp.zeros(len(watched), int)
     return jax.lax.fori_loop(start, start + num_steps, body, begin)
-
-
-class _Flat:
-    """A problem or solver flattened once, as an argument of compiled functions, which see the original: flattening it
-    node by node, at each call, is a sixth of what a call takes.
-    """
-
-    def __init__(self, tree: PyTree) -> None:
-        self.leaves, self.structure = jax.tree.flatten(tree)
-
-
-jax.tree_util.register_pytree_node(
-    _Flat, lambda flat: (flat.leaves, flat.structure), lambda structure, leaves: structure.unflatten(leaves)
-)
 
 
 class Steps(NamedTuple):
@@ -153,18 +141,20 @@ def _each(one: Callable, many: Many, shared: tuple, *lanes: PyTree) -> Any:
     return jax.shard_map(every, mesh=many, in_specs=specs, out_specs=spread, check_vma=False)(*shared, *lanes)
 
 
-@partial(jax.jit, static_argnames="many", compiler_options=COMPILER_OPTIONS)
+@bounded_jit(num_static=1, compiler_options=COMPILER_OPTIONS)
 @full_precision
 def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyTree:
-    """The state before the first step."""
+    """The state before the first step; never weakly typed, or the first steps would compile again while they count as
+    the solver's time.
+    """
 
     def one(problem: BilevelProblem, solver: Solver, key: Array) -> PyTree:
-        return solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF))
+        return strong(solver.init(problem, jax.random.fold_in(key, 0x7FFFFFFF)))
 
     return _each(one, many, (problem, solver), key)
 
 
-@partial(jax.jit, static_argnames="many", compiler_options=COMPILER_OPTIONS)
+@bounded_jit(num_static=1, compiler_options=COMPILER_OPTIONS)
 def advance_lanes(
     problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: Many
 ) -> tuple[PyTree, PyTree, Array]:
@@ -177,12 +167,12 @@ def advance_lanes(
         problem: BilevelProblem, solver: Solver, start: Array, num_steps: Array, state: PyTree, key: Array
     ) -> tuple[PyTree, PyTree, Array]:
         state, info, failed = _steps(problem, solver, state, key, start, num_steps, watched)
-        return state, info, _vector([_all_finite(state), *failed, *scalars(info).values()])
+        return strong(state), info, _vector([_all_finite(state), *failed, *scalars(info).values()])
 
     return _each(one, many, (problem, solver, start, num_steps), state, key)
 
 
-@partial(jax.jit, static_argnames=("many", "measure"), compiler_options=COMPILER_OPTIONS)
+@bounded_jit(num_static=2, compiler_options=COMPILER_OPTIONS)
 @full_precision
 def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, measure: Callable) -> Array:
     """Of (x, y) alone, so that all solvers share one compilation; in one vector, too."""
@@ -196,8 +186,8 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
 
 def compiled(problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable) -> Compiled:
     """The functions of a run of `solver` on `problem`; `key` is one key, or many of shape [lanes]."""
-    flat_problem: Any = _Flat(problem)
-    flat_solver: Any = _Flat(solver)
+    flat_problem: Any = Flat(problem)
+    flat_solver: Any = Flat(solver)
     output = full_precision(partial(solver.output, problem))
     numbers_begin = 1 + len(solver.assumptions)
 

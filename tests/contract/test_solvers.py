@@ -234,9 +234,9 @@ def test_vmap_over_step_sizes_equals_a_loop(kind, key):
 def test_a_second_instance_and_other_step_sizes_compile_nothing(kind, key):
     solve(suited(kind, 1), make(kind, 0.05), key=key, max_steps=5, every=2)
     compiled = (lanes.init, lanes.advance_lanes, lanes.measure_lanes)
-    before = [function._cache_size() for function in compiled]
+    before = [function.count() for function in compiled]
     solve(suited(kind, 2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
-    assert [function._cache_size() for function in compiled] == before
+    assert [function.count() for function in compiled] == before
 
 
 @each_solver
