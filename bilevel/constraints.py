@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import chex
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
@@ -50,7 +51,9 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
         never = jnp.full(1, jnp.inf, dtype)
         return Rows(jnp.zeros((1, flat_y.size), dtype), -never, never, jnp.zeros((1, flat_x.size), dtype))
     C, lo, hi = (jnp.concatenate(parts) for parts in zip(nothing, *blocks, *fixed, strict=True))
-    return Rows(C, lo, hi, jnp.concatenate(by_x))
+    B = jnp.concatenate(by_x)
+    chex.assert_shape([C, B, lo, hi], [(lo.size, flat_y.size), (lo.size, flat_x.size), (lo.size,), (lo.size,)])
+    return Rows(C, lo, hi, B)
 
 
 def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:

@@ -14,6 +14,7 @@ and where each sample of the data has an own y, `per_sample.view` gives the prob
 
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -139,6 +140,8 @@ def track(
     if _diagonal_box(problem):
         return _track_in_box(problem, x, y, active, q, batch, num_steps)
     limits = constraints.rows(problem, x, y)
+    chex.assert_equal_shape([active, limits.lo])
+    chex.assert_trees_all_equal_shapes(q, y)
     flat, unravel = ravel_pytree(y)
     flat_q = ravel_pytree(q)[0]
     constant = oracles.constant_hessian(problem, x, y, batch)

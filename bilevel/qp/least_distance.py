@@ -23,6 +23,7 @@ Mathematical Programming 27, 1983, section 3.
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -116,6 +117,7 @@ def nearest(A: Array, slack: Array, noise: Array | None = None, skip: Array | bo
     empty. Missing rows have infinite slack. With `skip` nothing is computed.
     """
     rows, n = A.shape
+    chex.assert_shape(slack, (rows,))
     if rows == 0 or n == 0:
         return Nearest(jnp.zeros(n, A.dtype), jnp.zeros(rows, bool), jnp.zeros(rows, A.dtype), jnp.array(False))
     program = _scaled(A, slack, noise)

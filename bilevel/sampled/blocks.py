@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,12 +67,15 @@ class Blocks:
 
     def values(self, x: PyTree, ys: Array, chunk: int | None = None) -> tuple[Array, Array]:
         """(f, g) of the blocks of points [N, n, m], shapes [N, n]."""
-        return sample_oracles.sample_values(self.problem, x, self.stack(ys), self.upper, self.lower, chunk)
+        f, g = sample_oracles.sample_values(self.problem, x, self.stack(ys), self.upper, self.lower, chunk)
+        chex.assert_shape([f, g], (len(ys), self.n))
+        return f, g
 
     def gradients(self, x: PyTree, ys: Array, a: Array, b: Array, chunk: int | None = None) -> tuple[PyTree, Array]:
         """Gradients in x and in ys, [N, n, m], of the sum of a f + b g over all samples and blocks."""
         stacked = self.stack(ys)
         by_x, by_y = sample_oracles.sample_gradients(self.problem, x, stacked, a, b, self.upper, self.lower, chunk)
+        chex.assert_trees_all_equal_shapes(by_x, x)
         return by_x, jax.vmap(self.pack)(by_y)
 
     def coupling_rows(self, x: PyTree, y: Array) -> CouplingRows:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -237,6 +238,22 @@ def test_a_second_instance_and_other_step_sizes_compile_nothing(kind, key):
     before = [function.count() for function in compiled]
     solve(suited(kind, 2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
     assert [function.count() for function in compiled] == before
+
+
+@each_solver
+def test_other_data_and_step_sizes_are_traced_once(kind, key):
+    """Also outside of `solve`: in a loop of one's own."""
+
+    def step(problem, solver, state, key):
+        return solver.step(problem, state, key)
+
+    chex.clear_trace_counter()  # it knows functions by their hash, which a later one may have again
+    step = jax.jit(chex.assert_max_traces(step, n=1))
+    for seed, size in ((1, 0.05), (2, 0.04)):
+        problem, solver = suited(kind, seed), make(kind, size)
+        state = start(problem, solver, key)
+        after, _ = jax.eval_shape(step, problem, solver, state, key)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
 
 
 @each_solver
