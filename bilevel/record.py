@@ -238,6 +238,12 @@ class Stats(TypedDict):
     """Oracle calls in passes over the data (`OracleCount.passes`)."""
     cost: dict[str, int]
     """Oracle calls of one step, by kind."""
+    best_step: int
+    """After how many steps the best point was measured."""
+    best_value: float
+    """F there."""
+    end_is_worse: bool
+    """Whether the end is worse than it by more than rounding (`run.verdicts.worse`)."""
     failed: dict[str, int]
     """An assumption of the method that steps saw fail, as a sentence: at how many of them."""
 

@@ -1,11 +1,28 @@
 """What `solve` returns, and how it prints: header, table and footer."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 from bilevel.record import Record, Row, Stats, Status
 
 PyTree = Any
+
+
+class Best(NamedTuple):
+    """The best point that the referee measured: of rows whose F is not in doubt those within the tolerance of the sets,
+    and of these the one of least F (`run.verdicts.rank`).
+    """
+
+    x: PyTree
+    y: PyTree
+    """The solver's, as `x`."""
+    row: Row
+    """Its row of the record."""
+
+    @property
+    def step(self) -> int:
+        """The number of steps after which the run was there."""
+        return self.row["step"]
 
 
 class Solution:
@@ -19,6 +36,7 @@ class Solution:
         stats: what the run was and what it cost, a dictionary with the entries of `Stats`.
         state: the solver's state, from which `advance` goes on.
         info: what the solver shows of its last step.
+        best: the best point that was measured, a `Best`; the end itself is `x` and `y`.
     """
 
     def __init__(
@@ -30,10 +48,11 @@ class Solution:
         stats: Stats,
         state: PyTree,
         info: PyTree,
+        best: Best | None = None,
     ) -> None:
         """Collect the parts."""
         self.x, self.y, self.status, self.record = x, y, status, record
-        self.stats, self.state, self.info = stats, state, info
+        self.stats, self.state, self.info, self.best = stats, state, info, best
 
     def __str__(self) -> str:
         """Header, table and footer."""
@@ -100,6 +119,11 @@ def solution_text(solution: "Solution", max_rows: int = 12) -> str:
         f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
         f"measuring {stats['measure_time']:.3f} s; {unit}"
     )
+    if stats.get("end_is_worse"):
+        footer += (
+            f"\nthe end is worse than step {stats['best_step']}, where F = {stats['best_value']:.7g}: "
+            "take solution.best.x and solution.best.y"
+        )
     failed = [
         f"assumption failed at {number} of {stats['steps']} steps: {sentence}"
         for sentence, number in stats.get("failed", {}).items()

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from bilevel.backend.files import write_atomically
 
 PyTree = Any
-VERSION = 1
+VERSION = 2  # 2: with the best point
 
 
 class CheckpointError(RuntimeError):

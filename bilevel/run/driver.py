@@ -25,8 +25,8 @@ from bilevel.record import Record, Row, Stats, Status
 from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
-from bilevel.run.verdicts import last_word, verdict
-from bilevel.solution import Solution, SolveError
+from bilevel.run.verdicts import last_word, rank, verdict, worse
+from bilevel.solution import Best, Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.struct import invalid
 
@@ -195,6 +195,7 @@ class Driver:
         self.cost, self.passes = solver.cost(problem), passes_per_step(problem, solver)
         self.clock, self.pace = Clock(), 0.0  # pace: seconds a step, those of the last call; 0: none yet
         self.records = [Record() for _ in range(key.shape[0] if many else 1)]
+        self.best: dict[int, Best] = {}  # by lane
         self.ended: dict[int, End] = {}
         self.ending = Status.MAX_STEPS  # of the lanes that do not end by themselves
 
@@ -230,26 +231,33 @@ class Driver:
         self.at = At(0, steps.state, steps.info, steps.numbers, steps.failed)
         self.columns = list(scalars(lane(steps.info, self.many, 0)))
         tol = self.arguments.tol
-        self.tol = self.referee.default_tol(self.lanes.output(self.at.state)[0]) if tol is None else tol
+        default = self.referee.default_tol(self.lanes.output(self.at.state)[0])
+        self.tol = default if tol is None else tol
+        self.allowed = max(self.tol, default)  # of violations and of F: tol=0 asks for all steps, not for exactness
 
     def restore(self) -> None:
         """Go on from the checkpoint, where there is one."""
         path = self.arguments.checkpoint
         if path is None or not Path(path).exists():
             return
-        saved, notes = load_checkpoint(path, (self.at.state, self.at.info), owner=self.owner)
-        state, info = sharding.place(saved, self.mesh)
+        like = self.at.state, self.at.info, self.lanes.output(self.at.state)
+        saved, notes = load_checkpoint(path, like, owner=self.owner)
+        state, info, best = sharding.place(saved, self.mesh)
         self.at = At(int(notes["step"]), state, info, numbers_of(info), np.array(notes["failed"], int))
         self.records = [Record.decode(rows) for rows in notes["rows"]]
+        self.best[0] = Best(best[0], best[1], self.records[0].rows[notes["best"]])
         self.clock.solve = float(notes["time"])
 
     def save(self) -> None:
         """Write the checkpoint, where one is asked for."""
         path = self.arguments.checkpoint
-        if path is not None:
-            notes = {"step": self.at.step, "time": self.clock.solve, "failed": self.at.failed.tolist()}
+        if path is not None and self.best:  # else nothing has been measured
+            notes: dict[str, Any] = {"step": self.at.step, "time": self.clock.solve, "failed": self.at.failed.tolist()}
             notes["rows"] = [record.encode() for record in self.records]
-            save_checkpoint(path, (self.at.state, self.at.info), owner=self.owner, notes=notes)
+            best = self.best[0]
+            notes["best"] = self.records[0].rows.index(best.row)
+            tree = self.at.state, self.at.info, (best.x, best.y)
+            save_checkpoint(path, tree, owner=self.owner, notes=notes)
 
     def look(self) -> None:
         """Measure, record and decide; save, and ask the callback."""
@@ -261,6 +269,7 @@ class Driver:
             found = Measurement(*lane(measured, self.many, k).tolist())
             if not record.rows or record.rows[-1]["step"] != self.at.step:
                 record.append(**self.row(found, k))
+                self.remember(k)
             early = self.at.step < self.solver.least_steps
             status = verdict(found, self.tol, early)
             if status is not None:
@@ -269,6 +278,16 @@ class Driver:
         callback = self.arguments.callback
         if callback is not None and callback(self.at.step, self.at.state, self.records[0].rows[-1]):
             self.ended.setdefault(0, End(Status.STOPPED, self.at))
+
+    def remember(self, k: int) -> None:
+        """Keep lane k's point where its last row is the best so far."""
+        row, value = self.records[k].rows[-1], self.worth
+        if k not in self.best or value(row) < value(self.best[k].row):
+            self.best[k] = Best(*self.lanes.output(lane(self.at.state, self.many, k)), row)
+
+    def worth(self, row: Row) -> tuple[bool, float, float]:
+        """What a row is worth, the least first."""
+        return rank(row, self.allowed, self.referee.at_y)
 
     def row(self, found: Measurement, k: int) -> dict[str, Any]:
         """Lane k's row of the record: what the referee found, what it cost, and the solver's own numbers."""
@@ -318,13 +337,16 @@ class Driver:
         """Lane k's solution."""
         status, at = self.ended.get(k) or End(self.ending, self.at.lane(self.many, k))
         failed = dict(zip(self.solver.assumptions, at.failed.tolist(), strict=True))
-        status = last_word(self.solver, status, failed, self.records[k].rows, self.tol, self.referee.at_y)
+        status = last_word(self.solver, status, failed, self.records[k].rows, self.allowed, self.referee.at_y)
+        best = self.best[k]
         x, y = self.lanes.output(at.state)
         stats: Stats = {
             "solver": type(self.solver).__name__, "referee": self.referee.name, "steps": at.step, "tol": self.tol,
             "setup_time": self.clock.setup,
             "solve_time": self.clock.solve, "measure_time": self.clock.measure, "oracles": at.step * self.passes,
             "cost": self.cost.as_dict(),
+            "best_step": best.step, "best_value": best.row["value"],
+            "end_is_worse": worse(self.records[k].rows[-1], best.row, self.allowed, self.referee.at_y),
             "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
         }  # fmt: skip
-        return Solution(x, y, status, self.records[k], stats, at.state, at.info)
+        return Solution(x, y, status, self.records[k], stats, at.state, at.info, best)

@@ -10,6 +10,7 @@ from bilevel.solver import Solver
 
 NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE  # F has no value at this x, but may have one at the next
 USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
+JUDGED = *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR  # of a row: F is what it is said to be
 SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found
 RISE = 1e-3  # part of |F_0| by which F may stay above F_0
 CLIMB = 0.1  # part of |F_0| by which F may climb over the last quarter
@@ -102,6 +103,23 @@ def _climbs(F: np.ndarray, v: np.ndarray, tol: float) -> bool:
     allowed = CLIMB * abs(float(F[0])) + NOISE * float(np.median(np.abs(np.diff(F, 2)))) + tol
     up = np.all(np.diff(F[quarter]) > 0) and F[-1] - F[quarter][0] > allowed
     return bool(up and v[-1] >= v[quarter][0])
+
+
+def rank(row: Row, tol: float, at_y: bool = False) -> tuple[bool, float, float]:
+    """What a row is worth, the least first: whether its F is in doubt, by how much it is infeasible beyond tol, F."""
+    outside, value = infeasibility(row, at_y) - tol, row["value"]
+    doubtful = row["status"] not in JUDGED or not math.isfinite(value)
+    return doubtful, math.inf if math.isnan(outside) else max(outside, 0.0), value if math.isfinite(value) else math.inf
+
+
+def worse(row: Row, best: Row, tol: float, at_y: bool = False) -> bool:
+    """Whether a row is worth less than the best one by more than rounding: by its verdict, or its violation, or by
+    RISE |F| + tol.
+    """
+    mine, other = rank(row, tol, at_y), rank(best, tol, at_y)
+    if mine[0] != other[0] or (mine[1] > 0) != (other[1] > 0):
+        return mine > other
+    return mine[2] > other[2] + RISE * abs(other[2]) + tol
 
 
 def infeasibility(row: Row, at_y: bool) -> float:

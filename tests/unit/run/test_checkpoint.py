@@ -115,7 +115,7 @@ def test_other_owner_version_and_shapes(saved, monkeypatch):
         with pytest.raises(CheckpointError, match="differ in path, shape or dtype"):
             load_checkpoint(path, other, owner="me")
     monkeypatch.setattr(checkpoint, "VERSION", checkpoint.VERSION + 1)
-    with pytest.raises(CheckpointError, match="format 1, expected 2"):
+    with pytest.raises(CheckpointError, match="format 2, expected 3"):
         load_checkpoint(path, tree, owner="me")
 
 

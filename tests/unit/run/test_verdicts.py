@@ -1,5 +1,7 @@
 """How a run ends: the rules on synthetic rows, and runs whose last row is no result."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ from bilevel.run.verdicts import diverged, last_word
 TOL = 1e-6
 
 
-def rows(values, violations=None, residual=0.0, status=Status.ESTIMATED):
+def rows(values, violations=None, residual=0.0, status=Status.ESTIMATED) -> Any:
     """A record with these F."""
     violations = np.zeros(len(values)) if violations is None else violations
     return [
