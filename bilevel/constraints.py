@@ -35,11 +35,9 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
     blocks, by_x = [], [empty]
     coupling = problem.coupling
     if isinstance(coupling, LinearCoupling):
-        for A, B, b, equal in (
-            (coupling.A_eq, coupling.B_eq, coupling.b_eq, True),
-            (coupling.A, coupling.B, coupling.b, False),
-        ):
-            if A is not None:
+        given = coupling.raveled(x, y)
+        for A, B, b, equal in ((given.A_eq, given.B_eq, given.b_eq, True), (given.A, given.B, given.b, False)):
+            if A.shape[0]:
                 A, B, b = (jnp.asarray(part, dtype) for part in (A, B, b))
                 bound = b - B @ jnp.asarray(flat_x, dtype)
                 blocks.append((A, bound if equal else jnp.full_like(bound, -jnp.inf), bound))
@@ -63,14 +61,13 @@ def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
     """
     flat, coupling = ravel_pytree((x, y))[0], problem.coupling
     if isinstance(coupling, LinearCoupling):
+        given = coupling.raveled(x, y)
 
         def both(A: Any, B: Any, b: Any) -> tuple:
-            if b is None:
-                return None, None, None
             A, B, b = (jnp.asarray(part, flat.dtype) for part in (A, B, b))
             return jnp.concatenate([B, A], axis=1), jnp.zeros((len(b), 0), flat.dtype), b
 
-        unequal, equal = (coupling.A, coupling.B, coupling.b), (coupling.A_eq, coupling.B_eq, coupling.b_eq)
+        unequal, equal = (given.A, given.B, given.b), (given.A_eq, given.B_eq, given.b_eq)
         coupling = LinearCoupling(*both(*unequal), *both(*equal))
     sets = Product((problem.x_set, problem.y_set))
     return rows(dataclasses.replace(problem, coupling=coupling, y_set=sets), jnp.zeros(0, flat.dtype), (x, y))

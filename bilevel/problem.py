@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import sharding
 from bilevel.backend.checks import check_callable, check_like, check_map, check_point, shape_of
+from bilevel.backend.columns import check_columns, check_shape, columns
 from bilevel.data import Full, PerSample, Source
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
@@ -84,19 +86,42 @@ class FixedPoint:
 class LinearCoupling:
     """Linear constraints of the lower level that may move with x: A y + B x <= b, and A_eq y + B_eq x = b_eq.
 
-    Here x and y are raveled: their leaves one after the other in one vector, as `jax.flatten_util.ravel_pytree` does.
+    Either kind may be left out, and B alone, which means zero: `LinearCoupling(A_eq=A, b_eq=b)` is A y = b.
 
     Args:
-        A, B, b: the inequalities, shapes [rows, dim y], [rows, dim x] and [rows].
-        A_eq, B_eq, b_eq: the equalities, likewise with a number of rows of their own; None where there are none.
+        A, B, b: the inequalities, shapes [rows, dim y], [rows, dim x] and [rows]. Columns belong to the entries of the
+            raveled y and x: their leaves one after the other in one vector, as `jax.flatten_util.ravel_pytree` does.
+            Or they have the names of the leaves: A is a pytree like y, and B like x, with a leaf [rows, *shape] for
+            each leaf of that shape, and None for one that no row holds.
+        A_eq, B_eq, b_eq: the equalities, likewise, with a number of rows of their own.
     """
 
-    A: Any
-    B: Any
-    b: Any
+    A: Any = None
+    B: Any = None
+    b: Any = None
     A_eq: Any = None
     B_eq: Any = None
     b_eq: Any = None
+
+    @property
+    def num_inequalities(self) -> int:
+        """How many rows of A y + B x <= b there are."""
+        return 0 if self.b is None else jnp.shape(self.b)[0]
+
+    @property
+    def num_equalities(self) -> int:
+        """How many rows of A_eq y + B_eq x = b_eq there are."""
+        return 0 if self.b_eq is None else jnp.shape(self.b_eq)[0]
+
+    def raveled(self, x: PyTree, y: PyTree) -> "LinearCoupling":
+        """The same rows as arrays with a column for each raveled entry: six of them, with zeros, or no rows, for what
+        is left out; x and y give shapes only.
+        """
+        dtype, parts = ravel_pytree(y)[0].dtype, []
+        for A, B, b in ((self.A, self.B, self.b), (self.A_eq, self.B_eq, self.b_eq)):
+            b = jnp.zeros(0, dtype) if b is None else b
+            parts += [columns(A, y, b, dtype), columns(B, x, b, dtype), b]
+        return LinearCoupling(*parts)
 
 
 @struct
@@ -278,21 +303,18 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
             got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
             invalid("coupling (SmoothCoupling)", got, "h(x, y) of shape [rows]", "Stack the constraints in one vector.")
         return
-    size = {name: sum(int(np.size(leaf)) for leaf in jax.tree.leaves(point)) for name, point in (("x", x), ("y", y))}
+    if all(part is None for part in vars(coupling).values()):
+        invalid("coupling (LinearCoupling)", "nothing", "A and b, or A_eq and b_eq", "Leave the coupling out: None.")
     for suffix in ("", "_eq"):
-        parts = {name: getattr(coupling, name + suffix) for name in ("A", "B", "b")}
-        if all(part is None for part in parts.values()) and suffix:
+        A, B, b = (getattr(coupling, name + suffix) for name in ("A", "B", "b"))
+        if A is None and B is None and b is None:
             continue
-        rows = np.shape(parts["b"])
-        want = {"b": rows if len(rows) == 1 else "(rows,)", "A": (*rows, size["y"]), "B": (*rows, size["x"])}
-        for name, shape in want.items():
-            part, label = parts[name], f"coupling.{name}{suffix} (LinearCoupling)"
-            got = "None" if part is None else f"shape {np.shape(part)}"
-            if part is None or np.shape(part) != shape:
-                do = "Give A, B and b together; columns count raveled entries."
-                invalid(label, got, f"shape {shape} for A y + B x <= b", do)
-            if not np.isfinite(np.asarray(part)).all():
-                invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
+        label = f"coupling.%s{suffix} (LinearCoupling)"
+        rows = np.shape(b) if b is not None else None
+        check_shape(label % "b", b, rows if rows and len(rows) == 1 else "(rows,)")
+        rows = rows or ()
+        for name, part, like in (("A", A, y), ("B", B, x)):
+            check_columns(label % name, part, like, rows, optional=name == "B")
 
 
 def check_problem(problem: object) -> None:

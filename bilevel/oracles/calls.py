@@ -160,8 +160,9 @@ def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Arra
         A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
         return A @ flat_y + B @ flat_x - b
 
-    equal = none if coupling.A_eq is None else affine(coupling.A_eq, coupling.B_eq, coupling.b_eq)
-    return affine(coupling.A, coupling.B, coupling.b), equal
+    rows = coupling.raveled(x, y)
+    equal = affine(rows.A_eq, rows.B_eq, rows.b_eq) if coupling.num_equalities else none
+    return affine(rows.A, rows.B, rows.b), equal
 
 
 def coupling_pullback(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Callable]:

@@ -33,7 +33,7 @@ def _unequal(problem: BilevelProblem, rows: int) -> Array:
     """Which of the rows are inequalities, [rows]."""
     coupling = problem.coupling
     linear = isinstance(coupling, LinearCoupling)
-    equalities = jnp.shape(coupling.b_eq)[0] if linear and coupling.b_eq is not None else 0
+    equalities = coupling.num_equalities if linear else 0
     return jnp.arange(rows) < rows - equalities
 
 
@@ -71,12 +71,16 @@ def active(problem: BilevelProblem, m: Array) -> Array:
     return (m > 0) | ~_unequal(problem, m.size)
 
 
-def independent(problem: BilevelProblem, held: Array) -> Array:
-    """Whether the rows in `held` [rows] of a `LinearCoupling`, or of none, are linearly independent (LICQ), []."""
+def independent(problem: BilevelProblem, held: Array, x: PyTree, y: PyTree) -> Array:
+    """Whether the rows in `held` [rows] of a `LinearCoupling`, or of none, are linearly independent in y (LICQ), [];
+    x and y give shapes only.
+    """
     if problem.coupling is None:
         return jnp.array(True)
     assert isinstance(problem.coupling, LinearCoupling)
-    A = jnp.concatenate([part for part in (problem.coupling.A, problem.coupling.A_eq) if part is not None])
+    rows = problem.coupling.raveled(x, y)
+    dtype = ravel_pytree(y)[0].dtype
+    A = jnp.concatenate([jnp.asarray(part, dtype) for part in (rows.A, rows.A_eq)])
     length = jnp.linalg.norm(A, axis=1, keepdims=True)
     A = A / jnp.where(length > 0, length, 1)
     return masked_inverse(A @ A.T, held.astype(A.dtype))[1]

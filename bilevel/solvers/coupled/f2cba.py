@@ -182,7 +182,7 @@ class F2CBA(Solver):
         slack = -oracles.coupling_values(problem, x, z)[0]
         info = Info(
             norm(direction), jnp.sum(held), norm(oracles.coupling_residual(problem, x, y)),
-            lagrangian.independent(problem, held), jnp.min(jnp.maximum(n[: len(slack)], slack), initial=jnp.inf),
+            lagrangian.independent(problem, held, x, y), jnp.min(jnp.maximum(n[: len(slack)], slack), initial=jnp.inf),
         )  # fmt: skip
 
         if self.radius is None:
@@ -210,4 +210,4 @@ class F2CBA(Solver):
 
 def _equalities_alone(problem: BilevelProblem) -> bool:
     coupling = problem.coupling
-    return isinstance(coupling, LinearCoupling) and jnp.shape(coupling.b)[0] == 0
+    return isinstance(coupling, LinearCoupling) and coupling.num_inequalities == 0

@@ -55,11 +55,11 @@ class Info(NamedTuple):
     """Whether v'g_yy v > 0, or v = 0; shape []."""
 
 
-def _matrix(problem: BilevelProblem, y: PyTree) -> Array:
-    """A [rows, dim y] of the equalities, without rows where there are none."""
+def _matrix(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
+    """A [rows, dim y] of the equalities, without rows where there are none; x and y give shapes only."""
     flat = ravel_pytree(y)[0]
-    if isinstance(problem.coupling, LinearCoupling) and problem.coupling.A_eq is not None:
-        return jnp.asarray(problem.coupling.A_eq, flat.dtype)
+    if isinstance(problem.coupling, LinearCoupling):
+        return jnp.asarray(problem.coupling.raveled(x, y).A_eq, flat.dtype)
     return jnp.zeros((0, flat.size), flat.dtype)
 
 
@@ -119,9 +119,8 @@ class AiPOD(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         it = start(problem, key, *rules, num_lower_steps=self.num_lower_steps)
-        return State(
-            it.x, it.y, jnp.linalg.pinv(_matrix(problem, it.y)), it.step_x, it.step_y, it.step_v, it.upper, it.lower
-        )
+        inverse = jnp.linalg.pinv(_matrix(problem, it.x, it.y))
+        return State(it.x, it.y, inverse, it.step_x, it.step_y, it.step_v, it.upper, it.lower)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         x, inverse = state.x, state.inverse
@@ -133,7 +132,7 @@ class AiPOD(Solver):
 
         def tangent(v: PyTree) -> PyTree:
             flat = ravel_pytree(v)[0]
-            return unravel(flat - inverse @ (_matrix(problem, v) @ flat))
+            return unravel(flat - inverse @ (_matrix(problem, x, v) @ flat))
 
         y, step_y, lower = descend(
             problem, x, state.y, state.step_y, state.lower, key_y, self.num_lower_steps, project=onto
@@ -163,7 +162,7 @@ class AiPOD(Solver):
         if not isinstance(problem.lower, Minimize):
             return f"AiPOD needs a lower level Minimize(g); got {type(problem.lower).__name__}."
         coupling = problem.coupling
-        inequalities = isinstance(coupling, LinearCoupling) and jnp.shape(coupling.b)[0] > 0
+        inequalities = isinstance(coupling, LinearCoupling) and coupling.num_inequalities > 0
         if inequalities or isinstance(coupling, SmoothCoupling):
             got = type(coupling).__name__ + " with inequalities" * inequalities
             return f"AiPOD needs linear equalities and no inequality; got {got}."
