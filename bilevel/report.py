@@ -88,10 +88,8 @@ class Progress:
             self.live.stop()
 
 
-def plot_records(
-    records: Mapping[str, Sequence[Table]], path: str | Path, title: str = "", optimum: float | None = None
-) -> Path:
-    """A PNG of F, hypergradient norm and lower residual (rows) against oracle calls and time (columns).
+def records_figure(records: Mapping[str, Sequence[Table]], title: str = "", optimum: float | None = None) -> Any:
+    """A matplotlib figure of F, hypergradient norm and lower residual (rows) against oracle calls and time (columns).
 
     One colour a label; the first record bold, the others faint. With `optimum` the first row shows F - F*.
     """
@@ -119,7 +117,14 @@ def plot_records(
     if records:
         axes[0][0].legend(fontsize=8)
     figure.suptitle(title)
-    return save_figure(figure, path)
+    return figure
+
+
+def plot_records(
+    records: Mapping[str, Sequence[Table]], path: str | Path, title: str = "", optimum: float | None = None
+) -> Path:
+    """`records_figure` as a PNG; returns where."""
+    return save_figure(records_figure(records, title, optimum), path)
 
 
 def save_figure(figure: Any, path: str | Path, dpi: int = 110) -> Path:

@@ -1,8 +1,10 @@
 """What `solve` returns, and how it prints: header, table and footer."""
 
 import math
+from html import escape
 from typing import Any, NamedTuple
 
+from bilevel import report
 from bilevel.record import Record, Row, Stats, Status
 
 PyTree = Any
@@ -58,6 +60,20 @@ class Solution:
         """Header, table and footer."""
         return solution_text(self)
 
+    def _repr_html_(self) -> str:
+        """The same for a notebook, which calls this by itself."""
+        return solution_html(self)
+
+    def plot(self) -> Any:
+        """A `matplotlib.figure.Figure` of F, the hypergradient's norm and the lower residual along the run, against
+        oracle calls and against time. Save it by `solution.plot().savefig("run.png")`.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed; the message has the command that installs it.
+        """
+        name = self.stats["solver"]
+        return report.records_figure({name: [self.record]}, f"{name}: {self.status} after {self.stats['steps']} steps")
+
     def __repr__(self) -> str:
         """One line."""
         value = self.record.rows[-1]["value"] if self.record.rows else math.nan
@@ -85,14 +101,18 @@ def header() -> str:
     return f"{line}\n{'-' * len(line)}"
 
 
-def row_text(row: Row) -> str:
-    """One aligned row."""
-    cells = (
+def row_cells(row: Row) -> tuple[str, ...]:
+    """The texts of a row, one for each of HEADINGS."""
+    return (
         f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
         f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
         Status(row["status"]).name,
     )  # fmt: skip
-    return " | ".join(f"{cell:>{width}}" for cell, width in zip(cells, WIDTHS, strict=True))
+
+
+def row_text(row: Row) -> str:
+    """One aligned row."""
+    return " | ".join(f"{cell:>{width}}" for cell, width in zip(row_cells(row), WIDTHS, strict=True))
 
 
 def size_text(size: float | None, error_bound: float | None, spec: str = ".3e") -> str:
@@ -107,25 +127,50 @@ def solution_text(solution: "Solution", max_rows: int = 12) -> str:
     """Header, at most `max_rows` evenly chosen rows (the first and last among them), and a footer with status and
     times.
     """
-    rows, stats = solution.record.rows, solution.stats
-    if len(rows) > max_rows:
-        chosen = sorted({round(k * (len(rows) - 1) / (max_rows - 1)) for k in range(max_rows)})
-        rows = [rows[k] for k in chosen]
+    rows = _chosen(solution.record.rows, max_rows)
+    return "\n".join([_title(solution), header(), *map(row_text, rows), *_footer(solution, rows)])
+
+
+def solution_html(solution: "Solution", max_rows: int = 12) -> str:
+    """`solution_text` as an HTML table; whatever comes from names or statuses is escaped."""
+    rows = _chosen(solution.record.rows, max_rows)
+
+    def line(tag: str, texts: tuple[str, ...]) -> str:
+        return f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in texts)}</tr>"
+
+    body = "".join(line("td", row_cells(row)) for row in rows)
+    table = f"<table><thead>{line('th', HEADINGS)}</thead><tbody>{body}</tbody></table>"
+    footer = "<br>".join(escape(text) for text in _footer(solution, rows))
+    return f"<div><strong>{escape(_title(solution))}</strong>{table}<p>{footer}</p></div>"
+
+
+def _title(solution: "Solution") -> str:
+    return f"{solution.stats['solver']} (tol {solution.stats['tol']:.1e})"
+
+
+def _chosen(rows: list[Row], max_rows: int) -> list[Row]:
+    """At most `max_rows` of the rows."""
+    if len(rows) <= max_rows:
+        return rows
+    return [rows[k] for k in sorted({round(k * (len(rows) - 1) / (max_rows - 1)) for k in range(max_rows)})]
+
+
+def _footer(solution: "Solution", rows: list[Row]) -> list[str]:
+    """The lines below a table of `rows`: status with its advice, times, assumptions that failed."""
+    stats = solution.stats
     unit = f"oracles: passes over the data; feas: distance to the sets; F and hypergrad: {stats['referee']}"
     if any(not math.isfinite(row["error_bound"]) for row in rows):
         unit += "; ?: no bound of its error is known"
-    footer = (
-        f"{solution.status.name} after {stats['steps']} steps: {solution.status.advice}\n"
+    lines = [
+        f"{solution.status.name} after {stats['steps']} steps: {solution.status.advice}",
         f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
-        f"measuring {stats['measure_time']:.3f} s; {unit}"
-    )
+        f"measuring {stats['measure_time']:.3f} s; {unit}",
+    ]
     if stats.get("end_is_worse"):
-        footer += (
-            f"\nthe end is worse than step {stats['best_step']}, where F = {stats['best_value']:.7g}: "
+        lines.append(
+            f"the end is worse than step {stats['best_step']}, where F = {stats['best_value']:.7g}: "
             "take solution.best.x and solution.best.y"
         )
-    failed = [
-        f"assumption failed at {number} of {stats['steps']} steps: {sentence}"
-        for sentence, number in stats.get("failed", {}).items()
-    ]
-    return "\n".join([f"{stats['solver']} (tol {stats['tol']:.1e})", header(), *map(row_text, rows), footer, *failed])
+    for sentence, number in stats.get("failed", {}).items():
+        lines.append(f"assumption failed at {number} of {stats['steps']} steps: {sentence}")
+    return lines

@@ -1,8 +1,10 @@
 """The report: aligned rows, chosen rows, statuses; the progress bar stays away from files; plots are pictures."""
 
 import math
+import sys
 
 import matplotlib.image
+import numpy as np
 import pytest
 
 from bilevel import OracleCount, Record, Solution, Status, report
@@ -141,6 +143,36 @@ def test_sparklines():
     assert report.sparkline([1e-7, 1.0, 1e7]) == "▁▅█"  # decades apart: by logarithms
     long = report.sparkline(range(1000), width=8)
     assert long == "▁▂▃▄▅▆▇█"
+
+
+def test_a_solution_as_html_has_every_row_and_is_escaped():
+    result = solution([row(k) for k in range(3)])
+    result.stats["solver"] = "<script>"
+    page = result._repr_html_()
+    assert page.count("<tr>") == 1 + 3
+    assert page.count("<th>") == len(end.HEADINGS)
+    assert page.count("<td>") == 3 * len(end.HEADINGS)
+    assert "<script>" not in page
+    assert "&lt;script&gt; (tol 1.0e-06)" in page
+    assert f"CONVERGED after 40 steps: {Status.CONVERGED.advice}" in page
+    assert solution([row(k) for k in range(100)])._repr_html_().count("<tr>") == 1 + 12
+
+
+def test_the_plot_of_a_solution_has_labelled_axes():
+    result = solution([row(0), row(1), row(2, value=math.nan)])
+    figure = result.plot()
+    assert len(figure.axes) == 6
+    assert all(ax.get_xlabel() and ax.get_ylabel() for ax in figure.axes)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), result.record["value"])
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_xdata(), result.record["oracles"])
+    assert figure.get_suptitle() == "SOBA: CONVERGED after 40 steps"
+    assert len(solution([]).plot().axes) == 6
+
+
+def test_without_matplotlib_the_command_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "bilevax\[cli\]"'):
+        solution([row(0)]).plot()
 
 
 def test_plot_is_a_picture(tmp_path):
