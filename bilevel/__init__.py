@@ -15,6 +15,7 @@ from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
+from bilevel.lower.directional import Directional, directional_derivative
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.record import OracleCount, Record, Row, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
@@ -84,6 +85,7 @@ __all__ = [
     "CheckpointError",
     "Constants",
     "Dense",
+    "Directional",
     "FixedPoint",
     "Full",
     "Hypergradient",
@@ -121,6 +123,7 @@ __all__ = [
     "checkpoint",
     "data",
     "diagnostics",
+    "directional_derivative",
     "hypergradient",
     "implicit_objective",
     "linear",

@@ -5,7 +5,7 @@ On the rows that are active at y(x), with H = g_yy, G = g_yx and the rows' bound
     grad F = f_x - G' u - B' v,    [H  C_a'; C_a  0] [u; v] = [f_y; 0].
 
 F is differentiable where every active row has a multiplier and the active rows are independent; elsewhere it has a
-kink, and this is one of its one-sided derivatives. `directional` gives them all.
+kink, and this is one of its one-sided derivatives. `lower.directional` gives them all.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.lower.polyhedral_level import Warm, start_of
 from bilevel.lower.quadratic import KEPT_REFINEMENTS
 from bilevel.problem import BilevelProblem
-from bilevel.qp.active_set import Point, Rows, factorize, kkt_solve, solve_model
+from bilevel.qp.active_set import Rows, factorize, kkt_solve
 from bilevel.record import Hypergradient, Status
 
 PyTree = Any
@@ -34,7 +34,7 @@ def lower_failed(status: Array) -> Array:
     return (status != Status.CONVERGED) & (status != Status.WEAKLY_ACTIVE)
 
 
-def _at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, batch: PyTree) -> PolyhedralSolution:
+def at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, batch: PyTree) -> PolyhedralSolution:
     """`found` with factors of the Hessian at its y; those of a constant Hessian are."""
     if oracles.constant_hessian(problem, x, found.y, batch):
         return found
@@ -147,7 +147,7 @@ def differentiate(
     """
     warm = start_of(settings, warm)
     found = polyhedral.solve(problem, x, y, problem.lower_data.full(), settings, warm)
-    found = _at_solution(problem, x, found, problem.lower_data.full())
+    found = at_solution(problem, x, found, problem.lower_data.full())
     flat, unravel = ravel_pytree(found.y)
     system = _System(problem, x, found, constraints.rows(problem, x, y), unravel)
     fy = system.fy(found.y)
@@ -240,7 +240,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     fixed_x = lax.stop_gradient(x)
     found = polyhedral.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings)
-    found = lax.stop_gradient(_at_solution(problem, fixed_x, found, lower_batch))
+    found = lax.stop_gradient(at_solution(problem, fixed_x, found, lower_batch))
     inside = found.active != 0
     flat, unravel = ravel_pytree(found.y)
     n = flat.size
@@ -263,42 +263,3 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
     start = jnp.where(lower_failed(found.status), jnp.nan, start)
     z = lax.custom_root(residual, start, lambda _, z: z, tangent)
     return oracles.upper_value(problem, x, unravel(z[:n]), upper_batch)
-
-
-def directional(
-    problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, settings: Settings | None = None
-) -> tuple[Array, Array]:
-    """(-F'(x; -d), F'(x; d)), the one-sided derivatives along the direction d, shaped like x: equal unless F has a
-    kink at x across d. y: warm start of the lower level.
-
-    y'(x; d) solves the quadratic program  min p'H p/2 + p'G d  over  C_i p = -B_i d on active rows with a multiplier,
-    C_i p <= -B_i d (for rows at hi) on the weakly active ones: an inactive row is weakly active where its slack is at
-    most its rounding error, and so is an active one with such a multiplier. NaN where the lower level is not solved.
-
-    Reference: Jittorntrum. Solution point differentiability without strict complementarity in nonlinear programming.
-    Mathematical Programming Studies 21, 1984.
-    """
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
-    found = polyhedral.solve(problem, x, y, lower_batch, settings)
-    found = _at_solution(problem, x, found, lower_batch)
-    limits = constraints.rows(problem, x, y)
-    (fx, fy), d = oracles.upper_gradients(problem, x, found.y, upper_batch), ravel_pytree(direction)[0]
-    fx, fy = ravel_pytree(fx)[0], ravel_pytree(fy)[0]
-    at = limits.C @ ravel_pytree(found.y)[0]
-    near_hi, near_lo = jnp.abs(at - limits.hi) <= found.noise, jnp.abs(at - limits.lo) <= found.noise
-    strong = (found.active != 0) & ~found.weak
-    inf = jnp.full_like(at, jnp.inf)
-    zero = jnp.zeros_like(ravel_pytree(found.y)[0])
-
-    def along(sign: int) -> Array:
-        moved = -sign * (limits.B @ d)
-        held_hi = strong | near_hi | (found.weak & (found.active > 0))
-        held_lo = strong | near_lo | (found.weak & (found.active < 0))
-        cone = Rows(limits.C, jnp.where(held_lo, moved, -inf), jnp.where(held_hi, moved, inf), limits.B)
-        slope = sign * ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, lower_batch))[0]
-        start = jnp.where(strong, 1, 0).astype(at.dtype)
-        model = solve_model(found.factor, cone, Point(zero, found.factor.down(slope)), start)
-        change = sign * (fx @ d) + fy @ model.p
-        return jnp.where(lower_failed(found.status) | model.empty | model.unsolved, jnp.nan, change)
-
-    return -along(-1), along(1)
