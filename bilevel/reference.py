@@ -19,9 +19,14 @@ from bilevel.sets import Ball
 PyTree = Any
 
 
+def _ravel(tree: PyTree) -> tuple[Any, Callable[[Any], PyTree]]:
+    """`ravel_pytree`, whose way back takes NumPy's arrays, too."""
+    return ravel_pytree(tree)
+
+
 @jax.jit
 def _residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> Any:
-    return ravel_pytree(oracles.residual(problem, x, y, problem.lower_data.full()))[0]
+    return _ravel(oracles.residual(problem, x, y, problem.lower_data.full()))[0]
 
 
 @jax.jit
@@ -32,7 +37,7 @@ def _lower_value(problem: BilevelProblem, x: PyTree, y: PyTree) -> Any:
 @jax.jit
 def _jacobians(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Any, Any]:
     """(R_x [dim y, dim x], R_y [dim y, dim y])."""
-    (flat_x, unravel_x), (flat_y, unravel_y) = ravel_pytree(x), ravel_pytree(y)
+    (flat_x, unravel_x), (flat_y, unravel_y) = _ravel(x), _ravel(y)
     residual = lambda a, b: _residual(problem, unravel_x(a), unravel_y(b))  # noqa: E731
     return jax.jacfwd(residual, argnums=(0, 1))(flat_x, flat_y)
 
@@ -55,7 +60,7 @@ def lower_residual(problem: BilevelProblem, x: PyTree, y: PyTree) -> float:
     reason = constraints.refuse(problem)
     if reason is not None:
         raise RuntimeError(f"reference.lower_residual: {reason}")
-    z = np.asarray(ravel_pytree(y)[0], float)
+    z = np.asarray(_ravel(y)[0], float)
     C, lo, hi, _ = (np.asarray(part, float) for part in constraints.rows(problem, x, y))
     one = np.eye(z.size)
     near = _model(one, R, z, C, lo, hi)
@@ -76,7 +81,7 @@ def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
     """
     from scipy import optimize
 
-    flat, unravel = ravel_pytree(y)
+    flat, unravel = _ravel(y)
 
     def residual(z: np.ndarray) -> np.ndarray:
         return np.asarray(_residual(problem, x, unravel(np.asarray(z, flat.dtype))), float)
@@ -105,10 +110,10 @@ def solve_lower(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
 def hypergradient(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[float, PyTree]:
     """(F(x), grad F(x)) from dense matrices: grad F = f_x - R_x' (R_y')^-1 f_y at `solve_lower`'s y."""
     y = solve_lower(problem, x, y)
-    flat_x, unravel_x = ravel_pytree(x)
+    flat_x, unravel_x = _ravel(x)
     by_x, by_y = (np.asarray(matrix, float) for matrix in _jacobians(problem, x, y))
     value, (fx, fy) = _upper(problem, x, y)
-    fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
+    fx, fy = (np.asarray(_ravel(part)[0], float) for part in (fx, fy))
     gradient = fx - by_x.T @ np.linalg.solve(by_y.T, fy)
     return float(value), unravel_x(np.asarray(gradient, flat_x.dtype))
 
@@ -123,7 +128,7 @@ def finite_differences(function: Callable[[PyTree], float], x: PyTree, step: flo
 
     Three pairs of evaluations a coordinate; `function` must be smooth over +-step (1 + |x_i|).
     """
-    flat, unravel = ravel_pytree(x)
+    flat, unravel = _ravel(x)
     point = np.asarray(flat, float)
     gradient = np.zeros_like(point)
     for i in range(point.size):
@@ -169,7 +174,7 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
     reason = constraints.refuse(problem)
     if reason is not None:
         raise RuntimeError(f"reference.constrained: {reason}")
-    (flat_x, unravel_x), (flat, unravel) = ravel_pytree(x), ravel_pytree(y)
+    (flat_x, unravel_x), (flat, unravel) = _ravel(x), _ravel(y)
     C, lo, hi, B = (np.asarray(part, float) for part in constraints.rows(problem, x, y))
     at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
     residual = lambda z: np.asarray(_residual(problem, x, at(z)), float)  # noqa: E731
@@ -196,7 +201,7 @@ def constrained(problem: BilevelProblem, x: PyTree, y: PyTree) -> Constrained:
         raise RuntimeError(f"reference.constrained: residual {np.linalg.norm(rest):.1e}, outside by {outside:.1e}")
     by_x, by_y = (np.asarray(part, float) for part in _jacobians(problem, x, at(z)))
     F, (fx, fy) = _upper(problem, x, at(z))
-    fx, fy = (np.asarray(ravel_pytree(part)[0], float) for part in (fx, fy))
+    fx, fy = (np.asarray(_ravel(part)[0], float) for part in (fx, fy))
     M = np.block([[by_y, A.T], [A, np.zeros((size, size))]])
     uw = np.linalg.lstsq(M, np.concatenate([fy, np.zeros(size)]), rcond=None)[0]
     gradient = fx - by_x.T @ uw[: flat.size] - B[active].T @ uw[flat.size :]
@@ -269,15 +274,15 @@ def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts:
     """
     from scipy import optimize
 
-    flat, unravel = ravel_pytree(y)
+    flat, unravel = _ravel(y)
     n, lo, hi = flat.size, np.full(flat.size, -np.inf), np.full(flat.size, np.inf)
     at = lambda z: unravel(np.asarray(z, flat.dtype))  # noqa: E731
     limits: list[Any] = []
     bounds = problem.y_set.bounds(y)
     if bounds is not None:
-        lo, hi = (np.asarray(ravel_pytree(part)[0], float) for part in bounds)
+        lo, hi = (np.asarray(_ravel(part)[0], float) for part in bounds)
     elif isinstance(problem.y_set, Ball):
-        middle = np.asarray(ravel_pytree(problem.y_set.middle(y))[0], float)
+        middle = np.asarray(_ravel(problem.y_set.middle(y))[0], float)
         radius = float(problem.y_set.radius)
         limits.append({"type": "ineq", "fun": lambda z: radius**2 - np.sum((z - middle) ** 2)})
     elif not problem.y_set.whole:

@@ -50,7 +50,8 @@ def _objectives(loss: str, lam: float, decay: float, beta: float) -> tuple[Any, 
         """(what f adds up, what the attack raises), each [b]."""
         attacked = scores(x, Z + rows)
         if loss == "ce":
-            return (cross_entropy(attacked, targets),) * 2
+            both = cross_entropy(attacked, targets)
+            return both, both
         clean = scores(x, Z)
         p, q = jax.nn.log_softmax(clean), jax.nn.log_softmax(attacked)
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=1)

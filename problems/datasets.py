@@ -59,6 +59,6 @@ def one_hot(labels: np.ndarray, num_classes: int = 10) -> Array:
     return floats(np.eye(num_classes)[labels])
 
 
-def accuracy(scores: Array, targets: Array) -> float:
+def accuracy(scores: Array | np.ndarray, targets: Array) -> float:
     """The part of samples whose largest score, in [n, classes], is the target's, one-hot [n, classes]."""
     return float(np.mean(np.argmax(scores, axis=1) == np.argmax(targets, axis=1)))

@@ -54,8 +54,8 @@ def _init(shape: tuple[int, int]) -> Callable[[Array], tuple[Array, Array]]:
 
 
 def _metrics(parts: dict[str, Rows], x: Array, W: Array) -> dict[str, float]:
-    W = np.asarray(W)
-    return {f"{name}_accuracy": accuracy(np.asarray(Z) @ W, targets) for name, (Z, targets) in parts.items()}
+    weights = np.asarray(W)
+    return {f"{name}_accuracy": accuracy(np.asarray(Z) @ weights, targets) for name, (Z, targets) in parts.items()}
 
 
 @jax.jit

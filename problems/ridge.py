@@ -42,7 +42,7 @@ def init(key: Array) -> tuple[Array, Array]:
     return jnp.ones(NUM_FEATURES, float), jnp.zeros(NUM_FEATURES, float)
 
 
-def _metrics(parts: dict[str, Rows], x: Array, w: Array) -> dict[str, float]:
+def _metrics(parts: dict[str, Rows], x: Array, w: Array | np.ndarray) -> dict[str, float]:
     w = np.asarray(w)
     return {f"{name}_mse": float(np.mean((np.asarray(Z) @ w - np.asarray(t)) ** 2)) for name, (Z, t) in parts.items()}
 

@@ -43,7 +43,7 @@ def of_solver(make: Callable[[], tuple[bilevel.BilevelProblem, bilevel.Solver]],
     """Steps of a solver for one key, or for many at once."""
     problem, solver = make()
     key, many = jax.random.key(0), seeds is not None
-    key = jax.random.split(key, seeds) if many else key
+    key = key if seeds is None else jax.random.split(key, seeds)
     run = lanes.compiled(problem, solver, key, many, diagnostics.measure)
     state = run.init()
     return lambda n: (jax.vmap(run.output) if many else run.output)(run.advance(state, 0, n)[0])

@@ -126,7 +126,7 @@ def random_episodes(environment: Environment, key: jax.Array) -> Steps:
     return rollouts.episodes(environment, rollouts.uniform(environment), key, 100)
 
 
-def rank(problem: bilevel.BilevelProblem, solver: Imitation, state: Any, sides: list[Steps]) -> float | None:
+def rank(problem: irl.ControlImitation, solver: Imitation, state: Any, sides: list[Steps]) -> float | None:
     """Spearman's correlation of the method's reward with the true one, the sides counting the same; None for BC, and
     where the true reward is constant.
     """

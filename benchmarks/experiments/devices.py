@@ -108,7 +108,7 @@ def moves(problem: Any, solver: Any) -> dict[str, list[int]]:
     state = lanes.init(problem, solver, key, False)
     with sharding.on(mesh) as devices:
         parts = problem.on_mesh(devices), *sharding.place((solver, state, key), devices)
-        text = lanes.advance_lanes.lower(*parts, 0, 1, False).compile().as_text()
+        text = lanes.advance_lanes.lower(*parts, 0, 1, False).compile().as_text() or ""
     found: dict[str, list[int]] = {"a step": [], "a pass of its inner loops": [], "before the steps": []}
     for line in text.splitlines():
         match = re.search(r" = (.*?) (?:all-\w+|reduce-scatter|collective-permute)(?:-start)?\(", line)

@@ -357,7 +357,7 @@ def learners() -> Iterator[Mutant]:
 
 
 def _half_penalty(*args: Any, **kw: Any) -> Any:
-    solver = bilevel.SampledPenalty.from_theory(*args, **kw)
+    solver: Any = bilevel.SampledPenalty.from_theory(*args, **kw)
     half = solver.penalty / 2
     return dataclasses.replace(solver, penalty=half, max_penalty=half)
 

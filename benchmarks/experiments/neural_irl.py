@@ -53,9 +53,9 @@ class World(NamedTuple):
 class Run(NamedTuple):
     """Problems of one reward network: what is solved, the expert's population, held-out demonstrations."""
 
-    train: bilevel.BilevelProblem
-    population: bilevel.BilevelProblem
-    held_out: bilevel.BilevelProblem
+    train: irl.TabularImitation
+    population: irl.TabularImitation
+    held_out: irl.TabularImitation
 
 
 class Trace(NamedTuple):

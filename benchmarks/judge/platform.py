@@ -63,7 +63,7 @@ def check_quickly() -> dict[str, Any]:
 
 def quick_check(folder: Path) -> dict[str, Any]:
     """`check_quickly`, once for each machine, jaxlib and setting of XLA: what `folder` remembers is not done again."""
-    key = [platform.node(), platform.machine(), jax.version.__version__, os.environ.get("XLA_FLAGS", "")]
+    key = [platform.node(), platform.machine(), jax.__version__, os.environ.get("XLA_FLAGS", "")]
     path = folder / "platform.json"
     try:
         known = json.loads(path.read_text("utf8"))

@@ -34,6 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +117,7 @@ def floor_step(data, x, y):
     return x[0], x, jax.scipy.linalg.cho_solve((factor, True), data["G"] @ x + data["c"])
 
 
-def qpax_call(data: dict, rows: tuple, **settings: float) -> Callable:
+def qpax_call(data: dict, rows: tuple, **settings: Any) -> Callable:
     """Value and gradient by qpax."""
     import qpax
 
@@ -179,7 +180,9 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
     steps["bilevax, warm, factors kept"] = bilevax_step(rows, found.warm())
     steps["a call that does nothing"] = lambda data, x, y: (jnp.sum(x), x, y)
     steps["Cholesky of H, two solves"] = floor_step
-    calls = {name: jax.jit(lambda x, step=step: step(data, x, found.y)) for name, step in steps.items()}
+    calls: dict[str, Callable] = {
+        name: jax.jit(lambda x, step=step: step(data, x, found.y)) for name, step in steps.items()
+    }
     if importlib.util.find_spec("cvxpylayers"):
         calls["cvxpylayers (no jit)"] = cvxpylayers_call(data, rows)
     for name in ("qpax", "jaxopt", "cvxpylayers"):

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 
 def use_quick_compilation(folder: str = "xla") -> None:
@@ -18,7 +19,7 @@ def use_quick_compilation(folder: str = "xla") -> None:
     one_blas_thread()
     if os.environ.get("BILEVAX_CACHE", "") != "off":
         # An executable that is wrong stays wrong in the cache: programs made otherwise have a folder of their own.
-        kind = f"{folder}-{jax.version.__version__}" + ("" if compilation.safe() else "-unsafe")
+        kind = f"{folder}-{jax.__version__}" + ("" if compilation.safe() else "-unsafe")
         keep_programs(str(cache_folder() / kind))
     if jax.__version_info__[:2] == (0, 10):
         xla_flags("--xla_cpu_use_fusion_emitters=false")
@@ -35,7 +36,8 @@ def keep_programs(cache: str) -> None:
     """Keep compiled programs in the folder `cache`, unless another one is set."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    config: Any = jax.config  # whose stubs do not know this one
+    if config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", cache)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 

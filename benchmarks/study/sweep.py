@@ -155,7 +155,7 @@ def sweep(
     total, lost = len(cells) - len(todo), 0
     with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler, workers) as died:
         flags = os.environ.get("XLA_FLAGS", "")
-        place = Place(folder.resolve(), precision, jax.config.jax_compilation_cache_dir, flags=flags)
+        place = Place(folder.resolve(), precision, _cache(), flags=flags)
         if backend == LOCAL:
             place = place._replace(slots=Path(slots), shares=shares(cores(), workers), parent=os.getpid())
         while todo:
@@ -178,6 +178,12 @@ def sweep(
     return True
 
 
+def _cache() -> str | None:
+    """The folder of compiled programs that is set."""
+    config: Any = jax.config  # whose stubs do not know this one
+    return config.jax_compilation_cache_dir
+
+
 def _results(place: Place, cells: list[Cell], batch: list[int], workers: int, backend: str) -> Iterator[int]:
     """The numbers of the cells of `batch` as they end."""
     if backend == "dask":  # by its own client: joblib 1.6 waits for ever for a task that dask has given up
@@ -191,7 +197,9 @@ def _results(place: Place, cells: list[Cell], batch: list[int], workers: int, ba
     with joblib.parallel_config(backend=backend, **limits), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)  # loky renews large ones
         how = "generator_unordered" if backend == LOCAL else "list"
-        yield from joblib.Parallel(n_jobs=workers, batch_size=1, return_as=how)(tasks)
+        settings: dict[str, Any] = {"n_jobs": workers, "batch_size": 1, "return_as": how}
+        ended: Any = joblib.Parallel(**settings)(tasks)
+        yield from ended
 
 
 def _finished(folder: Path, index: int, cell: Cell) -> bool:
@@ -219,7 +227,7 @@ def _pool(backend: str, scheduler: str | None, workers: int) -> Iterator[type[Ex
         if backend == "dask":
             from dask.distributed import Client, KilledWorker
 
-            own = {} if scheduler else {"n_workers": workers, "threads_per_worker": 1}
+            own: dict[str, Any] = {} if scheduler else {"n_workers": workers, "threads_per_worker": 1}
             died, client = KilledWorker, Client(scheduler, **own)  # dask has tried some times before it says so
         elif backend == "ray":
             import ray

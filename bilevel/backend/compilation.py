@@ -56,7 +56,7 @@ def protect() -> dict[str, str] | None:
     RuntimeWarning names the cure, and the result are compiler options for this library's own top-level compilations.
     They must not be given to anything that people nest in their own jit: JAX refuses them there.
     """
-    version = jax.version.__version_info__[:3]
+    version = jax.__version_info__[:3]
     flags = os.environ.get("XLA_FLAGS", "")
     if version < KNOWN or FLAG in flags or os.environ.get(SWITCH, "") == "off":
         return None
@@ -65,7 +65,7 @@ def protect() -> dict[str, str] | None:
         return None
     if version >= AFFECTED:
         warnings.warn(
-            f"bilevel: jaxlib {jax.version.__version__} may compile wrong code for the CPU, and JAX runs already. "
+            f"bilevel: jaxlib {jax.__version__} may compile wrong code for the CPU, and JAX runs already. "
             f"Import bilevel before the first computation, or set XLA_FLAGS=--{FLAG}= "
             f"({SWITCH}=off silences this; `bilevax doctor` tells more).",
             RuntimeWarning,
@@ -77,7 +77,7 @@ def protect() -> dict[str, str] | None:
 
 def safe() -> bool:
     """Whether the fusions are off in this process, or were never made."""
-    return jax.version.__version_info__[:3] < AFFECTED or f"--{FLAG}=" in os.environ.get("XLA_FLAGS", "").split()
+    return jax.__version_info__[:3] < AFFECTED or f"--{FLAG}=" in os.environ.get("XLA_FLAGS", "").split()
 
 
 COMPILER_OPTIONS = protect()

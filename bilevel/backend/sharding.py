@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -99,7 +100,7 @@ def _put(leaf: Any, mesh: Mesh, spec: PartitionSpec) -> Any:
     """Numbers of Python stay what they are: they have no dtype of their own."""
     if not isinstance(leaf, jax.Array | np.ndarray):
         return leaf
-    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         words = _put(jax.random.key_data(leaf), mesh, PartitionSpec())
         return jax.random.wrap_key_data(words, impl=jax.random.key_impl(leaf))
     here = np.asarray(leaf)  # each process puts the parts of its own devices

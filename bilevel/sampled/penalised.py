@@ -90,7 +90,8 @@ class Penalised:
     def at(self, f: Array, g: Array) -> Value:
         """P where the samples have the values f and g, [N, n]."""
         rho, smooth, (joint, entropic, frozen) = self.rho, self.smooth, self.form
-        least = jax.vmap(lambda values, t: smooth_min(values, t, entropic), (1, None), SmoothMin(0, 1))
+        blocks: Any = 0, 1  # the axis of blocks in the value and in the weights
+        least = jax.vmap(lambda values, t: smooth_min(values, t, entropic), (1, None), SmoothMin(*blocks))
         v = least(g.at[-1].set(jnp.inf) if joint and frozen else g, smooth / rho)
         if joint:
             y_alone = jnp.zeros_like(f).at[-1].set(1)

@@ -174,9 +174,9 @@ class Simulator:
             import mujoco
         except ImportError as error:
             missing(name, "gymnasium with mujoco", error)
-        self.mujoco = mujoco
+        self.mujoco: Any = mujoco  # whose stubs, like Gymnasium's, leave out most of what is used here
         try:
-            env = gymnasium.make(name, **changes)
+            env: Any = gymnasium.make(name, **changes)
         except (gymnasium.error.Error, TypeError) as error:
             known = ", ".join(GYMNAX + MUJOCO)
             invalid("name (irl.environments.make)", f"{name!r}: {error}", f"one of {known}, …", "See Gymnasium's list.")
@@ -184,8 +184,8 @@ class Simulator:
         if not (hasattr(self.env, "data") and hasattr(self.env, "model") and hasattr(self.env, "frame_skip")):
             do = "Other environments need a class with Environment's members, written in JAX."
             invalid("name (irl.environments.make)", repr(name), "an environment of Gymnasium's MuJoCo", do)
-        self.signature = mujoco.mjtState.mjSTATE_INTEGRATION
-        self.core = mujoco.mj_stateSize(self.env.model, self.signature)
+        self.signature = self.mujoco.mjtState.mjSTATE_INTEGRATION
+        self.core = self.mujoco.mj_stateSize(self.env.model, self.signature)
         self.size = self.core + self.env.data.xpos.size + self.env.data.xipos.size + 2
         self.low, self.high = self.env.action_space.low, self.env.action_space.high
         self.observation_size = int(np.prod(self.env.observation_space.shape))

@@ -103,7 +103,7 @@ class Boxed(NamedTuple):
     constants: Known
 
 
-def boxed(key: Array, width: Array, **numbers: Array) -> Boxed:
+def boxed(key: Array, width: Array, **numbers: Any) -> Boxed:
     """The box reaches from -width to width times (1, …, DIM)/DIM."""
     free = quadratic(key, condition_x=jnp.ones(()), **numbers)
     reach = width * jnp.linspace(1 / DIM, 1.0, DIM)

@@ -345,6 +345,7 @@ class SampledPenalty(Solver):
 
     def _move(self, P: Penalised, here: Place, direction: Direction, rule: PyTree) -> tuple[Place, PyTree]:
         """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
+        assert self.upper_step_size is not None
         view = P.view
         pairs = (here.x, view.unpack(here.points[-1])), (direction.x, view.unpack(direction.last))
         (x, moved), rule = as_step(self.upper_step_size).apply(*pairs, rule)

@@ -56,7 +56,7 @@ def test_the_user_may_keep_the_fusions(variables):
 
 
 @pytest.mark.skipif(
-    compilation.jax.version.__version_info__[:3] < compilation.AFFECTED, reason="this jaxlib makes no such fusions"
+    compilation.jax.__version_info__[:3] < compilation.AFFECTED, reason="this jaxlib makes no such fusions"
 )
 def test_too_late_is_told_once_and_the_librarys_own_programs_are_safe_still():
     found = run("early")
