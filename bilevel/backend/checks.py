@@ -111,8 +111,13 @@ def check_map(name: str, T: Callable, x: PyTree, y: PyTree, batch: PyTree) -> No
 
 def check_like(name: str, value: PyTree, like: PyTree, source: str) -> None:
     """Raise `InvalidInput` where `value` differs from `like` in structure, shapes or dtypes."""
-    got, want = (
-        jax.tree.map(lambda leaf: f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}", tree) for tree in (value, like)
-    )
+    got, want = (jax.tree.map(_kind, tree) for tree in (value, like))
     if got != want:
         invalid(name, got, f"{want}, as {source}", "Reshape or convert it.")
+
+
+def _kind(leaf: Any) -> str:
+    """The dtype and shape of a number or an array; the type of anything else."""
+    if isinstance(leaf, bool | int | float | complex) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+        return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+    return type(leaf).__name__

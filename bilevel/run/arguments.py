@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from bilevel.backend.checks import check_like, check_point
+from bilevel.backend.tracing import under_trace
 from bilevel.diagnostics import BY_VALUE, IMPLICIT, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.record import Row
@@ -69,6 +71,7 @@ class Arguments:
     checkpoint: str | os.PathLike | None = None
     progress: bool | None = None
     measure: Referee | Callable | None = None
+    start: tuple[PyTree, PyTree] = (None, None)
 
     def __post_init__(self) -> None:
         """NumPy's whole numbers become Python's, which a checkpoint can write."""
@@ -122,3 +125,26 @@ def check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:
         invalid(name, type(key).__name__, expected, "Make a typed key: jax.random.key(seed).")
     if key.ndim != axes or key.size == 0:
         invalid(name, f"shape {key.shape}", expected, do)
+
+
+def check_start(problem: BilevelProblem, start: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree]:
+    """(x0, y0) of `start` as arrays, None staying None; raises `InvalidInput` where they are not finite and like those
+    of the problem's init.
+    """
+    likes = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
+    found = []
+    for name, given, like in zip(("x0", "y0"), start, likes, strict=True):
+        if given is not None:
+            check_like(name, given, like, f"init's {name}")
+            given = jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), given, like)
+            check_point(name, given)
+        found.append(given)
+    return found[0], found[1]
+
+
+def check_not_traced(name: str, *values: Any) -> None:
+    """Raise `InvalidInput` where JAX traces the call of `name` with `values`."""
+    if under_trace(*values):
+        got, expected = "a call inside of jax.jit, grad or vmap", "numbers, since it looks at them between the steps"
+        do = "Use implicit_objective or advance: the one has derivatives, the other runs under jit and vmap."
+        invalid(name, got, expected, do)

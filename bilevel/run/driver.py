@@ -22,7 +22,14 @@ from bilevel.backend import sharding
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.problem import BilevelProblem
 from bilevel.record import Record, Row, Stats, Status
-from bilevel.run.arguments import Arguments, check_key, check_problem_and_solver, referee_of
+from bilevel.run.arguments import (
+    Arguments,
+    check_key,
+    check_not_traced,
+    check_problem_and_solver,
+    check_start,
+    referee_of,
+)
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
 from bilevel.run.verdicts import last_word, rank, verdict, worse
@@ -43,6 +50,8 @@ def solve(
     solver: Solver,
     *,
     key: Array,
+    x0: PyTree = None,
+    y0: PyTree = None,
     max_steps: int = 1000,
     every: int | None = None,
     tol: float | None = None,
@@ -60,6 +69,9 @@ def solve(
         problem: what to solve.
         solver: how.
         key: a typed key, `jax.random.key(seed)`; the run is a function of it.
+        x0: where to start, shaped like init's x0; default what the problem's init gives. In `solve_many` all keys start
+            there.
+        y0: likewise, shaped like init's y0.
         max_steps: steps at most.
         every: steps between measurements; default max_steps/20, at least 1.
         tol: stop when the referee's gradient mapping norm plus its error (estimated, not proved), the lower residual
@@ -85,13 +97,15 @@ def solve(
         a `Solution`; printing it gives the report.
 
     Raises:
-        InvalidInput: for bad arguments or a bad problem.
+        InvalidInput: for bad arguments or a bad problem, and inside of `jax.jit`, `grad` or `vmap`: derivatives are
+            those of `implicit_objective`, and `advance` runs under all of them.
         Unsupported: with the solver's reason.
         CheckpointError: a checkpoint that cannot be used.
         SolveError: with `throw`, unless the run ends well.
     """
-    arguments = Arguments(max_steps, every, tol, time_limit, callback, checkpoint, progress, measure)
+    arguments = Arguments(max_steps, every, tol, time_limit, callback, checkpoint, progress, measure, (x0, y0))
     check_problem_and_solver(problem, solver)
+    check_not_traced("solve", problem, solver, key, x0, y0)
     arguments.check()
     check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
@@ -106,6 +120,8 @@ def solve_many(
     solver: Solver,
     *,
     keys: Array,
+    x0: PyTree = None,
+    y0: PyTree = None,
     max_steps: int = 1000,
     every: int | None = None,
     tol: float | None = None,
@@ -125,8 +141,9 @@ def solve_many(
     Raises:
         InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
-    arguments = Arguments(max_steps, every, tol, time_limit, None, None, progress, measure)
+    arguments = Arguments(max_steps, every, tol, time_limit, None, None, progress, measure, (x0, y0))
     check_problem_and_solver(problem, solver)
+    check_not_traced("solve_many", problem, solver, keys, x0, y0)
     arguments.check()
     check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     many: Many = True if mesh is None else sharding.automatic(mesh)
@@ -184,14 +201,16 @@ class Driver:
             raise Unsupported(reason)
         self.arguments, self.many, self.mesh = arguments, many, mesh
         self.referee = referee_of(problem, solver, arguments.measure)
-        self.owner = fingerprint(problem, solver, key) if arguments.checkpoint is not None else ""
+        start = check_start(problem, arguments.start)
+        given = [start] if jax.tree.leaves(start) else []  # so that checkpoints without one keep their owner
+        self.owner = fingerprint(problem, solver, key, *given) if arguments.checkpoint is not None else ""
         self.every = max(1, arguments.max_steps // 20) if arguments.every is None else arguments.every
         if isinstance(many, jax.sharding.Mesh):
-            problem, solver, key = sharding.place((problem, solver, key), many)
+            problem, solver, key, start = sharding.place((problem, solver, key, start), many)
         else:
-            problem, (solver, key) = problem.on_mesh(mesh), sharding.place((solver, key), mesh)
+            problem, (solver, key, start) = problem.on_mesh(mesh), sharding.place((solver, key, start), mesh)
         self.solver = solver
-        self.lanes = compiled(problem, solver, key, many, self.referee.measure)
+        self.lanes = compiled(problem, solver, key, many, self.referee.measure, start)
         self.cost, self.passes = solver.cost(problem), passes_per_step(problem, solver)
         self.clock, self.pace = Clock(), 0.0  # pace: seconds a step, those of the last call; 0: none yet
         self.records = [Record() for _ in range(key.shape[0] if many else 1)]

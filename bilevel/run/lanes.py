@@ -4,6 +4,7 @@ A lane is a key with its own state. `many` below is False for a single one, True
 over which the lanes are spread: each device then runs its own ones by itself, and nothing moves between devices.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from bilevel.solver import Solver
 
 PyTree = Any
 Many = bool | Mesh
+Start = tuple[PyTree, PyTree]  # (x0, y0); None for what the problem's init gives
 
 
 def advance(
@@ -155,6 +157,21 @@ def init(problem: BilevelProblem, solver: Solver, key: Array, many: Many) -> PyT
 
 
 @bounded_jit(num_static=1, compiler_options=COMPILER_OPTIONS)
+@full_precision
+def init_at(problem: BilevelProblem, solver: Solver, key: Array, start: Start, many: Many) -> PyTree:
+    """`init` from `start` in place of what the problem's init gives, the same for all lanes."""
+
+    def one(problem: BilevelProblem, solver: Solver, start: Start, key: Array) -> PyTree:
+        def begin(key: Array) -> tuple[PyTree, PyTree]:
+            x, y = problem.init(key)
+            return x if start[0] is None else start[0], y if start[1] is None else start[1]
+
+        return strong(solver.init(dataclasses.replace(problem, init=begin), jax.random.fold_in(key, 0x7FFFFFFF)))
+
+    return _each(one, many, (problem, solver, start), key)
+
+
+@bounded_jit(num_static=1, compiler_options=COMPILER_OPTIONS)
 def advance_lanes(
     problem: BilevelProblem, solver: Solver, state: PyTree, key: Array, start: int, num_steps: int, many: Many
 ) -> tuple[PyTree, PyTree, Array]:
@@ -184,8 +201,10 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
     return _each(one, many, (problem,), x, y)
 
 
-def compiled(problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable) -> Compiled:
-    """The functions of a run of `solver` on `problem`; `key` is one key, or many of shape [lanes]."""
+def compiled(
+    problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable, start: Start = (None, None)
+) -> Compiled:
+    """The functions of a run of `solver` on `problem` from `start`; `key` is one key, or many of shape [lanes]."""
     flat_problem: Any = Flat(problem)
     flat_solver: Any = Flat(solver)
     output = full_precision(partial(solver.output, problem))
@@ -201,9 +220,12 @@ def compiled(problem: BilevelProblem, solver: Solver, key: Array, many: Many, me
         x, y = (jax.vmap(output) if many else output)(state)
         return measure_lanes(flat_problem, x, y, many, measure)
 
-    return Compiled(
-        init=lambda: init(flat_problem, flat_solver, key, many), advance=advanced, measure=measured, output=output
-    )
+    def begun() -> PyTree:
+        if start[0] is None and start[1] is None:
+            return init(flat_problem, flat_solver, key, many)
+        return init_at(flat_problem, flat_solver, key, start, many)
+
+    return Compiled(init=begun, advance=advanced, measure=measured, output=output)
 
 
 def lane(tree: PyTree, many: Many, k: int) -> PyTree:
