@@ -35,11 +35,12 @@ class Set:
 
     What is known of it: that it is `bounded`, or `unbounded` (has an infinite direction; of a polyhedron neither is
     known, of traced bounds it must not be asked); that it is the `whole` space, or `intervals`, one for each entry of
-    z; that it is `polyhedral`, described by `rows`, or `faced`: `face` knows its faces.
+    z; that it is known `by_bounds`, which `bounds` gives; that it is `polyhedral`, described by `rows`, or `faced`:
+    `face` knows its faces.
     """
 
     bounded: bool = True
-    unbounded = whole = intervals = polyhedral = faced = False
+    unbounded = whole = intervals = by_bounds = polyhedral = faced = False
 
     def simple(self) -> list["Set"]:
         """The sets that this one is a product of, products of products taken apart: itself, where it is none."""
@@ -122,7 +123,7 @@ class Box(Set):
 
     lo: PyTree
     hi: PyTree
-    intervals = polyhedral = faced = True
+    intervals = by_bounds = polyhedral = faced = True
 
     @property
     def unbounded(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

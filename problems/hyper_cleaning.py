@@ -136,7 +136,7 @@ def _train(problem: BilevelProblem, x: Array, convex: bool) -> PyTree:
     if convex:
         return lower_level.solve(problem, x, w, data).y
     rule = as_step(optax.adam(optax.cosine_decay_schedule(0.01, 1500)))
-    return descend(problem, x, w, stepper(rule, None, w), problem.lower_data.init(key), key, 1500)[0]
+    return descend(problem, x, w, stepper(rule, None, w), problem.lower_data.init(key), key, 1500).y
 
 
 def make(

@@ -19,50 +19,93 @@ from bilevel.step import Stepper, move
 PyTree = Any
 
 
+class Descended(NamedTuple):
+    """A variable on its way down the lower level, batch by batch."""
+
+    y: PyTree
+    """The lower variable."""
+
+    step: Stepper
+    """Its step rule, with its state."""
+
+    source: PyTree
+    """The state of the lower source."""
+
+
 def descend(
     problem: BilevelProblem, x: PyTree, y: PyTree, step_y: Stepper, source: PyTree, key: Array, num_steps: int,
     project: Callable = lambda y: y,
-) -> tuple[PyTree, Stepper, PyTree]:  # fmt: skip
-    """(y, stepper, source state) after num_steps of y <- project(y - a R(x, y; batch)), a fresh batch each."""
+) -> Descended:  # fmt: skip
+    """What num_steps of y <- project(y - a R(x, y; batch)) lead to, a fresh batch each."""
 
-    def body(carry: tuple[PyTree, Stepper, PyTree], key: Array) -> tuple[tuple[PyTree, Stepper, PyTree], None]:
-        y, step_y, source = carry
-        batch, source = problem.lower_data.next(source, key, x, y)
-        y, step_y = step_y(y, oracles.residual(problem, x, y, batch))
-        return (project(y), step_y, source), None
+    def body(at: Descended, key: Array) -> tuple[Descended, None]:
+        batch, source = problem.lower_data.next(at.source, key, x, at.y)
+        y, step = at.step(at.y, oracles.residual(problem, x, at.y, batch))
+        return Descended(project(y), step, source), None
 
-    return lax.scan(body, (y, step_y, source), jax.random.split(key, num_steps))[0]
+    return lax.scan(body, Descended(y, step_y, source), jax.random.split(key, num_steps))[0]
+
+
+class Series(NamedTuple):
+    """A Neumann series under way."""
+
+    power: PyTree
+    """Its last term, over eta."""
+
+    total: PyTree
+    """The sum of its terms, over eta."""
+
+    source: PyTree
+    """The state of the lower source."""
+
+
+class Summed(NamedTuple):
+    """A Neumann series that was cut off."""
+
+    v: PyTree
+    """Its sum."""
+
+    source: PyTree
+    """The state of the lower source."""
 
 
 def neumann(
     problem: BilevelProblem, x: PyTree, y: PyTree, b: PyTree, eta: Any, source: PyTree, key: Array, num_steps: int,
     project: Callable = lambda v: v,
-) -> tuple[PyTree, PyTree]:  # fmt: skip
-    """(v, source state), v = eta sum_{q = 0}^{Q} prod_{j = 1}^{q} (I - eta P R_y(x, y; B_j)') b, Q = num_steps.
+) -> Summed:  # fmt: skip
+    """The sum v = eta sum_{q = 0}^{Q} prod_{j = 1}^{q} (I - eta P R_y(x, y; B_j)') b, Q = num_steps.
 
     A fresh batch B_j of the lower source each; `project` is P, and b lies in its range. Near (P R_y' P)^-1 b there.
     """
 
-    def term(carry: tuple[PyTree, PyTree, PyTree], key: Array) -> tuple[tuple[PyTree, PyTree, PyTree], None]:
-        power, total, source = carry
-        batch, source = problem.lower_data.next(source, key, x, y)
-        power = move(power, project(oracles.hvp(problem, x, y, power, batch)), eta)
-        return (power, optax.tree.add(total, power), source), None
+    def term(at: Series, key: Array) -> tuple[Series, None]:
+        batch, source = problem.lower_data.next(at.source, key, x, y)
+        power = move(at.power, project(oracles.hvp(problem, x, y, at.power, batch)), eta)
+        return Series(power, optax.tree.add(at.total, power), source), None
 
-    (_, total, source), _ = lax.scan(term, (b, b, source), jax.random.split(key, num_steps))
-    return jax.tree.map(lambda leaf: jnp.asarray(eta, leaf.dtype) * leaf, total), source
+    end = lax.scan(term, Series(b, b, source), jax.random.split(key, num_steps))[0]
+    return Summed(jax.tree.map(lambda leaf: jnp.asarray(eta, leaf.dtype) * leaf, end.total), end.source)
 
 
-def projected_steps(problem: BilevelProblem, x: PyTree, y: PyTree, stepper: Any, num_steps: int) -> tuple[PyTree, Any]:
-    """(y, stepper) after `num_steps` of y <- Proj_Y(y - b R(x, y)), on all of the data; stepper: `step.Stepper`."""
+class Projected(NamedTuple):
+    """A variable on its way down the lower level in Y."""
+
+    y: PyTree
+    """The lower variable."""
+
+    step: Stepper
+    """Its step rule, with its state."""
+
+
+def projected_steps(problem: BilevelProblem, x: PyTree, y: PyTree, stepper: Stepper, num_steps: int) -> Projected:
+    """What `num_steps` of y <- Proj_Y(y - b R(x, y)) lead to, on all of the data."""
     batch = problem.lower_data.full()
 
-    def step(carry: tuple[PyTree, Any], _: None) -> tuple[tuple[PyTree, Any], None]:
-        y, stepper = carry
-        y, stepper = stepper(y, oracles.residual(problem, x, y, batch))
-        return (problem.y_set.project(y), stepper), None
+    def step(at: Projected, _: None) -> tuple[Projected, None]:
+        y, stepper = at.step(at.y, oracles.residual(problem, x, at.y, batch))
+        return Projected(problem.y_set.project(y), stepper), None
 
-    return lax.scan(step, (y, stepper), length=num_steps)[0]
+    return lax.scan(step, Projected(y, stepper), length=num_steps)[0]
 
 
 class Descent(NamedTuple):

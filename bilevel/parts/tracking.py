@@ -29,7 +29,6 @@ from bilevel.oracles import per_sample
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.qp.active_set import Factor, Point, kkt_solve, masked_inverse, solve_model, with_rows
 from bilevel.record import OracleCount
-from bilevel.sets import Box, Reals
 from bilevel.step import Stepper
 
 PyTree = Any
@@ -91,7 +90,7 @@ ASSUMPTIONS = {
 def _diagonal_box(problem: BilevelProblem) -> bool:
     """Whether steps and gradients need no solve: a box, and a diagonal given for g_yy."""
     given = isinstance(problem.lower, Minimize) and problem.lower.diagonal is not None
-    return given and isinstance(problem.y_set, Box | Reals) and problem.coupling is None
+    return given and (problem.y_set.whole or problem.y_set.by_bounds) and problem.coupling is None
 
 
 def no_rows_active(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array:
@@ -184,7 +183,7 @@ def _track_in_box(
     problem: BilevelProblem, x: PyTree, y: PyTree, active: Array, q: PyTree, batch: PyTree, num_steps: int
 ) -> Tracking:
     """`track` with the given diagonal D, by steps without a solve."""
-    lo, hi = problem.y_set.bounds(y) if isinstance(problem.y_set, Box) else ((), ())
+    lo, hi = problem.y_set.bounds(y) or ((), ())
     (lo, _), (hi, _), (flat, unravel) = (ravel_pytree(part) for part in (lo, hi, y))
     flat_q, boxed = ravel_pytree(q)[0], lo.size > 0
 
