@@ -63,6 +63,7 @@ def diverged(rows: Sequence[Row], tol: float, at_y: bool = False) -> bool:
 
         RISE |F_0| + NOISE s/sqrt(m) + tol,    s the median distance of the m rows of the last half to their median,
 
+    and is not on its way down, the median of the last quarter being below that of the quarter before by as much noise;
     or, below `FEW` rows, where there is no noise to speak of, where F_{n-1} > F_0 + |F_0| + tol. The run has diverged
     where
 
@@ -85,14 +86,16 @@ def diverged(rows: Sequence[Row], tol: float, at_y: bool = False) -> bool:
 
 
 def _rose(F: np.ndarray, tol: float) -> bool:
-    """Whether F is above its start at the end and over the last half, beyond noise."""
+    """Whether F is above its start at the end and over the last half, beyond noise, and not on its way down."""
     size = abs(float(F[0]))
     if len(F) < FEW:
         return bool(F[-1] - F[0] > size + tol)
     late = F[-(len(F) // 2) :]
     middle = np.median(late)
     noise = np.median(np.abs(late - middle)) / np.sqrt(len(late))
-    return bool(min(middle, F[-1]) - F[0] > RISE * size + NOISE * noise + tol)
+    quarter = (len(late) + 1) // 2
+    falls = np.median(late[-quarter:]) < np.median(late[:-quarter]) - NOISE * noise - tol
+    return bool(min(middle, F[-1]) - F[0] > RISE * size + NOISE * noise + tol and not falls)
 
 
 def _climbs(F: np.ndarray, v: np.ndarray, tol: float) -> bool:
