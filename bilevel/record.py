@@ -4,7 +4,7 @@ import enum
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypedDict, cast
+from typing import Any, NamedTuple, NotRequired, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -189,6 +189,8 @@ class Measurement(NamedTuple):
     """The status of the hypergradient."""
     lower_distance: Array | float = 0.0
     """|y - y(x)|/(1 + |y(x)|) at the solver's y."""
+    margin: Array | float = math.inf
+    """The distance to a change of the lower level's active set, over 1 + |y(x)|; infinite where there is none."""
 
 
 class Row(TypedDict):
@@ -215,6 +217,8 @@ class Row(TypedDict):
     """A bound or an estimate of the error of the measured hypergradient."""
     status: int
     """The `Status` of the measured hypergradient."""
+    kink: NotRequired[float]
+    """The rate of the steepest descent of F at x, where x was tested for a kink (`diagnostics.kinks`)."""
 
 
 class Stats(TypedDict):
@@ -244,6 +248,10 @@ class Stats(TypedDict):
     """F there."""
     end_is_worse: bool
     """Whether the end is worse than it by more than rounding (`run.verdicts.worse`)."""
+    kink: float | None
+    """The rate of the steepest descent at the end, where that was tested for a kink; None elsewhere."""
+    goldstein: dict[str, float] | None
+    """The radius and distance behind the word GOLDSTEIN; None elsewhere."""
     failed: dict[str, int]
     """An assumption of the method that steps saw fail, as a sentence: at how many of them."""
 
@@ -272,6 +280,11 @@ class Referee:
     last row. None where there is no second way."""
     at_y: bool = False
     """Whether F is taken at the solver's own y, so that a lower residual counts as a violation beside F."""
+    kink: Callable[[Any, PyTree, PyTree, float], Any] | None = None
+    """A function (problem, x, y, near) -> `diagnostics.kinks.Kink`: the steepest descent of F where its gradient jumps.
+    None where nothing is known of kinks."""
+    hull: Callable[[Any, PyTree, float], float] | None = None
+    """A function (problem, x, radius) -> the distance of zero to the convex hull of gradients of F around x."""
 
     def default_tol(self, x: PyTree) -> float:
         """The tol of a run whose upper variable is `x`; the finest of its dtypes counts."""

@@ -106,7 +106,7 @@ def row_cells(row: Row) -> tuple[str, ...]:
     return (
         f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
         f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
-        Status(row["status"]).name,
+        f"kink {row['kink']:.1e}" if "kink" in row else Status(row["status"]).name,
     )  # fmt: skip
 
 
@@ -166,6 +166,7 @@ def _footer(solution: "Solution", rows: list[Row]) -> list[str]:
         f"solve {stats['solve_time']:.3f} s, set-up {stats['setup_time']:.3f} s, "
         f"measuring {stats['measure_time']:.3f} s; {unit}",
     ]
+    lines += _at_kink(stats)
     if stats.get("end_is_worse"):
         lines.append(
             f"the end is worse than step {stats['best_step']}, where F = {stats['best_value']:.7g}: "
@@ -174,3 +175,14 @@ def _footer(solution: "Solution", rows: list[Row]) -> list[str]:
     for sentence, number in stats.get("failed", {}).items():
         lines.append(f"assumption failed at {number} of {stats['steps']} steps: {sentence}")
     return lines
+
+
+def _at_kink(stats: Stats) -> list[str]:
+    """What was found of a kink at the end, a line; none where nothing was tested."""
+    kink, near = stats.get("kink"), stats.get("goldstein")
+    if kink is not None and math.isfinite(kink):
+        word = "no direction leads down" if kink <= stats["tol"] else "x is not stationary"
+        return [f"at a kink of F: F'(x; d) >= {-kink:.1e} for every feasible unit d, by its branches: {word}"]
+    if near is None:
+        return []
+    return [f"zero is within {near['distance']:.1e} of the hull of gradients at distances up to {near['radius']:.1e}"]

@@ -3,6 +3,7 @@
 from bilevel.backend.tree import distance, norm
 from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
+from bilevel.diagnostics.kinks import Kink, steepest_descent
 from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure
 from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, as_referee
 from bilevel.record import Measurement, Referee
@@ -10,6 +11,7 @@ from bilevel.record import Measurement, Referee
 __all__ = [
     "BY_VALUE",
     "IMPLICIT",
+    "Kink",
     "LowerGap",
     "Measurement",
     "Referee",
@@ -22,4 +24,5 @@ __all__ = [
     "measure",
     "measure_global",
     "norm",
+    "steepest_descent",
 ]

@@ -10,6 +10,7 @@ is no such d, zero is in the hull (`least_distance`). The bound falls with m: ta
 and look at the whole `curve`.
 """
 
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +20,10 @@ import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.draws import check_distribution, perturbation
 from bilevel.backend.extras import extra
+from bilevel.backend.precision import full_precision
 from bilevel.hypergradient import hypergradient
 from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
@@ -29,6 +32,7 @@ from bilevel.report import save_figure
 from bilevel.struct import invalid
 
 PyTree = Any
+LARGEST = 100  # unknowns of x up to which a run asks for the distance: two gradients for each
 
 
 class Goldstein(NamedTuple):
@@ -91,6 +95,18 @@ def goldstein(problem: BilevelProblem, x: PyTree, radius: Any, samples: int, key
     """
     _check(radius, samples)
     return minimum_norm(_gradients(problem, x, _ball(key, x, radius, samples)))
+
+
+@bounded_jit(num_static=1)
+@full_precision
+def _distance(problem: BilevelProblem, x: PyTree, radius: Array, samples: int) -> Array:
+    return goldstein(problem, x, radius, samples, jax.random.key(23)).distance
+
+
+def distance_to_hull(problem: BilevelProblem, x: PyTree, radius: float) -> float:
+    """The bound at x from 2 dim x + 2 gradients of the same draws always; NaN for more than `LARGEST` unknowns."""
+    dim, flat = ravel_pytree(x)[0].size, Flat(problem)
+    return math.nan if dim > LARGEST else float(_distance(flat, x, jnp.asarray(radius), 2 * dim + 2))  # pyright: ignore
 
 
 def curve(problem: BilevelProblem, x: PyTree, radii: Array, samples: tuple[int, ...], key: Array) -> Array:

@@ -68,6 +68,7 @@ def measure(
         violation=violation + norm(oracles.coupling_residual(problem, x, y)),
         status=jnp.where(h.status == Status.MAX_STEPS, Status.UNSOLVED_LOWER, h.status),
         lower_distance=distance(y, h.y) / (1 + norm(h.y)),
+        margin=h.active_margin / (1 + norm(h.y)),
     )
 
 

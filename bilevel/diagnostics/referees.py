@@ -4,10 +4,14 @@ from collections.abc import Callable
 
 from bilevel.diagnostics.checks import check_by_value, check_implicit
 from bilevel.diagnostics.gap import measure_global
+from bilevel.diagnostics.goldstein import distance_to_hull
+from bilevel.diagnostics.kinks import steepest_descent
 from bilevel.diagnostics.measures import measure
 from bilevel.record import Referee
 
-IMPLICIT = Referee("the lower level solved again from y", measure, 0.5, check_implicit)
+IMPLICIT = Referee(
+    "the lower level solved again from y", measure, 0.5, check_implicit, kink=steepest_descent, hull=distance_to_hull
+)
 """F(x) and its gradient at y(x), which is solved again from y (`measure`): where y(x) is unique."""
 
 BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, check_by_value, at_y=True)

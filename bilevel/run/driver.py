@@ -5,6 +5,7 @@ of a call is a traced number, so that neither its length nor a resume changes a 
 serves every call.
 """
 
+import math
 import os
 import time
 import weakref
@@ -31,6 +32,7 @@ from bilevel.run.arguments import (
     referee_of,
 )
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
 from bilevel.run.verdicts import last_word, rank, verdict, worse
 from bilevel.solution import Best, Solution, SolveError
@@ -209,12 +211,13 @@ class Driver:
             problem, solver, key, start = sharding.place((problem, solver, key, start), many)
         else:
             problem, (solver, key, start) = problem.on_mesh(mesh), sharding.place((solver, key, start), mesh)
-        self.solver = solver
+        self.problem, self.solver = problem, solver
         self.lanes = compiled(problem, solver, key, many, self.referee.measure, start)
         self.cost, self.passes = solver.cost(problem), passes_per_step(problem, solver)
         self.clock, self.pace = Clock(), 0.0  # pace: seconds a step, those of the last call; 0: none yet
         self.records = [Record() for _ in range(key.shape[0] if many else 1)]
         self.best: dict[int, Best] = {}  # by lane
+        self.margins: dict[int, float] = {}  # by lane, at its last row: to a change of the active set
         self.ended: dict[int, End] = {}
         self.ending = Status.MAX_STEPS  # of the lanes that do not end by themselves
 
@@ -290,7 +293,7 @@ class Driver:
                 record.append(**self.row(found, k))
                 self.remember(k)
             early = self.at.step < self.solver.least_steps
-            status = verdict(found, self.tol, early)
+            status = verdict(found, self.tol, early) or (None if early else self.at_kink(found, k))
             if status is not None:
                 self.ended[k] = End(status, self.at.lane(self.many, k))
         self.save()
@@ -303,6 +306,26 @@ class Driver:
         row, value = self.records[k].rows[-1], self.worth
         if k not in self.best or value(row) < value(self.best[k].row):
             self.best[k] = Best(*self.lanes.output(lane(self.at.state, self.many, k)), row)
+
+    def at_kink(self, found: Measurement, k: int) -> Status | None:
+        """CONVERGED where lane k stands at a kink of F and no direction leads down; costly, so where it may be."""
+        rows, self.margins[k] = self.records[k].rows, float(found.margin)
+        if not (may_be_stationary(found, self.tol) and stands_still(rows)):
+            return None
+        x, y = self.lanes.output(lane(self.at.state, self.many, k))
+        rows[-1]["kink"] = descent_at_kink(self.referee, self.problem, x, y, self.tol)
+        return Status.CONVERGED if rows[-1]["kink"] <= self.tol else None
+
+    def near_kink(self, k: int) -> Hull | None:
+        """What is known of a kink within lane k's next step, where the lane came to its limit of steps or time."""
+        if k in self.ended or self.ending not in (Status.MAX_STEPS, Status.TIME_LIMIT) or self.tol <= 0:
+            return None
+        if not math.isfinite(self.margins.get(k, math.inf)) or not stands_still(self.records[k].rows):
+            return None
+        ahead = self.lanes.advance(self.at.state, self.at.step, 1).state
+        here, there = (self.lanes.output(lane(state, self.many, k)) for state in (self.at.state, ahead))
+        rows = self.records[k].rows
+        return hull_near(self.referee, self.problem, Points(*here, *there), rows, self.margins[k], self.tol)
 
     def worth(self, row: Row) -> tuple[bool, float, float]:
         """What a row is worth, the least first."""
@@ -357,7 +380,8 @@ class Driver:
         status, at = self.ended.get(k) or End(self.ending, self.at.lane(self.many, k))
         failed = dict(zip(self.solver.assumptions, at.failed.tolist(), strict=True))
         status = last_word(self.solver, status, failed, self.records[k].rows, self.allowed, self.referee.at_y)
-        best = self.best[k]
+        hull = self.near_kink(k) if status in (Status.MAX_STEPS, Status.TIME_LIMIT, Status.WEAKLY_ACTIVE) else None
+        status, best = status if hull is None else Status.GOLDSTEIN, self.best[k]
         x, y = self.lanes.output(at.state)
         stats: Stats = {
             "solver": type(self.solver).__name__, "referee": self.referee.name, "steps": at.step, "tol": self.tol,
@@ -366,6 +390,7 @@ class Driver:
             "cost": self.cost.as_dict(),
             "best_step": best.step, "best_value": best.row["value"],
             "end_is_worse": worse(self.records[k].rows[-1], best.row, self.allowed, self.referee.at_y),
+            "kink": self.records[k].rows[-1].get("kink"), "goldstein": None if hull is None else hull._asdict(),
             "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
         }  # fmt: skip
         return Solution(x, y, status, self.records[k], stats, at.state, at.info, best)

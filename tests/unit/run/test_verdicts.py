@@ -137,7 +137,7 @@ def test_a_run_away_has_diverged_and_shows_no_zero(key):
     assert "upper step size" in solution.status.advice
     assert "0.000e+00 |  1.0" not in str(solution)
     assert "unknown" in str(solution)
-    assert "UNSOLVED_LOWER" in str(solution).splitlines()[-3]
+    assert "UNSOLVED_LOWER" in str(solution)
 
 
 def test_a_likelihood_that_hops_above_its_start_has_diverged(key):
