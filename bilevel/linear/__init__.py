@@ -14,6 +14,7 @@ from bilevel.linear.solvers import (
     dense_matrix,
     gram,
     norms,
+    products,
     refine,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "dense_matrix",
     "gram",
     "norms",
+    "products",
     "refine",
     "sketch",
 ]

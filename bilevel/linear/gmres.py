@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
+from bilevel.backend.tree import norm
 from bilevel.linear.solvers import LinearSolver, Matvec, first_residual, target_residual
 from bilevel.struct import static, struct
 
@@ -57,12 +58,12 @@ class GMRES(LinearSolver):
         def body(c: _Restarts) -> _Restarts:
             step, products = _cycle(matvec, c.r, c.size, target, m)
             r = b - matvec(c.v + step)
-            size = jnp.linalg.norm(r)
+            size = norm(r)
             progress = size < c.size
             v, r, size = (jnp.where(progress, new, old) for new, old in ((c.v + step, c.v), (r, c.r), (size, c.size)))
             return _Restarts(v, r, size, c.products + products, c.count + 1, progress)
 
-        start = _Restarts(v0, r0, jnp.linalg.norm(r0), jnp.array(0), jnp.array(0), jnp.array(True))
+        start = _Restarts(v0, r0, norm(r0), jnp.array(0), jnp.array(0), jnp.array(True))
         end = lax.while_loop(go_on, body, start)
         return end.v, end.products
 
@@ -110,10 +111,10 @@ def _cycle(matvec: Matvec, r: Array, size: Array, target: Array, m: int) -> tupl
 
     def body(c: _Arnoldi) -> _Arnoldi:
         k, w = c.k, matvec(c.Q[c.k])
-        full = jnp.linalg.norm(w)
+        full = norm(w)
         w, h = _orthogonal(c.Q, w, k, block)
         w, again = _orthogonal(c.Q, w, k, block)
-        length = jnp.linalg.norm(w)
+        length = norm(w)
         alive = length > 10 * eps * full  # else w is rounding error
         h = (h + again)[: m + 1].at[k + 1].set(jnp.where(alive, length, 0))
         column = c.W @ h

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.tree import norm
 from bilevel.linear.solvers import Matvec, gram
 from bilevel.struct import struct
 
@@ -47,7 +48,7 @@ def sketch(matvec: Matvec, n: int, dtype: Any, rank: int = 20) -> Nystrom:
     rank, eps = min(rank, n), jnp.finfo(dtype).eps
     W = jax.random.normal(jax.random.key(0), (rank, n), dtype)
     Y = lax.map(matvec, W)
-    shift = n**0.5 * eps * jnp.linalg.norm(Y)
+    shift = n**0.5 * eps * norm(Y)
     Y = Y + shift * W
     B = jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(Y @ W.T), Y, lower=True)  # M ~ B' B
     lengths, V = jnp.linalg.eigh(gram(B))

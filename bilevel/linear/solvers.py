@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.tree import norm, unit
 from bilevel.struct import static, struct
 
 Matvec = Callable[[Array], Array]
@@ -34,7 +35,7 @@ class LinearSolver:
 
         def solve(b: Array, v0: Array | None = None) -> LinearSolution:
             v, iterations = self.iterate(matvec, b, v0)
-            return LinearSolution(v, jnp.linalg.norm(b - matvec(v)), iterations)
+            return LinearSolution(v, norm(b - matvec(v)), iterations)
 
         return solve
 
@@ -54,9 +55,9 @@ def first_residual(matvec: Matvec, b: Array, v0: Array | None) -> tuple[Array, A
 
 def target_residual(tol: Any, b: Array, r: Array) -> Array:
     """The residual norm to stop at: tol |b|, but never below rounding, where going on only feeds on noise."""
-    eps, tiny = jnp.finfo(b.dtype).eps, jnp.finfo(b.dtype).tiny
-    floor = 0.1 * eps * jnp.maximum(jnp.linalg.norm(b), jnp.linalg.norm(r)) + tiny**0.5
-    return jnp.maximum((10 * eps if tol is None else tol) * jnp.linalg.norm(b), floor)
+    eps = jnp.finfo(b.dtype).eps
+    floor = 0.1 * eps * jnp.maximum(norm(b), norm(r))
+    return jnp.maximum((10 * eps if tol is None else tol) * norm(b), floor)
 
 
 @struct
@@ -88,7 +89,7 @@ class CG(LinearSolver):
         """(v, iterations, whether every direction had positive curvature)."""
         limit = self._limit(b.size)
         v0, r = first_residual(matvec, b, v0)
-        size = jnp.linalg.norm(r)
+        size = norm(r)
         unit = jnp.where(
             (size > 0) & jnp.isfinite(size), size, 1
         )  # in units of |r|: squares neither over- nor underflow
@@ -142,7 +143,7 @@ class MINRES(LinearSolver):
     def iterate(self, matvec: Matvec, b: Array, v0: Array | None = None) -> tuple[Array, Array]:
         limit = self._limit(b.size)
         v0, r = first_residual(matvec, b, v0)
-        beta = jnp.linalg.norm(r)
+        beta = norm(r)
         target = target_residual(self.tol, b, r)
         zero, nought = jnp.zeros_like(b), jnp.zeros((), b.dtype)
 
@@ -156,7 +157,7 @@ class MINRES(LinearSolver):
             w = matvec(q) - beta * q_old
             alpha = q @ w
             w = w - alpha * q
-            beta_next = jnp.linalg.norm(w)
+            beta_next = norm(w)
             epsilon, rest = s_old * beta, c_old * beta
             delta, gamma_bar = c * rest + s * alpha, -s * rest + c * alpha
             gamma = jnp.hypot(gamma_bar, beta_next)
@@ -172,7 +173,7 @@ class MINRES(LinearSolver):
         q = r / jnp.where(beta > 0, beta, 1)
         start = (v0, zero, q, nought, one, nought, one, nought, zero, zero, beta, jnp.array(0))
         carry = lax.while_loop(go_on, body, start)
-        worse = jnp.linalg.norm(b - matvec(carry[0])) > beta
+        worse = norm(b - matvec(carry[0])) > beta
         return jnp.where(worse, v0, carry[0]), carry[-1]
 
 
@@ -197,7 +198,7 @@ class Neumann(LinearSolver):
 
         def go_on(carry: tuple) -> Array:
             _, r, k = carry
-            return (jnp.linalg.norm(r) > target) & (k < limit)
+            return (norm(r) > target) & (k < limit)
 
         def body(carry: tuple) -> tuple:
             v, r, k = carry
@@ -231,7 +232,7 @@ class Dense(LinearSolver):
 
         def solve(b: Array, v0: Array | None = None) -> LinearSolution:
             v = apply(b)
-            return LinearSolution(v, jnp.linalg.norm(b - M @ v), jnp.array(n))
+            return LinearSolution(v, norm(b - M @ v), jnp.array(n))
 
         return solve
 
@@ -243,17 +244,27 @@ def gram(rows: Array) -> Array:
     return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
 
 
+def products(*vectors: Array) -> tuple[Array, Array]:
+    """(the 2-norms [k] of k vectors of one length, the products [k, k] of each with each), by one matrix product: see
+    `gram`. Each vector is taken in a unit of its own, in which its square neither overflows nor underflows.
+    """
+    rows = jnp.stack(vectors)
+    size = unit(rows, 1)
+    scaled = gram(rows / size[:, None])
+    return jnp.sqrt(jnp.diagonal(scaled)) * size, scaled * size[:, None] * size[None, :]
+
+
 def norms(*vectors: Array) -> Array:
-    """The 2-norms of vectors of one length, [vectors], by one matrix product: see `gram`."""
-    return jnp.sqrt(jnp.diagonal(gram(jnp.stack(vectors))))
+    """The 2-norms of vectors of one length, [vectors]."""
+    return products(*vectors)[0]
 
 
 class _Refinement(NamedTuple):
-    """v and the next correction, [n]; |b - M v|^2; corrections made; whether to make the next one."""
+    """v and the next correction, [n]; |b - M v|; corrections made; whether to make the next one."""
 
     v: Array
     step: Array
-    square: Array
+    size: Array
     count: Array
     go_on: Array
 
@@ -263,12 +274,12 @@ def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
 
     def body(c: _Refinement) -> _Refinement:
         trial = c.v + c.step
-        rows = jnp.stack([trial, b - matvec(trial)])
-        square = gram(rows)[1, 1]
-        better = (square < c.square) | (c.count == 0)
-        go_on = (square <= c.square / 4) & (square > 0) & (c.count < 20)
+        r = b - matvec(trial)
+        size = norms(trial, r)[1]
+        better = (size < c.size) | (c.count == 0)
+        go_on = (size <= c.size / 2) & (size > 0) & (c.count < 20)
         return _Refinement(
-            jnp.where(better, trial, c.v), inverse(rows[1]), jnp.where(better, square, c.square), c.count + 1, go_on
+            jnp.where(better, trial, c.v), inverse(r), jnp.where(better, size, c.size), c.count + 1, go_on
         )
 
     nothing, far = jnp.zeros_like(b), jnp.full((), jnp.inf, b.dtype)

@@ -118,7 +118,7 @@ def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: A
     """The bound of `bilevel.hypergradient`'s docstring, each computed residual raised by what rounding may have hidden
     in it.
     """
-    size_x, size_y, size_v = norm(x), jnp.linalg.norm(y), jnp.linalg.norm(seen.v)
+    size_x, size_y, size_v = norm(x), norm(y), norm(seen.v)
     R = lower_residual + rounding * (c.L_g * size_y + c.C_gxy * size_x + lower_residual)
     r_v = seen.sizes.r_v + rounding * (c.L_g * size_v + c.L_fy * size_y)
     delta = R / c.mu

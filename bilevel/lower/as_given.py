@@ -7,6 +7,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
@@ -27,7 +28,7 @@ class AsGiven(LowerMethod):
     def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
         """The point y itself with its residual; CONVERGED says only that nothing more was asked for."""
         R = ravel_pytree(oracles.residual(problem, x, y, batch))[0]
-        return LowerSolution(y, jnp.linalg.norm(R), jnp.array(0), jnp.array(Status.CONVERGED), (), R)
+        return LowerSolution(y, norm(R), jnp.array(0), jnp.array(Status.CONVERGED), (), R)
 
     def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
         """The implicit formula at (x, y)."""

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.tree import norm
 from bilevel.linear import CG, GMRES, dense_matrix
 
 PyTree = Any
@@ -73,6 +74,6 @@ def directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> 
             v = jnp.where(jnp.any(v != 0), v, R)  # negative curvature at once: steepest descent
         else:
             (v, _), positive = GMRES(tol=eta).iterate(product, R), yes
-        return -v, positive, jnp.linalg.norm(R - product(v)) <= 0.1 * jnp.linalg.norm(R)
+        return -v, positive, norm(R - product(v)) <= 0.1 * norm(R)
 
     return lambda flat: (), iterative, ()

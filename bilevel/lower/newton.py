@@ -9,7 +9,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.linear import DENSE_LIMIT, LinearSolver, gram
+from bilevel.linear import DENSE_LIMIT, LinearSolver, norms, products
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower.directions import directions
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
@@ -73,7 +73,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
         return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
 
     end = lax.while_loop(go_on, partial(_step, level), _start(level, flat))
-    return LowerSolution(unravel(end.y), jnp.sqrt(end.R_square), end.steps, end.status, end.factor, end.R)
+    return LowerSolution(unravel(end.y), end.R_size, end.steps, end.status, end.factor, end.R)
 
 
 class _Level(NamedTuple):
@@ -109,10 +109,10 @@ def _level(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, setting
 
 
 class _Search(NamedTuple):
-    """Where the search stands, and its next step t d. Squares in place of norms: each root is a kernel to compile.
+    """Where the search stands, and its next step t d.
 
-    y, R, d: [n] each. factor: as `directions` makes it. g: at y. t: length of the next step along d. length, R_square,
-    first_square: squares of |d|, |R| and |R at the start|. slope: R'd. reach: square of the longest step taken so far.
+    y, R, d: [n] each. factor: as `directions` makes it. g: at y. t: length of the next step along d. length, R_size,
+    first_size: |d|, |R| and |R at the start|. slope: R'd. reach: the longest step taken so far.
     definite: the Hessian behind d is positive semidefinite, up to rounding. fresh: the factor is R_y at y, not at an
     earlier point. safe: d is a Picard step, taken without a test. steps: trial points looked at. status: how it stands.
     """
@@ -124,8 +124,8 @@ class _Search(NamedTuple):
     g: Array
     t: Array
     length: Array
-    R_square: Array
-    first_square: Array
+    R_size: Array
+    first_size: Array
     slope: Array
     reach: Array
     definite: Array
@@ -138,14 +138,14 @@ class _Search(NamedTuple):
 class _Trial(NamedTuple):
     """A trial point and its worth.
 
-    y, R [n], g, R_square: as in `_Search`. first: it is the start. finite: g and R are. ok: it is taken. steady: |R|
+    y, R [n], g, R_size: as in `_Search`. first: it is the start. finite: g and R are. ok: it is taken. steady: |R|
     has not halved. flat: g has not fallen, beyond rounding. refactor: R_y is to be factored anew at the point taken.
     """
 
     y: Array
     R: Array
     g: Array
-    R_square: Array
+    R_size: Array
     first: Array
     finite: Array
     ok: Array
@@ -157,8 +157,8 @@ class _Trial(NamedTuple):
 def _start(level: _Level, y: Array) -> _Search:
     zero, nought, no = jnp.zeros_like(y), jnp.zeros((), y.dtype), jnp.array(False)
     return _Search(
-        y, R=zero, d=zero, factor=level.nothing, g=nought, t=nought, length=nought, R_square=nought,
-        first_square=nought, slope=nought, reach=nought, definite=no, fresh=no, safe=no, steps=jnp.array(0),
+        y, R=zero, d=zero, factor=level.nothing, g=nought, t=nought, length=nought, R_size=nought,
+        first_size=nought, slope=nought, reach=nought, definite=no, fresh=no, safe=no, steps=jnp.array(0),
         status=jnp.array(Status.MAX_STEPS),
     )  # fmt: skip
 
@@ -171,22 +171,22 @@ def _step(level: _Level, c: _Search) -> _Search:
         y=jnp.where(first | ok, trial.y, c.y),
         R=jnp.where(first | ok, trial.R, c.R),
         g=jnp.where(ok, trial.g, c.g),
-        R_square=jnp.where(first & ~trial.finite, jnp.nan, jnp.where(ok, trial.R_square, c.R_square)),
-        reach=jnp.maximum(c.reach, jnp.where(ok, c.t**2 * c.length, 0)),
+        R_size=jnp.where(first & ~trial.finite, jnp.nan, jnp.where(ok, trial.R_size, c.R_size)),
+        reach=jnp.maximum(c.reach, jnp.where(ok, c.t * c.length, 0)),
     )
-    here = here._replace(first_square=jnp.where(first, here.R_square, c.first_square))
+    here = here._replace(first_size=jnp.where(first, here.R_size, c.first_size))
     renew = ok | trial.refactor
     here, trusted = _redirect(level, here, renew, trial.refactor)
-    products = gram(jnp.stack([here.y, here.R, here.d]))
+    (size, _, length), pairs = products(here.y, here.R, here.d)
     here = here._replace(
-        length=products[2, 2],
-        slope=products[1, 2],
+        length=length,
+        slope=pairs[1, 2],
         t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
         fresh=jnp.where(renew, trial.refactor, c.fresh),
         safe=~renew & (not level.minimize),
         steps=c.steps + 1,
     )
-    return here._replace(status=_status(level, c, trial, here, products[0, 0] + here.reach, trusted))
+    return here._replace(status=_status(level, c, trial, here, jnp.hypot(size, here.reach), trusted))
 
 
 def _look(level: _Level, c: _Search) -> _Trial:
@@ -194,19 +194,19 @@ def _look(level: _Level, c: _Search) -> _Trial:
     eps, first = jnp.finfo(c.y.dtype).eps, c.steps == 0
     y = c.y + c.t * c.d
     g, R = level.evaluate(y)
-    R_square = gram(jnp.stack([y, R]))[1, 1]
-    finite = jnp.isfinite(R_square) & jnp.isfinite(g)
-    halved, steady = R_square <= 0.25 * c.R_square, R_square > 0.25 * c.R_square
+    R_size = norms(y, R)[1]
+    finite = jnp.isfinite(R_size) & jnp.isfinite(g)
+    halved, steady = R_size <= 0.5 * c.R_size, R_size > 0.5 * c.R_size
     if level.minimize:
         slack = 1e3 * eps * (1 + jnp.abs(c.g))
         enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
     else:
         enough = c.safe | halved
     ok = finite & (first | enough)
-    chord = R_square <= 0.01 * c.R_square  # the old factor serves again while it cuts |R| tenfold
+    chord = R_size <= 0.1 * c.R_size  # the old factor serves again while it cuts |R| tenfold
     refactor = jnp.where(ok, first | ~chord, ~c.fresh) if level.dense else ok
     flat = ~ok | (g >= c.g - 1e3 * eps * jnp.abs(c.g))
-    return _Trial(y, R, g, R_square, first, finite, ok, steady, flat, refactor)
+    return _Trial(y, R, g, R_size, first, finite, ok, steady, flat, refactor)
 
 
 def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array) -> tuple[_Search, Array]:
@@ -219,7 +219,7 @@ def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array) -> tu
         d, definite, trusted = level.apply(factor, here.y, here.R, None)
         d = jnp.where(renew, d, otherwise)
     else:
-        eta = jnp.clip(jnp.sqrt(here.R_square / here.first_square), jnp.finfo(here.y.dtype).eps, 0.01)
+        eta = jnp.clip(here.R_size / here.first_size, jnp.finfo(here.y.dtype).eps, 0.01)
         kept = otherwise, here.definite, jnp.array(False)
         new = lambda: level.apply(factor, here.y, here.R, eta)  # noqa: E731
         d, definite, trusted = lax.cond(renew, new, lambda: kept)
@@ -227,17 +227,17 @@ def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array) -> tu
 
 
 def _status(level: _Level, c: _Search, trial: _Trial, here: _Search, scale: Array, trusted: Array) -> Array:
-    """How the search stands after the step from c to `here`; scale: |y|^2 and the longest step's square."""
+    """How the search stands after the step from c to `here`; scale: s of `Newton`."""
     eps, ok, first = jnp.finfo(here.y.dtype).eps, trial.ok, trial.first
-    small = (c.length <= eps * scale) & ~first
-    no_better = jnp.where(ok, trial.steady & (here.length >= c.length / 4), ~trial.refactor)
-    at_rounding = small & no_better & (here.length <= eps * scale)
-    done = (ok & trusted & (here.length <= level.tol**2 * scale)) | at_rounding
+    small = (c.length <= eps**0.5 * scale) & ~first
+    no_better = jnp.where(ok, trial.steady & (here.length >= c.length / 2), ~trial.refactor)
+    at_rounding = small & no_better & (here.length <= eps**0.5 * scale)
+    done = (ok & trusted & (here.length <= level.tol * scale)) | at_rounding
     stuck = here.t < eps
     if level.minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
         stuck = stuck | (ok & ~first & c.fresh & c.definite & trial.steady & trial.flat)
-    solved = here.definite & ((done & jnp.isfinite(scale)) | (here.R_square == 0))
-    saddle = ~here.definite & ok & (here.R_square <= (10 * eps) ** 2 * here.first_square)
+    solved = here.definite & ((done & jnp.isfinite(scale)) | (here.R_size == 0))
+    saddle = ~here.definite & ok & (here.R_size <= 10 * eps * here.first_size)
     status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)
     status = jnp.where(solved, Status.CONVERGED, status)
     status = jnp.where(saddle, Status.SADDLE, status)

@@ -23,6 +23,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.tree import norm
 from bilevel.constraints import rows
 from bilevel.lower import quadratic, sqp
 from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, start_of
@@ -97,7 +98,7 @@ def _certify(level: Level, end: Found) -> PolyhedralSolution:
     limits, model, d, length = level.limits, end.model, end.factor.d, end.factor.length
     nan = end.status == Status.INFEASIBLE_LOWER
     outside = jnp.maximum(jnp.maximum(end.at - limits.hi, limits.lo - end.at), 0)
-    residual = jnp.sqrt(jnp.sum(end.R**2) + jnp.sum(outside**2))
+    residual = norm((end.R, outside))
     weak = (model.room <= 10 * model.noise) & (length > 0)
     units = 1 / jnp.where(length > 0, length, 1)
     margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * units, jnp.inf), initial=jnp.inf)

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
-from bilevel.backend.tree import take
+from bilevel.backend.tree import norm, take
 from bilevel.linear import refine
 from bilevel.lower import polyhedral
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
@@ -121,9 +121,9 @@ class _System(NamedTuple):
             u=at.u,
             value=value,
             gradient=fx - implicit,
-            lower_residual=jnp.linalg.norm(jnp.append(left.R, left.off)),
-            linear_residual=jnp.linalg.norm(jnp.append(left.r_u, left.r_v)),
-            sizes=jnp.linalg.norm(fx) + jnp.linalg.norm(implicit),
+            lower_residual=norm(jnp.append(left.R, left.off)),
+            linear_residual=norm(jnp.append(left.r_u, left.r_v)),
+            sizes=norm(fx) + norm(implicit),
         )
 
     def correct(self, carry: tuple[_Point, _Residuals], _: None) -> tuple[tuple[_Point, _Residuals], _Seen]:
@@ -166,7 +166,7 @@ def differentiate(
         both = lax.scan(system.correct, (start, unsolved), length=2)[1]  # a scan, so that `look` is compiled once
         seen, better = (take(both, k) for k in (0, 1))
         rounding = jnp.finfo(flat.dtype).eps * flat.size * seen.sizes
-        error, good = 2 * jnp.linalg.norm(better.gradient - seen.gradient) + rounding, jnp.array(Status.ESTIMATED)
+        error, good = 2 * norm(better.gradient - seen.gradient) + rounding, jnp.array(Status.ESTIMATED)
     else:
         error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
     assert seen is not None
@@ -198,10 +198,10 @@ def _refined(system: _System, fy: Array, u: Array, v: Array) -> tuple[Array, Arr
     def look(u: Array, v: Array, before: Array, count: Array) -> _Adjoint:
         Hu = ravel_pytree(oracles.hvp(problem, system.x, found.y, system.unravel(u), problem.lower_data.full()))[0]
         r_u, r_v = fy - Hu - limits.C.T @ v, jnp.where(system.inside, -(limits.C @ u), 0)
-        return _Adjoint(u, v, r_u, r_v, jnp.sqrt(jnp.sum(r_u**2) + jnp.sum(r_v**2)), before, count)
+        return _Adjoint(u, v, r_u, r_v, norm((r_u, r_v)), before, count)
 
     def go_on(c: _Adjoint) -> Array:
-        noise = 10 * jnp.finfo(fy.dtype).eps * (found.factor.trace * jnp.linalg.norm(c.u) + jnp.linalg.norm(fy))
+        noise = 10 * jnp.finfo(fy.dtype).eps * (found.factor.trace * norm(c.u) + norm(fy))
         return (c.size > noise) & (c.size <= c.before / 2) & (c.count < KEPT_REFINEMENTS)
 
     def body(c: _Adjoint) -> _Adjoint:

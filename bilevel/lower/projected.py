@@ -25,6 +25,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.tree import norm
 from bilevel.linear import CG, DENSE_LIMIT, nystrom
 from bilevel.linear.nystrom import Nystrom
 from bilevel.problem import BilevelProblem
@@ -120,7 +121,7 @@ class _Level(NamedTuple):
 
     def residual(self, y: Array, R: Array, s: Array) -> Array:
         """The natural residual |y - Proj(y - s R)|."""
-        return jnp.linalg.norm(y - self.project(y - s * R))
+        return norm(y - self.project(y - s * R))
 
 
 class _Search(NamedTuple):
@@ -142,7 +143,7 @@ class _Search(NamedTuple):
 
     def scale(self) -> Array:
         """What `size` is measured by: |y| + s |R|."""
-        return jnp.linalg.norm(self.y) + self.s * jnp.linalg.norm(self.R)
+        return norm(self.y) + self.s * norm(self.R)
 
 
 class _Accelerated(NamedTuple):
@@ -201,7 +202,7 @@ def _round(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
     small = c.size <= jnp.sqrt(jnp.finfo(c.y.dtype).eps) * c.scale()
     y, R, s = lax.cond(good, lambda: (newton.y, newton.R, c.s), lambda: _accelerated(level, c))
     size = jnp.where(good, newton.size, level.residual(y, R, s))
-    scale = jnp.linalg.norm(y) + s * jnp.linalg.norm(R)
+    scale = norm(y) + s * norm(R)
     stuck = small & ~good & (size > 0.5 * c.size)
     worse = stuck & ~(size <= c.size)
     size = jnp.where(worse, c.size, size)
@@ -296,12 +297,12 @@ def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sk
     def power(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, _ = carry
         w = hessian(v)
-        size = jnp.linalg.norm(w)
+        size = norm(w)
         return w / jnp.where(size > 0, size, 1), size
 
     first, steps = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), 10
     if sketch is not None:
         seen = jnp.any(sketch.rows[-1] != 0)
         first, steps = jnp.where(seen, sketch.rows[-1], first), jnp.where(seen, 3, 10)
-    _, L = lax.fori_loop(0, steps, power, (first / jnp.linalg.norm(first), jnp.zeros((), flat.dtype)))
+    _, L = lax.fori_loop(0, steps, power, (first / norm(first), jnp.zeros((), flat.dtype)))
     return 1 / jnp.where(L > 0, 1.1 * L, 1)

@@ -7,7 +7,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import take
+from bilevel.backend.tree import norm, take
 from bilevel.lower import projected
 from bilevel.lower.polyhedral_gradient import conclude, lower_failed
 from bilevel.lower.projected import Settings
@@ -68,7 +68,6 @@ def differentiate(
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
         r_u = face.tangent(fy - Hu - face.mu * u)
-        norm = jnp.linalg.norm
         seen = _Seen(flat, u, value, fx - cross, norm(r_u), norm(fx) + norm(cross), norm(fy))
         return _Point(flat, u, face.tangent(R), r_u), seen
 
@@ -93,8 +92,8 @@ def _error(seen: _Seen, better: _Seen, begin: _Point) -> Array:
     solved, to a tenth of where it began or to rounding: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
-    error = 2 * jnp.linalg.norm(better.gradient - seen.gradient) + eps * n * seen.sizes
-    enough = jnp.maximum(0.1 * jnp.linalg.norm(begin.r_u), 10 * eps * n * seen.fy)
+    error = 2 * norm(better.gradient - seen.gradient) + eps * n * seen.sizes
+    enough = jnp.maximum(0.1 * norm(begin.r_u), 10 * eps * n * seen.fy)
     return jnp.where(seen.linear_residual <= enough, error, jnp.inf)
 
 

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from jax import Array
 
+from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower import projected, projected_gradient
@@ -30,7 +30,7 @@ class ProjectedNewton(projected.Settings, LowerMethod):
     def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
         """The lower-level solution from the warm start y; `lower.projected.solve` tells more."""
         found = projected.solve(problem, x, y, batch, self)
-        residual = found.residual if problem.constrained_lower else jnp.linalg.norm(found.R)
+        residual = found.residual if problem.constrained_lower else norm(found.R)
         return LowerSolution(found.y, residual, found.steps, found.status, (), found.R, found.sketch)
 
     def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:

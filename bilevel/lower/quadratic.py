@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.tree import norm
 from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
 from bilevel.qp.active_set import Factor, Model, Point, Rows, kkt_solve, solve_model
 from bilevel.record import Status
@@ -31,7 +32,7 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
         active, inverse = jnp.asarray(warm.active, y.dtype), warm.inverse if kept else None
     at = Point(y, z)
     model = solve_model(factor, limits, at, active, settings.max_changes, inverse)
-    end = _refine(_Kkt(level, factor, model, jnp.linalg.norm(grad)), y, kept)
+    end = _refine(_Kkt(level, factor, model, norm(grad)), y, kept)
     if kept:
         stale = (end.status == Status.CONVERGED) & _contradicts(limits, end)
         end = end._replace(status=jnp.where(stale, Status.STALLED, end.status))
@@ -60,8 +61,8 @@ class _Kkt(NamedTuple):
         R = self.level.gradient(y) + self.level.limits.C.T @ lam
         off = self.factor.d * jnp.abs(self.bound - at) / jnp.maximum(self.model.noise, tiny)
         off = jnp.max(jnp.where(self.model.active != 0, off, 0), initial=0)
-        scale = 10 * eps * (self.factor.trace * jnp.linalg.norm(y) + self.size)
-        return at, R, jnp.maximum(off, jnp.linalg.norm(R) / jnp.maximum(scale, tiny))
+        scale = 10 * eps * (self.factor.trace * norm(y) + self.size)
+        return at, R, jnp.maximum(off, norm(R) / jnp.maximum(scale, tiny))
 
     def correction(self, at: Array, R: Array) -> tuple[Array, Array]:
         """(p [n], dlam [m]): H p + C_a' dlam = -R, C_a p = bound - C_a y."""
@@ -103,7 +104,7 @@ def _refine(kkt: _Kkt, y: Array, kept: bool) -> Found:
     def moved(y: Array, lam: Array, p: Array, before: Array, count: Array) -> _Refined:
         y = y + p
         at, R, size = kkt.residual(y, lam)
-        return _Refined(y, lam, at, R, size, before, p @ p > 0.01 * (y @ y), count)
+        return _Refined(y, lam, at, R, size, before, norm(p) > 0.1 * norm(y), count)
 
     def body(c: _Refined) -> _Refined:
         p, change = kkt.correction(c.at, c.R)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.tree import norm
 from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
 from bilevel.qp.active_set import Factor, Model, Point, solve_model
 from bilevel.record import Status
@@ -77,8 +78,8 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
     first, limits = c.steps == 0, level.limits
     look = _look(level, c)
     ok = look.accepted
-    before = jnp.linalg.norm(c.factor.L @ (c.factor.L.T @ c.model.p))  # |H p| = |grad_y g + C' lam| at the last y
-    renew = ok & ~first & ~((jnp.linalg.norm(look.R) <= 0.1 * before) & (c.t == 1))
+    before = norm(c.factor.L @ (c.factor.L.T @ c.model.p))  # |H p| = |grad_y g + C' lam| at the last y
+    renew = ok & ~first & ~((norm(look.R) <= 0.1 * before) & (c.t == 1))
     factor = lax.cond(renew, lambda: level.factor_at(look.y), lambda: c.factor)
     z, active = factor.down(look.R), c.model.active
     if guessed:
@@ -90,7 +91,7 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
         t=jnp.where(ok, 1, c.t / 2).astype(c.t.dtype),
         g=jnp.where(ok, look.g, c.g),
         slope=look.grad @ model.p,
-        reach=jnp.maximum(c.reach, jnp.where(first, 0, jnp.linalg.norm(c.t * c.model.p))),
+        reach=jnp.maximum(c.reach, jnp.where(first, 0, norm(c.t * c.model.p))),
         feasible=c.feasible | (ok & ~first & (c.t == 1)),
         factor=factor,
         model=model,
@@ -117,8 +118,8 @@ def _status(settings: Settings, old: _Search, new: _Search, ok: Array) -> Array:
     """CONVERGED where the next step is short, or is rounding error: of full length, small, and not half the last."""
     first, eps = old.steps == 0, jnp.finfo(new.y.dtype).eps
     tol = 10 * eps if settings.tol is None else settings.tol
-    length, before = jnp.linalg.norm(new.model.p), jnp.linalg.norm(old.model.p)
-    scale = jnp.linalg.norm(new.y) + jnp.where(first, length, new.reach)
+    length, before = norm(new.model.p), norm(old.model.p)
+    scale = norm(new.y) + jnp.where(first, length, new.reach)
     level = ~first & (old.t == 1) & (length >= before / 2) & (length <= jnp.sqrt(eps) * scale)
     done = ok & ((length <= tol * scale) | level)
     return jnp.where(done, Status.CONVERGED, jnp.where(new.t < eps, Status.STALLED, Status.MAX_STEPS))

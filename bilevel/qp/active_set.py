@@ -35,6 +35,7 @@ from jax.scipy.linalg import solve_triangular
 
 from bilevel.backend.loops import once_if
 from bilevel.backend.order import after
+from bilevel.backend.tree import norm, row_norms
 from bilevel.qp.least_distance import nearest
 
 MAX_CHANGES = 200  # passes of the search, after which the dual method takes over
@@ -91,10 +92,10 @@ def factorize(H: Array, C: Array) -> Factor:
 def with_rows(L: Array, trace: Array, C: Array) -> Factor:
     """The factors of H = L L', with its trace, and the rows C [m, n]."""
     W = lax.linalg.triangular_solve(L, C, lower=True, transpose_a=True)
-    squares = jnp.sum(W**2, axis=1)
-    d = 1 / jnp.sqrt(jnp.where(squares > 0, squares, 1))
+    length = row_norms(W)
+    d = 1 / jnp.where(length > 0, length, 1)
     W = d[:, None] * W
-    return Factor(L, None, W, W @ W.T, d, d * jnp.linalg.norm(C, axis=1), trace)
+    return Factor(L, None, W, W @ W.T, d, d * row_norms(C), trace)
 
 
 def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:
@@ -208,7 +209,7 @@ def _scaled(factor: Factor, limits: Rows, at: Point) -> _Scaled:
     eps, (m, n) = float(jnp.finfo(at.y.dtype).eps), limits.C.shape
     d, z0, rows = factor.d, -at.z, limits.C @ at.y
     finite = lambda end: jnp.where(jnp.isfinite(end), jnp.abs(end), 0)  # noqa: E731
-    size = factor.length * jnp.linalg.norm(at.y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
+    size = factor.length * norm(at.y) + d * jnp.maximum(finite(limits.lo), finite(limits.hi))
     return _Scaled(
         W=factor.W,
         S=factor.S,
@@ -216,7 +217,7 @@ def _scaled(factor: Factor, limits: Rows, at: Point) -> _Scaled:
         lo=d * (limits.lo - rows),
         hi=d * (limits.hi - rows),
         lam=jnp.zeros_like(d) if at.lam is None else at.lam / d,
-        noise=10 * eps * (size + (n + m) ** 0.5 * jnp.linalg.norm(z0)),
+        noise=10 * eps * (size + (n + m) ** 0.5 * norm(z0)),
         fixed=limits.lo == limits.hi,
         counted=at.lam is not None,
     )

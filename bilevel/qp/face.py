@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from bilevel.backend.tree import norm, unit
+
 
 class Face(NamedTuple):
     """The face of a set at y = Proj(z), z = y - s R: where y may move, and how the face bends; all raveled.
@@ -65,11 +67,12 @@ def of_simplex(y: Array, z: Array, s: Array) -> Face:
 
 def of_ball(y: Array, R: Array, middle: Array, radius: Array, s: Array) -> Face:
     """The face of a ball: its boundary where z is outside, where R = -mu (y - middle); else all of the space."""
-    length = jnp.linalg.norm(y - s * R - middle)
+    length = norm(y - s * R - middle)
     outside = length > radius
     safe = jnp.where(radius > 0, radius, 1)
     normal = jnp.where(outside, (y - middle) / safe, 0)
-    mu = jnp.where(outside, jnp.maximum(-(R @ (y - middle)), 0) / safe**2, 0)
+    size = unit(jnp.atleast_1d(safe))  # the square of a small radius underflows
+    mu = jnp.where(outside, jnp.maximum(-(R @ ((y - middle) / size)), 0) / (safe / size) ** 2 / size, 0)
     free = jnp.ones(y.size, bool) & (radius > 0)
     return Face(free, normal[None], jnp.full_like(y, mu), jnp.abs(length - radius), s)
 

@@ -30,6 +30,7 @@ from jax import Array
 from jax.scipy.linalg import solve_triangular
 
 from bilevel.backend.order import after
+from bilevel.backend.tree import norm, row_norms
 
 _SEARCHING, _SOLVED, _EMPTY = range(3)
 _FREE = -1  # no row, in a slot or as p
@@ -146,7 +147,7 @@ def nearest(A: Array, slack: Array, noise: Array | None = None, skip: Array | bo
 
 def _scaled(A: Array, slack: Array, noise: Array | None) -> _Program:
     eps = float(jnp.finfo(A.dtype).eps)
-    length = jnp.linalg.norm(A, axis=1)
+    length = row_norms(A)
     length = jnp.where(length > 0, length, 1)
     G, h = A / length[:, None], slack / length
     scale = jnp.max(-h)
@@ -162,7 +163,7 @@ def _step(program: _Program, c: _Search) -> _Search:
     fresh = c.p < 0
     d, u = _exact_pair(program, c, active)
     d, u = jnp.where(fresh, d, c.d), jnp.where(fresh, u, c.u)
-    size = jnp.linalg.norm(d)
+    size = norm(d)
     excess = _violations(program, c.slots, active, d, size, u)
     p, u_p = jnp.where(fresh, jnp.argmax(excess), c.p), jnp.where(fresh, 0, c.u_p)
     solved = fresh & (excess[p] <= 0)
@@ -221,7 +222,7 @@ def _direction(program: _Program, active: _Active, p: Array) -> _Direction:
     coordinates = active.Q.T @ row
     z = row - active.Q @ coordinates
     z = z - active.Q @ (active.Q.T @ z)
-    independent = (jnp.linalg.norm(z) > 100 * eps * n) & ~jnp.all(active.used)
+    independent = (norm(z) > 100 * eps * n) & ~jnp.all(active.used)
     return _Direction(z, jnp.where(active.used, active.coefficients(coordinates), 0), independent)
 
 
