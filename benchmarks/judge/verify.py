@@ -17,10 +17,16 @@ from rich.table import Table
 import bilevel
 import irl
 from benchmarks.errors import UsageError, nearest
+from bilevel.backend import schema
 from bilevel.guarantees import Counterexample, Finding, Guarantee, Recipe, judge, search
 from bilevel.guarantees import Path as Trace
 from bilevel.report import save_figure
 from problems.guarantees import guarantees
+
+SAVED = schema.fields({"guarantee": schema.text, "drawn": schema.anything}, others=schema.anything)
+RECIPE = schema.fields(
+    {"build": schema.text, "seed": schema.whole(), "numbers": schema.table(schema.number())}, others=schema.anything
+)
 
 
 def choose(names: Sequence[str]) -> dict[str, Guarantee]:
@@ -190,19 +196,29 @@ def replay(guarantee: Guarantee, folder: Path) -> tuple[Trace, bool]:
         UsageError: a folder without a counterexample of this guarantee that has a recipe.
     """
     import hypothesis
+    from hypothesis.errors import NoSuchExample
 
     try:
-        saved = json.loads((folder / "counterexample.json").read_text("utf8"))
-    except (OSError, json.JSONDecodeError) as error:
+        saved = schema.printable(schema.parse_json((folder / "counterexample.json").read_bytes()))
+        SAVED(saved, "")
+        drawn = saved["drawn"]
+        if isinstance(drawn, dict):
+            RECIPE(drawn, "drawn")
+    except (OSError, schema.Misfit, RecursionError) as error:
         raise UsageError(f"{folder}: no counterexample in it ({error}).") from error
-    drawn = saved["drawn"]
     if saved["guarantee"] != guarantee.name or not isinstance(drawn, dict):
         raise UsageError(f"{folder}: a counterexample of {saved['guarantee']}, drawn as {drawn}; expected a recipe of "
                          f"{guarantee.name}.")  # fmt: skip
     quick = hypothesis.settings(database=None, deadline=None)
-    any_recipe: Any = hypothesis.find(
-        guarantee.instances, lambda r: isinstance(r, Recipe) and r.build.__name__ == drawn["build"], settings=quick
-    )
+
+    def fits(recipe: Any) -> bool:
+        of_build = isinstance(recipe, Recipe) and recipe.build.__name__ == drawn["build"]
+        return of_build and recipe.numbers.keys() == drawn["numbers"].keys()
+
+    try:
+        any_recipe: Any = hypothesis.find(guarantee.instances, fits, settings=quick)
+    except NoSuchExample as error:
+        raise UsageError(f"{folder}: {guarantee.name} draws no {drawn['build']} with these numbers.") from error
     recipe = Recipe(any_recipe.build, drawn["seed"], drawn["numbers"])
     trial = guarantee.try_on(recipe)
     path, broken = judge(guarantee, recipe, jax.tree.map(lambda leaf: leaf[:1], trial))

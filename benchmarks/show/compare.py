@@ -107,6 +107,7 @@ def thresholds(trials: list[Trial], by: str, tolerance: float) -> dict[tuple[str
     return found
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of diverged runs
 def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, problems: list[str] | None = None,
             solvers: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
     """Everything `bilevax compare` prints; a cost that was never paid is infinite.

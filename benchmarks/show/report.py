@@ -19,9 +19,8 @@ from benchmarks.errors import UsageError
 from benchmarks.show.metrics_plot import draw_metrics
 from benchmarks.study.files import (
     FAILED,
-    instance_path,
     read_cell,
-    read_json,
+    read_instance,
     read_settings,
     slug,
     write_file,
@@ -54,10 +53,12 @@ def load(folder: Path) -> Run:
     cells = [Cell.of(cell) for cell in settings["cells"]]
     results = [(cell, read_cell(folder, k, cell)) for k, cell in enumerate(cells)]
     keys = dict.fromkeys((cell.problem, cell.seed) for cell in cells)
-    known = {key: read_json(instance_path(folder, *key)) for key in keys}
+    begun = {(cell.problem, cell.seed) for cell, result in results if result is not None and result["record"]}
+    known = {key: read_instance(folder, *key, needed=key in begun) for key in keys}
     return Run(settings, results, {key: value for key, value in known.items() if value is not None})
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a diverged run overflows in means, too: its numbers say so
 def summarise(run: Run) -> dict[str, Any]:
     """The run in numbers: a row per problem and solver (means over the seeds), counts of statuses, reasons, what is
     unfinished.

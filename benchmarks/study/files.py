@@ -31,16 +31,19 @@ from filelock import FileLock, Timeout
 import bilevel
 from benchmarks.errors import UsageError
 from benchmarks.judge.platform import quick_check
+from benchmarks.study import formats
 from benchmarks.study.compilation import cache_folder
+from benchmarks.study.formats import ERROR as ERROR
+from benchmarks.study.formats import FORMAT
+from benchmarks.study.formats import UNSUPPORTED as UNSUPPORTED
 from benchmarks.study.registry import Cell
 from bilevel.backend.files import write_atomically
+from bilevel.backend.schema import Kind, Misfit, anything, fields, parse_json, printable, whole
 
 PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
-ERROR, UNSUPPORTED = "ERROR", "UNSUPPORTED"
 BROKEN = bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.SADDLE  # ends without a value of F
 FAILED = (ERROR, *(status.name for status in BROKEN))
-FORMAT = 1
 LOCK = "run.lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # of `write_atomically`
 EMPTY: dict[str, Any] = {"status": ERROR, "reason": None, "stats": {}, "metrics": {}, "referee": None, "record": []}
@@ -82,22 +85,27 @@ def write_json(path: Path, value: Any) -> None:
     write_file(path, (json.dumps(clean(value), indent=1, allow_nan=False) + "\n").encode())
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, kind: Kind = anything, do: str = "Bring it back from a copy.") -> Any:
     """The content of a file that `write_json` wrote, None where there is no file.
 
+    Args:
+        path: of the file.
+        kind: what it must hold, of `benchmarks.study.formats`.
+        do: what the error says to do.
+
     Raises:
-        FolderError: a file that is damaged or cannot be read.
+        FolderError: a file that cannot be read, is damaged or holds something else: the file, the field, what to do.
     """
     try:
-        return json.loads(path.read_bytes())
+        content = printable(parse_json(path.read_bytes()))
+        kind(content, "")
+        return content
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise FolderError(f"{path}: it cannot be read ({error.strerror or error}).") from error
-    except ValueError as error:
-        raise FolderError(
-            f"{path}: it is damaged ({error}). Bring it back from a copy, or delete it and repeat the run's command."
-        ) from error
+    except (Misfit, RecursionError) as error:
+        raise FolderError(f"{path}: it is damaged ({error}). {do}") from error
 
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
@@ -107,20 +115,20 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         FolderError: damaged, or of another format.
     """
     path = folder / "settings.json"
-    settings = read_json(path)
-    if settings is None:
-        return None
-    if not isinstance(settings, dict) or "format" not in settings:
-        raise FolderError(f"{path}: it is damaged (no format in it). Bring it back from a copy.")
-    if settings["format"] != FORMAT:
+
+    def settings(content: Any, where: str) -> None:
+        fields({"format": whole()}, others=anything)(content, where)
+        if content["format"] == FORMAT:
+            formats.SETTINGS(content, where)
+
+    found = read_json(path, settings)
+    if found is not None and found["format"] != FORMAT:
+        versions = found.get("versions")
+        version = versions.get("bilevax", "unknown") if isinstance(versions, dict) else "unknown"
         raise FolderError(
-            f"{path}: format {settings['format']}, expected {FORMAT}. Use the bilevax that wrote it: "
-            f"{settings.get('versions', {}).get('bilevax', 'unknown')}."
+            f"{path}: format {found['format']}, expected {FORMAT}. Use the bilevax that wrote it: {version}."
         )
-    missing = sorted({"name", "started", "precision", "versions", "system", "cells"} - set(settings))
-    if missing:
-        raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Bring it back from a copy.")
-    return settings
+    return found
 
 
 def read_cell(folder: Path, index: int, cell: Cell) -> dict[str, Any] | None:
@@ -130,15 +138,23 @@ def read_cell(folder: Path, index: int, cell: Cell) -> dict[str, Any] | None:
         FolderError: damaged, or another cell's.
     """
     path = cell_path(folder, index, cell)
-    result = read_json(path)
-    if result is None:
-        return None
-    missing = sorted({"cell", *EMPTY} - set(result)) if isinstance(result, dict) else ["result"]
-    if missing:
-        raise FolderError(f"{path}: it is damaged (no {', '.join(missing)} in it). Delete it to run the cell again.")
-    if Cell.of(result["cell"]) != Cell.of(dataclasses.asdict(cell)):
+    result = read_json(path, formats.result, "Bring it back from a copy, or delete it to run the cell again.")
+    if result is not None and Cell.of(result["cell"]) != Cell.of(dataclasses.asdict(cell)):
         raise FolderError(f"{path}: it is the result of another run's cell. Move it away to run this cell.")
     return result
+
+
+def read_instance(folder: Path, problem: str, seed: int, needed: bool) -> dict[str, Any] | None:
+    """What is known of an instance, None where there is no file and none is `needed`, since no cell of it has begun.
+
+    Raises:
+        FolderError: damaged, or missing.
+    """
+    path = instance_path(folder, problem, seed)
+    known = read_json(path, formats.INSTANCE)
+    if known is None and needed:
+        raise FolderError(f"{path}: it is missing, though a cell of it is finished. Bring it back from a copy.")
+    return known
 
 
 def slug(text: str) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import re
 import sys
 import tomllib
@@ -21,6 +22,8 @@ import bilevel
 import irl
 import problems
 from benchmarks.errors import UsageError, nearest
+from benchmarks.study.formats import LIMITS, MOST_CELLS, SCORES, SUITE
+from bilevel.backend.schema import Misfit, printable
 
 SUITES = Path(__file__).parents[1] / "suites"
 
@@ -90,7 +93,7 @@ def _value(text: str) -> Any:
         return words[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
         return text
 
 
@@ -171,7 +174,7 @@ def build_solver(text: str) -> bilevel.Solver:
     values = {key: _setting(f"{name}: {key}", value, defaults[now[key]]) for key, value in params.items()}
     try:
         return cls(**values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise UsageError(f"{text}: {error}") from error
 
 
@@ -184,6 +187,8 @@ def _setting(what: str, value: Any, default: Any) -> Any:
             raise UsageError(f"{what}: got {value!r}; expected a whole number, as the default {default}.")
         return value
     if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 10**300:
+            raise UsageError(f"{what}: got a number of {len(str(abs(value)))} digits; expected a float.")
         return float(value)
     call = re.fullmatch(r"(\w+)\((.*)\)", value) if isinstance(value, str) else None
     if call is None:
@@ -195,7 +200,7 @@ def _setting(what: str, value: Any, default: Any) -> Any:
         if function is None:
             raise ValueError(f"neither optax nor bilevel has {call.group(1)}")
         return function(*ast.literal_eval(f"({call.group(2)},)" if call.group(2) else "()"))
-    except (TypeError, ValueError, SyntaxError) as error:
+    except Exception as error:  # whatever optax says of such arguments
         raise UsageError(f"{what}: got {value!r}; expected a number or a call as adam(0.05): {error}") from error
 
 
@@ -214,14 +219,29 @@ def build_instance(text: str, seed: int) -> Any:
     return problems.make(name, seed=seed, **params)
 
 
-LIMITS = ("max_steps", "every", "tol", "time_limit", "max_passes")
-SCORES = ("value", "gradient")
+def _check_limits(where: str, limits: dict[str, Any]) -> None:
+    """Raise `UsageError` for a limit that makes no sense."""
+    for name, value in limits.items():
+        try:
+            LIMITS[name](value, name if where else f"--{name.replace('_', '-')}")
+        except Misfit as error:
+            raise UsageError(f"{where}{error}.") from error
+
+
+def _check_count(where: str, *counts: int) -> None:
+    """Raise `UsageError` where the product of `counts` is more cells than a study can have."""
+    if math.prod(counts) > MOST_CELLS:
+        raise UsageError(
+            f"{where}: got {' x '.join(map(str, counts))} runs; expected at most {MOST_CELLS}. Ask for fewer seeds."
+        )
 
 
 def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **limits: Any) -> list[Cell]:
     """Every problem x seed x solver; an empty list means all that are known."""
     chosen = [label(text) for text in problem_texts or _families()]
     solvers = [label(text) for text in solver_texts or _solvers()]
+    _check_limits("", limits)
+    _check_count("--seeds", len(chosen), len(solvers), seeds)
     cells = [Cell(p, s, seed, **limits) for p in chosen for seed in range(seeds) for s in solvers]
     return _checked(list(dict.fromkeys(cells)))
 
@@ -250,11 +270,15 @@ def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str,
     if name not in known and path.suffix != ".toml":
         raise nearest("suite", name, known)
     try:
-        content = tomllib.loads(path.read_text("utf8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        content = printable(tomllib.loads(path.read_text("utf8")))
+        SUITE(content, "")
+    except (OSError, ValueError) as error:
         raise UsageError(f"suite {path}: {error}") from error
+    except RecursionError:
+        raise UsageError(f"suite {path}: brackets in brackets without end.") from None
     _check_keys(f"suite {path}", content, ("problem", "tuning"))
     cells: list[Cell] = []
+    _check_limits("", {key: value for key, value in limits.items() if value is not None})
     given = _one_budget({key: value for key, value in limits.items() if value is not None})
     for entry in content.get("problem", []):
         _check_keys(f"suite {path}, [[problem]]", entry, ("run", "seeds", "solvers", *LIMITS))
@@ -263,6 +287,7 @@ def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str,
         common = {key: entry[key] for key in LIMITS if key in entry}
         count = entry.get("seeds", 1) if seeds is None else seeds
         items = [{"run": item} if isinstance(item, str) else item for item in entry["solvers"]]
+        _check_count(f"suite {path}, {entry['run']}", len(items), count)
         by_solver = []
         for item in items:
             _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", "tune", *LIMITS))
@@ -300,7 +325,7 @@ def _searches(where: str, rule: dict[str, Any] | None, items: list[dict[str, Any
     _check_keys(f"{where}, [tuning]", rule, ("trials", "seeds", "score"))
     trials, seeds, score = rule.get("trials"), rule.get("seeds", []), rule.get("score", "value")
     whole = isinstance(seeds, list) and seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    if not (isinstance(trials, int) and trials >= 1 and whole and score in SCORES):
+    if not (isinstance(trials, int) and 1 <= trials <= MOST_CELLS and whole and score in SCORES):
         raise UsageError(
             f"{where}, [tuning]: got {rule}; expected trials >= 1, seeds = [whole numbers], score = value or gradient."
         )

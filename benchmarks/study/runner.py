@@ -11,7 +11,7 @@ import numpy as np
 
 import bilevel
 from benchmarks.judge import referee
-from benchmarks.study import processes
+from benchmarks.study import formats, processes
 from benchmarks.study.files import (
     BROKEN,
     EMPTY,
@@ -28,6 +28,7 @@ from benchmarks.study.files import (
 )
 from benchmarks.study.registry import Cell, build_instance, build_solver
 from bilevel import oracles
+from bilevel.backend.schema import LARGEST
 from bilevel.run import passes_per_step
 
 PyTree = Any
@@ -78,7 +79,8 @@ def chosen_settings(folder: Path, cell: Cell) -> str:
         FolderError: the search is not finished.
     """
     path = folder / "tuning.json"
-    found = (read_json(path) or {}).get("chosen", {}).get(cell.problem, {}).get(cell.solver)
+    chosen = (read_json(path, formats.TUNING) or {}).get("chosen", {})
+    found = chosen.get(cell.problem, {}).get(cell.solver)
     if found is None:
         raise FolderError(f"{path}: {cell.solver} on {cell.problem} is not in it. Repeat the run's command to tune it.")
     return found["solver"]
@@ -147,8 +149,8 @@ def step_limit(cell: Cell, problem: bilevel.BilevelProblem, solver: bilevel.Solv
             raise bilevel.Unsupported(
                 f"a step costs {price:g} passes, more than the whole budget of {cell.max_passes:g}."
             )
-        limits.append(int(cell.max_passes / price))
-    return min(limits, default=1000 if cell.time_limit is None else 2**31 - 2)
+        limits.append(int(min(cell.max_passes / price, LARGEST)))
+    return min(limits, default=1000 if cell.time_limit is None else LARGEST)
 
 
 class Active:

@@ -54,6 +54,7 @@ class Entry:
 
 _kept: dict[tuple, Entry] = {}
 _calls = itertools.count()
+_said: list[bool] = []  # whether the warning has been given; once is enough
 _lock = threading.RLock()  # of changes to the store; a look-up needs none
 
 
@@ -67,9 +68,10 @@ def memory_maps() -> tuple[int, int] | None:
 
 
 def clear() -> None:
-    """Forget everything that the entry points of this library have compiled."""
+    """Forget everything that the entry points of this library have compiled, and whether it was warned."""
     with _lock:
         _kept.clear()
+        _said.clear()
     gc.collect()
 
 
@@ -121,7 +123,8 @@ class Bounded:
         _make_room()
         _kept[self, structure, static] = entry
         alike = sum(key[0] is self and other.looks == entry.looks for key, other in _kept.items())
-        if alike == ALIKE:
+        if alike >= ALIKE and not _said:
+            _said.append(True)
             _warn(printed)
         return entry
 
