@@ -223,3 +223,21 @@ class PerSample(Minibatch):
     def renumbered(batch: PyTree) -> PyTree:
         """The same batch for a y that consists of its rows alone."""
         return jnp.arange(len(batch[0])), batch[1]
+
+
+def check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:
+    """Raise `InvalidInput` where one level has `PerSample` data and the other has other data, or y no row a sample."""
+    if not isinstance(upper, PerSample) and not isinstance(lower, PerSample):
+        return
+    for name, source in (("upper_data", upper), ("lower_data", lower)):
+        if not isinstance(source, PerSample):
+            invalid(name, type(source).__name__, "PerSample, as the other level's data", "Give both levels one source.")
+    assert isinstance(upper, PerSample)
+    assert isinstance(lower, PerSample)
+    sizes = [(source.num_samples, source.batch_size) for source in (upper, lower)]
+    if sizes[0] != sizes[1]:
+        invalid("lower_data (PerSample)", f"(samples, batch size) {sizes[1]}", f"{sizes[0]}", "Give both one source.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(y):
+        if np.shape(leaf)[:1] != (upper.num_samples,):
+            label, samples = f"init: y0{jax.tree_util.keystr(path)}", upper.num_samples
+            invalid(label, f"shape {np.shape(leaf)}", f"({samples}, …), a row a sample", "Stack y over the samples.")

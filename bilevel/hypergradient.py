@@ -54,12 +54,13 @@ def hypergradient(
     constants: Constants | None = None,
     estimate: bool = True,
     warm: Warm | None = None,
+    batch: tuple[PyTree, PyTree] | None = None,
 ) -> Hypergradient:
     """The gradient of F at x, with its error. Pure; use it under jit and vmap.
 
     Args:
         problem: any; a constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices
-            (`projected`). All of its data is used.
+            (`projected`). All of its data is used, unless `batch` says otherwise.
         x: the point, shaped like init's x0.
         y: warm start of the lower level; default init's y0.
         method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
@@ -73,16 +74,25 @@ def hypergradient(
         constants: makes `error_bound` rigorous; for constrained lower levels it stays an estimate.
         estimate: without constants, estimate the error (two more linear solves); False gives error_bound = NaN.
         warm: where `ActiveSet` starts beside y, of an earlier solution: its `PolyhedralSolution.warm()`.
+        batch: (batch of f, batch of g), as `upper` and g get them: the hypergradient, with its error, of the problem
+            that has these for all of its data. It is no unbiased estimate of grad F, since y and v are solved on the
+            batch. None stands for a problem's own data.
 
     Raises:
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
             with constraints; for `warm` where the lower level is not solved by `ActiveSet`.
-        InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none.
+        InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none; where
+            batch is no pair, or the problem's data follow from its other fields.
     """
     check_problem(problem)
     check_method(method, "hypergradient", Unrolled)
     lower = given_for_none(lower, "hypergradient")
     check_lower(lower, "hypergradient")
+    if batch is not None:
+        if not isinstance(batch, tuple) or len(batch) != 2:
+            expected = "a pair, the batch of f and the batch of g"
+            invalid("batch (hypergradient)", type(batch).__name__, expected, "Give None for a level without data.")
+        problem = problem.on_batch(*batch)
     return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate, warm))
 
 

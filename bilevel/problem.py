@@ -20,7 +20,8 @@ from jax.flatten_util import ravel_pytree
 from bilevel.backend import sharding
 from bilevel.backend.checks import check_callable, check_like, check_map, check_point, shape_of
 from bilevel.backend.columns import check_columns, check_shape, columns
-from bilevel.data import Full, PerSample, Source
+from bilevel.backend.functions import WithAux, keep_value
+from bilevel.data import Full, Source, check_per_sample
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
 
@@ -65,10 +66,16 @@ class Minimize:
             or is to be taken for diagonal ("Hessian-free"). Wherever a method asks for a product with g_yy it gets
             this diagonal times the vector. Where g_yy is something else, the hypergradient and its `error_bound` are
             those of the approximation; gradients of |grad_y g|^2 stay exact.
+        has_aux: whether g returns (value, aux), as `jax.grad` has it. The library takes the value.
     """
 
     g: Objective = static()
     diagonal: Callable[[PyTree, PyTree, PyTree], PyTree] | None = static(default=None)
+    has_aux: dataclasses.InitVar[bool] = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self, has_aux: bool) -> None:
+        """Keep g's value alone."""
+        keep_value(self, "g", has_aux)
 
 
 @struct
@@ -150,6 +157,8 @@ class BilevelProblem:
         coupling: `LinearCoupling` or `SmoothCoupling`, constraints of the lower level in x and y; default None.
         upper_data, lower_data: sources; the batch is None where there is no data.
         init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes.
+        has_aux: whether `upper` returns (value, aux), as `jax.grad` has it: `solve` gives the aux of the end as
+            `solution.aux`, and `problem.aux(x, y)` that of any point.
     """
 
     upper: Objective = static()
@@ -160,6 +169,27 @@ class BilevelProblem:
     upper_data: Source = Full()
     lower_data: Source = Full()
     init: Callable[[Array], tuple[PyTree, PyTree]] = static(default=_no_init)
+    has_aux: dataclasses.InitVar[bool] = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self, has_aux: bool) -> None:
+        """Keep the value of f alone."""
+        keep_value(self, "upper", has_aux)
+
+    def aux(self, x: PyTree, y: PyTree) -> PyTree:
+        """What f returns beside its value at (x, y), on all of the data; None without `has_aux`. Pure."""
+        f = self.upper
+        return f.function(x, y, self.upper_data.full())[1] if isinstance(f, WithAux) else None
+
+    def on_batch(self, upper: PyTree, lower: PyTree) -> "BilevelProblem":
+        """The same problem with one batch of either source for all of its data.
+
+        Raises:
+            InvalidInput: the data follow from other fields, as those of imitation problems do.
+        """
+        if any("derived" in field.metadata for field in dataclasses.fields(self) if field.name.endswith("_data")):
+            got, do = f"{type(self).__name__}, whose data follow from its fields", "Replace these fields."
+            invalid("batch", got, "a problem with sources of data", do)
+        return dataclasses.replace(self, upper_data=Full(upper), lower_data=Full(lower))
 
     @property
     def constrained_lower(self) -> bool:
@@ -208,7 +238,7 @@ class BilevelProblem:
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
             check_point(f"init: {name}", point)
-        _check_per_sample(self.upper_data, self.lower_data, y)
+        check_per_sample(self.upper_data, self.lower_data, y)
         self.x_set.validate("x_set", x)
         self.y_set.validate("y_set", y)
         batches = {}
@@ -230,6 +260,13 @@ class BilevelProblem:
             check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
         _check_coupling(self.coupling, x, y)
         return self
+
+
+# Whether a function has an aux is seen in the function; so `dataclasses.replace` keeps it, as it does with a field.
+Minimize.has_aux = property(lambda lower: isinstance(lower.g, WithAux))  # pyright: ignore[reportAttributeAccessIssue]
+BilevelProblem.has_aux = property(  # pyright: ignore[reportAttributeAccessIssue]
+    lambda problem: isinstance(problem.upper, WithAux)
+)
 
 
 def _check_kinds(problem: BilevelProblem) -> None:
@@ -258,33 +295,23 @@ def _check_kinds(problem: BilevelProblem) -> None:
         invalid("coupling", got, "LinearCoupling, SmoothCoupling or None", "Wrap the constraint.")
 
 
-def _check_per_sample(upper: Source, lower: Source, y: PyTree) -> None:
-    if not isinstance(upper, PerSample) and not isinstance(lower, PerSample):
-        return
-    for name, source in (("upper_data", upper), ("lower_data", lower)):
-        if not isinstance(source, PerSample):
-            invalid(name, type(source).__name__, "PerSample, as the other level's data", "Give both levels one source.")
-    assert isinstance(upper, PerSample)
-    assert isinstance(lower, PerSample)
-    sizes = [(source.num_samples, source.batch_size) for source in (upper, lower)]
-    if sizes[0] != sizes[1]:
-        invalid("lower_data (PerSample)", f"(samples, batch size) {sizes[1]}", f"{sizes[0]}", "Give both one source.")
-    for path, leaf in jax.tree_util.tree_leaves_with_path(y):
-        if np.shape(leaf)[:1] != (upper.num_samples,):
-            label, samples = f"init: y0{jax.tree_util.keystr(path)}", upper.num_samples
-            invalid(label, f"shape {np.shape(leaf)}", f"({samples}, …), a row a sample", "Stack y over the samples.")
-
-
 def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: PyTree) -> None:
     if isinstance(function, Separable):
         out, rows = shape_of(f"{name} (Separable)", function.terms, x, y, batch), jax.tree.map(np.shape, y)
         if {shape[:1] for shape in jax.tree.leaves(rows, is_leaf=_is_shape)} != {getattr(out, "shape", None)}:
             got = f"terms shaped {jax.tree.map(np.shape, out)} for y shaped {rows}"
             invalid(f"{name} (Separable)", got, "n terms, and n rows in every leaf of y", "Give each block a row.")
-    out = shape_of(name, function, x, y, batch)
+    out = shape_of(name, function.function if isinstance(function, WithAux) else function, x, y, batch)
+    pair = isinstance(out, tuple) and len(out) == 2
+    if isinstance(function, WithAux):
+        if not pair:
+            got, do = type(out).__name__, "Return a pair, or leave has_aux out."
+            invalid(name, got, "(value, aux), as has_aux=True says", do)
+        out = out[0]
     if not isinstance(out, jax.ShapeDtypeStruct) or out.shape != ():
         got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
-        invalid(name, got, "a scalar, shape []", "Take the mean over the batch.")
+        do = "Of (value, aux) say has_aux=True." if pair else "Take the mean over the batch."
+        invalid(name, got, "a scalar, shape []", do)
     if not jnp.issubdtype(out.dtype, jnp.floating):
         invalid(name, f"dtype {out.dtype}", "a floating-point dtype", "Compute the objective in floats.")
 

@@ -39,6 +39,7 @@ class Solution:
         state: the solver's state, from which `advance` goes on.
         info: what the solver shows of its last step.
         best: the best point that was measured, a `Best`; the end itself is `x` and `y`.
+        aux: what f returns beside its value at (x, y), on all of the data; None without `has_aux=True`.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Solution:
         state: PyTree,
         info: PyTree,
         best: Best | None = None,
+        aux: PyTree = None,
     ) -> None:
         """Collect the parts."""
         self.x, self.y, self.status, self.record = x, y, status, record
-        self.stats, self.state, self.info, self.best = stats, state, info, best
+        self.stats, self.state, self.info, self.best, self.aux = stats, state, info, best, aux
 
     def __str__(self) -> str:
         """Header, table and footer."""

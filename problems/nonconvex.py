@@ -177,7 +177,8 @@ def make(seed: int = 0, case: str = "mb_3_19") -> Instance:
     """
     if case not in CASES:
         invalid("case (nonconvex)", repr(case), f"one of {', '.join(CASES)}", "Choose a case.")
-    spec, data = CASES[case], {}
+    spec = CASES[case]
+    data: dict[str, Any] = {}
     if case in POLYNOMIALS:
         upper = lower = _polynomial
         coupling = None

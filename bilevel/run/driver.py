@@ -393,4 +393,4 @@ class Driver:
             "kink": self.records[k].rows[-1].get("kink"), "goldstein": None if hull is None else hull._asdict(),
             "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
         }  # fmt: skip
-        return Solution(x, y, status, self.records[k], stats, at.state, at.info, best)
+        return Solution(x, y, status, self.records[k], stats, at.state, at.info, best, self.lanes.aux(x, y))

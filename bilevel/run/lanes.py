@@ -102,6 +102,8 @@ class Compiled(NamedTuple):
     """(state) -> the fields of `Measurement`, shape [fields]."""
     output: Callable[[PyTree], tuple[PyTree, PyTree]]
     """(state of one lane) -> (x, y)."""
+    aux: Callable[[PyTree, PyTree], PyTree]
+    """(x, y) -> what f returns there beside its value, on all of the data; None where it returns nothing."""
 
 
 def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
@@ -201,6 +203,13 @@ def measure_lanes(problem: BilevelProblem, x: PyTree, y: PyTree, many: Many, mea
     return _each(one, many, (problem,), x, y)
 
 
+@bounded_jit(compiler_options=COMPILER_OPTIONS)
+@full_precision
+def aux_at(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
+    """`problem.aux` at (x, y)."""
+    return problem.aux(x, y)
+
+
 def compiled(
     problem: BilevelProblem, solver: Solver, key: Array, many: Many, measure: Callable, start: Start = (None, None)
 ) -> Compiled:
@@ -225,7 +234,10 @@ def compiled(
             return init(flat_problem, flat_solver, key, many)
         return init_at(flat_problem, flat_solver, key, start, many)
 
-    return Compiled(init=begun, advance=advanced, measure=measured, output=output)
+    def aux(x: PyTree, y: PyTree) -> PyTree:
+        return aux_at(flat_problem, x, y) if problem.has_aux else None
+
+    return Compiled(init=begun, advance=advanced, measure=measured, output=output, aux=aux)
 
 
 def lane(tree: PyTree, many: Many, k: int) -> PyTree:

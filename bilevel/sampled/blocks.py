@@ -156,5 +156,6 @@ def uncoupled(problem: BilevelProblem, upper_weight: Any, lower_weight: Any) -> 
     return dataclasses.replace(
         problem,
         upper=lambda x, y, batch: f(x, y, batch) + upper_weight * square(x, y),
+        has_aux=False,
         lower=Minimize(lambda x, y, batch: g(x, y, batch) + lower_weight * square(x, y)),
     )
