@@ -288,7 +288,8 @@ class Referee:
 
     def default_tol(self, x: PyTree) -> float:
         """The tol of a run whose upper variable is `x`; the finest of its dtypes counts."""
-        eps = min(jnp.finfo(leaf.dtype).eps for leaf in jax.tree.leaves(x))
+        finfo: Any = jnp.finfo  # whose fields have no types
+        eps = min(finfo(leaf.dtype).eps for leaf in jax.tree.leaves(x))
         return float(np.power(eps, self.exponent))
 
 

@@ -116,7 +116,7 @@ def records_figure(records: Mapping[str, Sequence[Table]], title: str = "", opti
             ax.grid(alpha=0.3)
     if records:
         axes[0][0].legend(fontsize=8)
-    figure.suptitle(title)
+    figure.suptitle(title)  # pyright: ignore[reportUnknownMemberType]: its settings have no type
     return figure
 
 

@@ -1,11 +1,11 @@
 """Packages that only a part of the library needs: an import that fails names the command that installs them."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 
 
 @contextmanager
-def extra(name: str) -> Iterator[None]:
+def extra(name: str) -> Generator[None]:
     """Around imports of packages that the extra `name` of the distribution brings.
 
     Raises:

@@ -19,8 +19,8 @@ def full_precision(function: F) -> F:
 
     @functools.wraps(function)
     def traced(*args: Any, **kwargs: Any) -> Any:
-        given: Any = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
-        with jax.default_matmul_precision(given or "highest"):
+        config: Any = jax.config  # whose stubs do not know this one
+        with jax.default_matmul_precision(config.jax_default_matmul_precision or "highest"):
             return function(*args, **kwargs)
 
     return traced  # pyright: ignore[reportReturnType]

@@ -9,6 +9,7 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 
 def reached(traced: Any, marks: list[bool]) -> list[bool]:
@@ -27,11 +28,11 @@ def under_trace(*values: Any) -> bool:
     """Whether JAX is tracing the caller: operations are staged, as under `jax.jit`, or one of `values` has a tracer in
     it, as under `jax.grad` and `jax.vmap`: among its leaves, or in what its functions close over.
     """
-    return isinstance(jnp.zeros(()) + 0, jax.core.Tracer) or any(_holds_tracer(value, set()) for value in values)
+    return isinstance(jnp.zeros(()) + 0, Tracer) or any(_holds_tracer(value, set()) for value in values)
 
 
 def _holds_tracer(value: Any, seen: set[int]) -> bool:
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return True
     if id(value) in seen or isinstance(value, jax.Array | np.ndarray | type | str | bytes):
         return False
