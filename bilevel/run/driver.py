@@ -293,7 +293,9 @@ class Driver:
                 record.append(**self.row(found, k))
                 self.remember(k)
             early = self.at.step < self.solver.least_steps
-            status = verdict(found, self.tol, early) or (None if early else self.at_kink(found, k))
+            status = verdict(found, self.tol, early)
+            if status is None and not early:
+                status = self.at_kink(found, k)
             if status is not None:
                 self.ended[k] = End(status, self.at.lane(self.many, k))
         self.save()
