@@ -22,9 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from bilevel.backend.files import write_atomically
+from bilevel.backend.schema import Kind, Misfit, Said, anything, each, fields, misfit, number, parse_json, text, whole
+from bilevel.record import Status
 
 PyTree = Any
 VERSION = 2  # 2: with the best point
+MANIFEST = fields({"version": whole(), "owner": text, "leaves": anything, "sha256": text, "notes": anything})
 
 
 class CheckpointError(RuntimeError):
@@ -130,8 +133,8 @@ def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes:
         "sha256": _digest(payload),
         "notes": notes,
     }
-    text = json.dumps(manifest)
-    head = {"manifest": text, "manifest_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    written = json.dumps(manifest)
+    head = {"manifest": written, "manifest_sha256": hashlib.sha256(written.encode()).hexdigest()}
     try:
         write_atomically(Path(path), save(payload, metadata=head))
     except OSError as error:
@@ -141,27 +144,58 @@ def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes:
         ) from error
 
 
-def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tuple[PyTree, dict[str, Any]]:
-    """(tree shaped like `like`, notes).
+def run_notes(num_assumptions: int) -> Kind:
+    """The kind of the notes of a run of one lane, whose solver checks so many assumptions."""
+    row = fields(
+        {name: _hexadecimal for name in ("value", "hypergradient", "lower_residual", "violation", "oracles", "time",
+                                         "error_bound")} | {"step": _whole_hexadecimal, "status": _status},
+        others=_hexadecimal,
+    )  # fmt: skip
+    failed = each(whole(), num_assumptions, num_assumptions)
+    run = {"step": whole(), "time": number(0), "failed": failed, "rows": each(each(row, 1), 1, 1), "best": whole()}
+
+    def check(value: Any, where: str) -> None:
+        fields(run, others=anything)(value, where)
+        rows = value["rows"][0]
+        if value["best"] >= len(rows):
+            misfit(f"{where}.best", value["best"], f"one of the {len(rows)} rows")
+        if value["step"] < float.fromhex(rows[-1]["step"]):
+            misfit(f"{where}.step", value["step"], "at least that of the last row")
+
+    return check
+
+
+def _hexadecimal(value: Any, where: str) -> None:
+    """A number as `float.hex` writes it."""
+    text(value, where)
+    try:
+        float.fromhex(value)
+    except (ValueError, OverflowError):
+        misfit(where, value, "a number in hexadecimal")
+
+
+def _whole_hexadecimal(value: Any, where: str) -> None:
+    _hexadecimal(value, where)
+    found = float.fromhex(value)
+    whole()(int(found) if found.is_integer() else found, where)
+
+
+def _status(value: Any, where: str) -> None:
+    _whole_hexadecimal(value, where)
+    if int(float.fromhex(value)) not in list(Status):
+        misfit(where, value, "the number of a status")
+
+
+def load_checkpoint(
+    path: str | os.PathLike, like: PyTree, *, owner: str, notes: Kind = anything
+) -> tuple[PyTree, dict[str, Any]]:
+    """(tree shaped like `like`, notes of the kind `notes`).
 
     Raises:
-        CheckpointError: unreadable or damaged file, another version, another run's checkpoint, other shapes or dtypes.
+        CheckpointError: unreadable or damaged file, another version, another run's checkpoint, other shapes or dtypes,
+            a field that holds something else.
     """
-    path = Path(path)
-    try:
-        with safe_open(path, "numpy") as file:
-            head = file.metadata() or {}
-            payload = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        text = head["manifest"]
-        manifest = json.loads(text)
-        intact = hashlib.sha256(text.encode()).hexdigest() == head["manifest_sha256"]
-        intact = intact and _digest(payload) == manifest["sha256"]
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}). Delete it to start afresh.") from error
-    if not intact:
-        raise CheckpointError(
-            f"checkpoint {path}: its checksum does not match: the file is damaged. Delete it to start afresh."
-        )
+    manifest, payload = _read(Path(path))
     if manifest["version"] != VERSION:
         raise CheckpointError(
             f"checkpoint {path}: format {manifest['version']}, expected {VERSION}. Use the bilevax that wrote it."
@@ -173,10 +207,47 @@ def load_checkpoint(path: str | os.PathLike, like: PyTree, *, owner: str) -> tup
         )
     if manifest["leaves"] != _describe(like):
         raise CheckpointError(f"checkpoint {path}: its arrays differ in path, shape or dtype from this run's state.")
+    try:
+        notes(manifest["notes"], "notes")
+        _check_payload(payload, jax.tree.leaves(like))
+    except (Misfit, RecursionError) as error:
+        raise CheckpointError(f"checkpoint {path}: it is damaged ({error}). Delete it to start afresh.") from error
     leaves = [
         _restore(part.tobytes(), leaf) for part, leaf in zip(payload.values(), jax.tree.leaves(like), strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(like), leaves), manifest["notes"]
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """(manifest, arrays by name) of a file whose checksums are right."""
+    try:
+        with safe_open(path, "numpy") as file:
+            head = file.metadata() or {}
+            payload = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        written = head["manifest"]
+        intact = hashlib.sha256(written.encode()).hexdigest() == head["manifest_sha256"]
+        manifest = parse_json(written)
+        MANIFEST(manifest, "")
+        intact = intact and _digest(payload) == manifest["sha256"]
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise CheckpointError(f"checkpoint {path}: cannot be read ({error}). Delete it to start afresh.") from error
+    if not intact:
+        raise CheckpointError(
+            f"checkpoint {path}: its checksum does not match: the file is damaged. Delete it to start afresh."
+        )
+    return manifest, payload
+
+
+def _check_payload(payload: dict[str, np.ndarray], leaves: list[Any]) -> None:
+    """Raise `Misfit` unless there are the bytes of every leaf."""
+    if [*payload] != [f"{k:06d}" for k in range(len(leaves))]:
+        misfit("arrays", Said(f"{len(payload)} arrays"), f"{len(leaves)}, by their numbers")
+    for (name, part), leaf in zip(payload.items(), leaves, strict=True):
+        raw = _to_numpy(leaf)
+        if part.dtype != np.uint8 or part.size != raw.nbytes:
+            misfit(f"array {name}", Said(f"{part.nbytes} bytes as {part.dtype}"), f"{raw.nbytes} bytes")
+        if raw.dtype == bool and (part > 1).any():
+            misfit(f"array {name}", Said("a byte above 1"), "booleans")
 
 
 def _restore(buffer: bytes, like: Any) -> Any:

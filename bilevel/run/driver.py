@@ -31,7 +31,7 @@ from bilevel.run.arguments import (
     check_start,
     referee_of,
 )
-from bilevel.run.checkpoint import fingerprint, load_checkpoint, save_checkpoint
+from bilevel.run.checkpoint import fingerprint, load_checkpoint, run_notes, save_checkpoint
 from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
 from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
 from bilevel.run.verdicts import last_word, rank, verdict, worse
@@ -263,7 +263,7 @@ class Driver:
         if path is None or not Path(path).exists():
             return
         like = self.at.state, self.at.info, self.lanes.output(self.at.state)
-        saved, notes = load_checkpoint(path, like, owner=self.owner)
+        saved, notes = load_checkpoint(path, like, owner=self.owner, notes=run_notes(self.at.failed.size))
         state, info, best = sharding.place(saved, self.mesh)
         self.at = At(int(notes["step"]), state, info, numbers_of(info), np.array(notes["failed"], int))
         self.records = [Record.decode(rows) for rows in notes["rows"]]

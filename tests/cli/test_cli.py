@@ -191,7 +191,7 @@ def test_failures_are_rows_with_reasons(tmp_path):
     result = call(*arguments, "--out", tmp_path / "a", "--no-plot")
     assert result.exit_code == 1
     assert "NONFINITE" in result.stdout
-    assert "Reduce the step size" in result.stdout
+    assert "Reduce the solver's step sizes" in result.stdout
 
     skipped = call(
         "run", "-p", "quadratic[num_samples=5,batch_size=2]", "-s", "SABA", "--out", tmp_path / "b", "--json"
