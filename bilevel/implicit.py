@@ -25,8 +25,9 @@ def implicit_objective(
     """F: x -> f(x, y(x)), shape [], differentiable in forward and reverse mode, and again.
 
     Use it under `jax.grad`, `jax.hessian`, `jit`, `vmap`, in any optax loop. `F(x, y)` warm-starts the lower level from
-    y, without a derivative with respect to y. F is NaN where the lower level cannot be solved at all; `hypergradient`
-    says why, and how exact an answer is. `method` and `lower` as in `hypergradient`; None is the default.
+    y, without a derivative with respect to y. F and its derivatives are NaN where the lower level is not solved, the
+    derivatives also where their linear system is not; `hypergradient` says why, and how exact an answer is. `method`
+    and `lower` as in `hypergradient`; None is the default.
 
     Raises:
         NotImplementedError, InvalidInput: as `hypergradient`.

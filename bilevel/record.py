@@ -1,7 +1,10 @@
 """What a computation leaves behind: how it ended, what it found and cost, who judges it, a record of how it went."""
 
+import dataclasses
 import enum
+import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -13,6 +16,7 @@ from jax import Array
 
 from bilevel.backend.table import Table
 from bilevel.backend.table import text as table_text
+from bilevel.backend.tree import poisoned
 from bilevel.struct import static, struct
 
 PyTree = Any
@@ -103,6 +107,15 @@ class Status(enum.IntEnum):
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 
+def solved(status: Array | int) -> Array:
+    """Whether a lower level or a hypergradient that ended with this status is solved, a boolean shaped like `status`.
+
+    A weakly active one is; a stalled one is not, since nothing says how far it is from a solution.
+    """
+    good = (Status.CONVERGED, Status.WEAKLY_ACTIVE, Status.ESTIMATED, Status.UNCHECKED)
+    return functools.reduce(operator.or_, [jnp.asarray(status) == word for word in good])
+
+
 @struct
 class Hypergradient:
     """A hypergradient, and how far to trust it."""
@@ -127,6 +140,14 @@ class Hypergradient:
     UNCHECKED (no bound was asked for), UNSOLVED_LINEAR, or why the lower level failed."""
     v: PyTree
     """The adjoint, shaped like y: a warm start for the next call."""
+
+    def checked(self) -> "Hypergradient":
+        """The same with value, gradient, y and v NaN where the status is not one of a solved problem (`solved`).
+
+        For whoever takes the numbers without reading the status.
+        """
+        value, gradient, y, v = poisoned((self.value, self.gradient, self.y, self.v), solved(self.status))
+        return dataclasses.replace(self, value=value, gradient=gradient, y=y, v=v)
 
     def __str__(self) -> str:
         """The numbers in a line, and the status with its sentence in another."""

@@ -58,6 +58,18 @@ def repeat(point: PyTree, num: int) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (num, *leaf.shape)), point)
 
 
+def poisoned(tree: PyTree, good: Array) -> PyTree:
+    """`tree` where `good` [...], else NaN: a number that was not solved for is none. The axes of `good`, as `vmap`
+    gives it some, are the first ones of every leaf; leaves are of floats.
+    """
+
+    def one(leaf: Array) -> Array:
+        leaf = jnp.asarray(leaf)
+        return jnp.where(jnp.reshape(good, good.shape + (1,) * (leaf.ndim - good.ndim)), leaf, jnp.nan)
+
+    return jax.tree.map(one, tree)
+
+
 def broadcast_like(prefix: PyTree, z: PyTree) -> PyTree:
     """`prefix`, of which one leaf may stand for many, broadcast to the structure, shapes and dtypes of z."""
     full = jax.tree.broadcast(prefix, z)

@@ -24,6 +24,7 @@ from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.draws import check_distribution, perturbation
 from bilevel.backend.extras import extra
 from bilevel.backend.precision import full_precision
+from bilevel.backend.tree import poisoned
 from bilevel.hypergradient import hypergradient
 from bilevel.parts import tracking
 from bilevel.problem import BilevelProblem
@@ -36,7 +37,7 @@ LARGEST = 100  # unknowns of x up to which a run asks for the distance: two grad
 
 
 class Goldstein(NamedTuple):
-    """distance []: the bound; NaN where a gradient is not finite. weights [samples], of the minimum-norm point."""
+    """distance []: the bound; NaN where a gradient is not solved for. weights [samples], of the minimum-norm point."""
 
     distance: Array
     weights: Array
@@ -79,7 +80,8 @@ def _gradients(problem: BilevelProblem, x: PyTree, points: Array) -> Array:
     def one(y: PyTree, z: Array) -> tuple[PyTree, Array]:
         h = hypergradient(problem, unravel(z), y, estimate=False)
         found = jnp.isfinite(ravel_pytree(h.y)[0]).all()
-        return jax.tree.map(lambda new, old: jnp.where(found, new, old), h.y, y), ravel_pytree(h.gradient)[0]
+        y = jax.tree.map(lambda new, old: jnp.where(found, new, old), h.y, y)
+        return y, ravel_pytree(h.checked().gradient)[0]
 
     return lax.scan(one, problem.init(jax.random.key(0))[1], points)[1]
 
@@ -169,7 +171,9 @@ def smoothed_goldstein(
         def one(key: Array) -> Array:
             q = perturbation(key, y, distribution, sigma)
             found = tracking.track(problem, unravel(point), y, active, q, lower, 3)
-            return ravel_pytree(tracking.gradient(problem, unravel(point), found, upper, lower))[0]
+            end = found.solution
+            g = ravel_pytree(tracking.gradient(problem, unravel(point), found, upper, lower))[0]
+            return poisoned(g, end.feasible & end.definite & end.independent)
 
         return jnp.mean(lax.map(one, jax.random.split(key, num_perturbations)), axis=0)
 

@@ -37,10 +37,11 @@ from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.lower import ActiveSet, choose, polyhedral
 from bilevel.lower.directional import Local, local
-from bilevel.lower.polyhedral_gradient import at_solution, lower_failed
+from bilevel.lower.polyhedral_gradient import at_solution
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import kkt_solve, masked_inverse
 from bilevel.qp.least_distance import nearest
+from bilevel.record import solved
 
 PyTree = Any
 MOST = 10  # rows that may be active or not: 2^MOST branches
@@ -99,7 +100,7 @@ def _around(problem: BilevelProblem, x: PyTree, y: PyTree, near: Array, settings
     dependent = ~masked_inverse(here.factor.S, meeting)[1]
     along = partial(oracles.cross_forward, problem, x, found.y, batch=batch)
     G = jax.vmap(lambda e: ravel_pytree(along(d=unravel(e)))[0])(jnp.eye(flat.size, dtype=flat.dtype)).T
-    return Around(here, G, sides, strong, weak, dependent, lower_failed(found.status))
+    return Around(here, G, sides, strong, weak, dependent, ~solved(found.status))
 
 
 @bounded_jit

@@ -6,6 +6,7 @@ from bilevel.linear.nystrom import Nystrom, sketch
 from bilevel.linear.solvers import (
     CG,
     MINRES,
+    UNSOLVED,
     Dense,
     LinearSolution,
     LinearSolver,
@@ -16,6 +17,7 @@ from bilevel.linear.solvers import (
     norms,
     products,
     refine,
+    verified,
 )
 
 __all__ = [
@@ -23,6 +25,7 @@ __all__ = [
     "DENSE_LIMIT",
     "GMRES",
     "MINRES",
+    "UNSOLVED",
     "Dense",
     "LinearSolution",
     "LinearSolver",
@@ -36,4 +39,5 @@ __all__ = [
     "products",
     "refine",
     "sketch",
+    "verified",
 ]

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.backend.tree import norm, unit
+from bilevel.backend.tree import norm, poisoned, unit
 from bilevel.struct import static, struct
 
 Matvec = Callable[[Array], Array]
+UNSOLVED = 0.1  # what has a larger residual, relative to b, is no solution
 
 
 class LinearSolution(NamedTuple):
@@ -270,7 +271,10 @@ class _Refinement(NamedTuple):
 
 
 def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
-    """Solve M v = b by v <- v + C^-1 (b - M v), C close to M, while that halves the residual; at most 20 times."""
+    """Solve M v = b by v <- v + C^-1 (b - M v), C close to M, while that halves the residual; at most 20 times.
+
+    NaN where what is left is more than `UNSOLVED` |b|.
+    """
 
     def body(c: _Refinement) -> _Refinement:
         trial = c.v + c.step
@@ -284,7 +288,13 @@ def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
 
     nothing, far = jnp.zeros_like(b), jnp.full((), jnp.inf, b.dtype)
     start = _Refinement(nothing, nothing, far, jnp.array(0), jnp.array(True))
-    return lax.while_loop(lambda c: c.go_on, body, start).v
+    end = lax.while_loop(lambda c: c.go_on, body, start)
+    return poisoned(end.v, end.size <= UNSOLVED * norm(b))
+
+
+def verified(matvec: Matvec, v: Array, b: Array) -> Array:
+    """The solution v of M v = b as a solver gave it; NaN where |b - M v| is more than `UNSOLVED` |b|."""
+    return poisoned(v, norm(b - matvec(v)) <= UNSOLVED * norm(b))
 
 
 def dense_matrix(matvec: Matvec, n: int, dtype: Any) -> Array:

@@ -33,7 +33,7 @@ class ActiveSet(polyhedral.Settings, LowerMethod):
     ) -> LowerSolution:
         """The lower-level solution from the warm start y, and `warm`; `lower.polyhedral.solve` tells more."""
         found = polyhedral.solve(problem, x, y, batch, self, warm)
-        return LowerSolution(found.y, found.residual, found.steps, found.status, ())
+        return LowerSolution(found.iterate, found.residual, found.steps, found.status, ())
 
     def hypergradient(self, problem: BilevelProblem, x: PyTree, y: PyTree, adjoint: Adjoint) -> Hypergradient:
         """By the factors of the last quadratic program; the error is an estimate, whatever the constants."""

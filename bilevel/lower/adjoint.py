@@ -17,10 +17,10 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.backend.checks import check_like
 from bilevel.backend.tree import norm
-from bilevel.linear import LinearSolver, default_solver, norms, refine
+from bilevel.linear import LinearSolver, default_solver, norms, refine, verified
 from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
-from bilevel.lower.method import Adjoint, LowerSolution, Unrolled
+from bilevel.lower.method import Adjoint, LowerSolution, Unrolled, spoilt
 from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import Hypergradient, Status
 
@@ -28,8 +28,8 @@ PyTree = Any
 
 
 def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjoint: Adjoint) -> Hypergradient:
-    """The hypergradient at (x, y) for y = found.y, with its error."""
-    y, constants = found.y, adjoint.constants
+    """The hypergradient at (x, y) for y = found.iterate, with its error."""
+    y, constants = found.iterate, adjoint.constants
     if adjoint.v is not None:
         check_like("v", adjoint.v, y, "init's y0")
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
@@ -52,7 +52,7 @@ def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjo
     seen = correct(look, system, found, start(flat_y, v, flat_x.size), adjoint.estimate and constants is None)
     size = seen.sizes
     error, good = _error(x, flat_y, found.residual, adjoint, seen)
-    solved = jnp.where(found.status == Status.CONVERGED, good, found.status)
+    status = jnp.where(found.status == Status.CONVERGED, good, found.status)
     finite = jnp.isfinite(size.fx + size.cross + size.value + found.residual + size.r_v)
     return Hypergradient(
         value=size.value,
@@ -62,7 +62,7 @@ def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjo
         linear_residual=size.r_v,
         error_bound=jnp.where(finite & ~(jnp.isnan(error) & (constants is not None)), error, jnp.inf),
         active_margin=jnp.full((), jnp.inf, flat_y.dtype),
-        status=jnp.where(finite, solved, Status.NONFINITE),
+        status=jnp.where(finite, status, Status.NONFINITE),
         v=unravel(seen.v),
     )
 
@@ -88,13 +88,12 @@ def implicit_value(
 ) -> Array:  # fmt: skip
     """f(x, y(x)), differentiable in x in both modes and again; y(x) by `solve_lower` from the warm start y.
 
-    NaN where the lower level has no finite solution.
+    NaN where the lower level is not solved, and so are derivatives where their linear system is not.
     """
     symmetric = isinstance(problem.lower, Minimize)
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = solve_lower(problem, lax.stop_gradient(x), lax.stop_gradient(y), lower_batch)
     flat, unravel = ravel_pytree(found.y)
-    flat = jnp.where(found.status == Status.NONFINITE, jnp.nan, flat)
     linear = default_solver(flat.size, symmetric, found.sketch) if method is None else method
 
     def residual(flat: Array) -> Array:
@@ -103,7 +102,7 @@ def implicit_value(
     def solve(transpose: bool, matvec: Callable, b: Array) -> Array:
         if method is None and jax.tree.leaves(found.factor):
             return refine(matvec, partial(apply_inverse, found.factor, symmetric, transpose=transpose), b)
-        return linear.iterate(matvec, b)[0]
+        return verified(matvec, linear.iterate(matvec, b)[0], b)
 
     def tangent(matvec: Callable, b: Array) -> Array:
         return lax.custom_linear_solve(
@@ -111,7 +110,7 @@ def implicit_value(
         )
 
     solution = lax.custom_root(residual, lax.stop_gradient(flat), lambda _, y: y, tangent)
-    return oracles.upper_value(problem, x, unravel(solution), upper_batch)
+    return spoilt(oracles.upper_value(problem, x, unravel(solution), upper_batch), found.status)
 
 
 def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: Array, rounding: float) -> Array:

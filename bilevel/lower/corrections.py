@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.backend.once import in_turn
 from bilevel.backend.tree import norm
-from bilevel.linear import LinearSolution, LinearSolver, default_solver
+from bilevel.linear import UNSOLVED, LinearSolution, LinearSolver, default_solver
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import LowerSolution
 from bilevel.problem import BilevelProblem, Minimize
@@ -97,7 +97,7 @@ def start(y: Array, v: Array, size_x: int) -> Point:
 def correct(
     look: Callable[[Array, Array], Look], system: "System", found: LowerSolution, begin: Point, estimate: bool
 ) -> Findings:
-    """Solve the adjoint at found.y from `begin`; with `estimate` go on to (y + d, v), and then to (y + d, v + dv)."""
+    """Solve the adjoint at y, the iterate, from `begin`; with `estimate` at (y + d, v) and (y + d, v + dv)."""
     nought, no = begin.left, jnp.array(False)
 
     def take(point: Point, move: Move) -> Point:
@@ -121,7 +121,7 @@ def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Mo
     again = (found.looks < max_solves) & (size.r_v <= found.sizes.r_v / 2) & (size.r_v > enough)
     scale = size.fy / jnp.where(size.r_v > 0, size.r_v, 1)
     move = Move(jnp.where(again, at.r_v, R), ~again, again, scale)
-    unsolved = size.r_v > 0.1 * size.fy
+    unsolved = size.r_v > UNSOLVED * size.fy
     found = found._replace(
         v=seen.v, gradient=at.gradient, sizes=size, cross=at.cross, unsolved=unsolved, looks=found.looks + 1
     )
@@ -130,7 +130,7 @@ def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Mo
 
 def _shift(lower_residual: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
     """At (y + d, v): correct v."""
-    unsolved = found.unsolved | (seen.left > 0.1 * lower_residual)
+    unsolved = found.unsolved | (seen.left > UNSOLVED * lower_residual)
     move = Move(seen.at.r_v, jnp.array(False), jnp.array(False), jnp.ones_like(lower_residual))
     found = found._replace(cross=seen.at.cross, shifted=seen.at.sizes.r_v, unsolved=unsolved)
     return move, found, jnp.array(True)
@@ -140,7 +140,7 @@ def _compare(seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
     """At (y + d, v + dv): how far everything has moved."""
     at, no = seen.at, jnp.array(False)
     moved, change = norm(at.cross - found.cross), norm(at.gradient - found.gradient)
-    unsolved = found.unsolved | (seen.left > 0.1 * found.shifted)
+    unsolved = found.unsolved | (seen.left > UNSOLVED * found.shifted)
     stay = Move(jnp.zeros_like(seen.y), no, no, jnp.ones_like(moved))
     return stay, found._replace(moved=moved, change=change, unsolved=unsolved), jnp.array(True)
 
@@ -173,11 +173,11 @@ def _by_method(
     problem: BilevelProblem, x: PyTree, found: LowerSolution, batch: PyTree, method: LinearSolver | None
 ) -> Callable[[Move], tuple[Array, Array]]:
     """By a solver from `linear`; what it prepares is prepared once."""
-    flat, symmetric = ravel_pytree(found.y)[0], isinstance(problem.lower, Minimize)
+    flat, symmetric = ravel_pytree(found.iterate)[0], isinstance(problem.lower, Minimize)
     solver: Any = default_solver(flat.size, symmetric, found.sketch) if method is None else method
 
     def prepare(transpose: bool) -> Callable[[Move], LinearSolution]:
-        matvec = oracles.flat_operator(problem, x, found.y, batch, transpose)
+        matvec = oracles.flat_operator(problem, x, found.iterate, batch, transpose)
         if not hasattr(solver, "tol"):  # a factor, made once
             solve = solver.prepare(matvec, flat.size, flat.dtype)
             return lambda move: solve(move.r)

@@ -33,10 +33,10 @@ from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.choice import choose
 from bilevel.lower.method import Adjoint
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
-from bilevel.lower.polyhedral_gradient import at_solution, lower_failed
+from bilevel.lower.polyhedral_gradient import at_solution
 from bilevel.problem import BilevelProblem, check_like, check_problem, start_y
 from bilevel.qp.active_set import Factor, Model, Point, Rows, solve_model
-from bilevel.record import Status
+from bilevel.record import Status, solved
 
 PyTree = Any
 
@@ -72,16 +72,16 @@ class Local(NamedTuple):
 
 def local(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution) -> Local:
     """What derivatives along directions need of the lower level at `found`, whose factors are for its y."""
-    limits = constraints.rows(problem, x, found.y)
-    flat = ravel_pytree(found.y)[0]
+    limits = constraints.rows(problem, x, found.iterate)
+    flat = ravel_pytree(found.iterate)[0]
     at, fixed = limits.C @ flat, limits.lo == limits.hi
     strong = fixed | ((found.active != 0) & ~found.weak)
     near_hi, near_lo = jnp.abs(at - limits.hi) <= found.noise, jnp.abs(at - limits.lo) <= found.noise
-    fx, fy = oracles.upper_gradients(problem, x, found.y, problem.upper_data.full())
+    fx, fy = oracles.upper_gradients(problem, x, found.iterate, problem.upper_data.full())
     return Local(
         limits=limits,
         factor=found.factor,
-        grad=ravel_pytree(oracles.residual(problem, x, found.y, problem.lower_data.full()))[0],
+        grad=ravel_pytree(oracles.residual(problem, x, found.iterate, problem.lower_data.full()))[0],
         fx=ravel_pytree(fx)[0],
         fy=ravel_pytree(fy)[0],
         strong=strong,
@@ -148,8 +148,8 @@ def _directional(problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTre
     if isinstance(method, ActiveSet):
         return _at_kinks(problem, x, direction, y, method)
     h = method.hypergradient(problem, x, y, Adjoint())
-    kink = h.status == Status.WEAKLY_ACTIVE
-    return Directional(jnp.where(kink, jnp.nan, ravel_pytree(h.gradient)[0] @ d), h.status)
+    smooth = solved(h.status) & (h.status != Status.WEAKLY_ACTIVE)
+    return Directional(jnp.where(smooth, ravel_pytree(h.gradient)[0] @ d, jnp.nan), h.status)
 
 
 def _at_kinks(problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, settings: Settings) -> Directional:
@@ -157,9 +157,9 @@ def _at_kinks(problem: BilevelProblem, x: PyTree, direction: PyTree, y: PyTree, 
     batch, d = problem.lower_data.full(), ravel_pytree(direction)[0]
     found = polyhedral.solve(problem, x, y, batch, settings)
     here = local(problem, x, at_solution(problem, x, found, batch))
-    model = along(here, d, ravel_pytree(oracles.cross_forward(problem, x, found.y, direction, batch))[0])
+    model = along(here, d, ravel_pytree(oracles.cross_forward(problem, x, found.iterate, direction, batch))[0])
     status = jnp.where(model.empty, Status.INFEASIBLE_LOWER, Status.UNCHECKED)
     status = jnp.where(model.unsolved & ~model.empty, Status.STALLED, status)
-    status = jnp.where(lower_failed(found.status), found.status, status)
+    status = jnp.where(~solved(found.status), found.status, status)
     value = here.fx @ d + here.fy @ model.p
     return Directional(jnp.where(status == Status.UNCHECKED, value, jnp.nan), status)

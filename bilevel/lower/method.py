@@ -2,31 +2,44 @@
 
 from typing import Any, NamedTuple, NoReturn
 
+import jax.numpy as jnp
 from jax import Array
 
+from bilevel.backend.tree import poisoned
 from bilevel.linear import LinearSolver
 from bilevel.linear.nystrom import Nystrom
 from bilevel.lower.polyhedral_level import Warm
 from bilevel.problem import BilevelProblem, Constants
-from bilevel.record import Hypergradient
+from bilevel.record import Hypergradient, solved
 from bilevel.struct import static, struct
 
 PyTree = Any
 
 
 class LowerSolution(NamedTuple):
-    """y; residual = |R(x, y)|_2 at that y, recomputed; steps taken; status (CONVERGED, MAX_STEPS, STALLED, SADDLE,
-    NONFINITE); factor of R_y at y or close to it, for `apply_inverse`, () where none was made; R(x, y) raveled, ()
-    from `ActiveSet`; sketch of R_y near y, from `ProjectedNewton`, a preconditioner for CG.
-    """
+    """What a lower-level method returns. To take `y` is to look at the status: it is NaN where y(x) was not found."""
 
-    y: PyTree
+    iterate: PyTree
+    """Where the method stopped, whatever the status, shaped like the problem's y."""
     residual: Array
+    """|R(x, y)|_2 at the iterate, [], recomputed."""
     steps: Array
+    """[], taken."""
     status: Array
+    """[], CONVERGED, WEAKLY_ACTIVE, or why there is no solution: MAX_STEPS, STALLED, SADDLE, INFEASIBLE_LOWER,
+    NONFINITE.
+    """
     factor: PyTree
+    """Of R_y at the iterate or close to it, for `apply_inverse`; () where none was made."""
     R: Any = ()
+    """R at the iterate, [n], raveled; () from `ActiveSet`."""
     sketch: Nystrom | None = None
+    """Of R_y near the iterate, from `ProjectedNewton`, a preconditioner for CG."""
+
+    @property
+    def y(self) -> PyTree:
+        """The lower-level solution: the iterate where the status says that it is one (`record.solved`), else NaN."""
+        return poisoned(self.iterate, solved(self.status))
 
 
 @struct
@@ -76,6 +89,11 @@ class LowerMethod:
         y is a warm start; `method` solves the linear systems of the derivatives.
         """
         raise NotImplementedError
+
+
+def spoilt(value: Array, status: Array) -> Array:
+    """The value f(x, y), shape []; NaN, as all of its derivatives, where y is not solved for. f may not depend on y."""
+    return value * jnp.where(solved(status), jnp.ones_like(value), jnp.nan)
 
 
 def refuse_solver(what: str, method: object) -> None:

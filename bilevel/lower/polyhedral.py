@@ -23,13 +23,13 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import norm
+from bilevel.backend.tree import norm, poisoned
 from bilevel.constraints import rows
 from bilevel.lower import quadratic, sqp
 from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, start_of
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import Factor, Point, Rows, factorize, kkt_solve, masked_inverse, solve_model
-from bilevel.record import Status
+from bilevel.record import Status, solved
 
 PyTree = Any
 
@@ -37,11 +37,11 @@ PyTree = Any
 class PolyhedralSolution(NamedTuple):
     """What `solve` returns; m rows.
 
-    INFEASIBLE_LOWER: y and the multipliers are NaN.
+    INFEASIBLE_LOWER: the iterate and the multipliers are NaN.
     """
 
-    y: PyTree
-    """Shaped like the problem's."""
+    iterate: PyTree
+    """Where the search stopped, whatever the status, shaped like the problem's y."""
     multipliers: Array
     """[m], signed: >= 0 at hi, <= 0 at lo."""
     active: Array
@@ -66,6 +66,11 @@ class PolyhedralSolution(NamedTuple):
     """[m], rows whose multiplier, or slack, is rounding error."""
     noise: Array
     """[m], how much slack that is."""
+
+    @property
+    def y(self) -> PyTree:
+        """The lower-level solution: the iterate where the status says that it is one (`record.solved`), else NaN."""
+        return poisoned(self.iterate, solved(self.status))
 
     def warm(self) -> Warm:
         """Where to start on a problem with the same g_yy and normals: here, with these factors."""
@@ -104,7 +109,7 @@ def _certify(level: Level, end: Found) -> PolyhedralSolution:
     margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * units, jnp.inf), initial=jnp.inf)
     touching = (end.status == Status.CONVERGED) & (jnp.any(weak) | model.dependent)
     return PolyhedralSolution(
-        y=level.unravel(jnp.where(nan, jnp.nan, end.y)),
+        iterate=level.unravel(jnp.where(nan, jnp.nan, end.y)),
         multipliers=jnp.where(nan, jnp.nan, model.multipliers),
         active=model.active,
         margin=jnp.where(nan, jnp.nan, jnp.where(model.dependent, 0, margin)),

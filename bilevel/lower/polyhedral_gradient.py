@@ -16,30 +16,26 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
-from bilevel.backend.tree import norm, take
+from bilevel.backend.tree import norm, poisoned, take
 from bilevel.linear import refine
 from bilevel.lower import polyhedral
+from bilevel.lower.method import spoilt
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.lower.polyhedral_level import Warm, start_of
 from bilevel.lower.quadratic import KEPT_REFINEMENTS
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import Rows, factorize, kkt_solve
-from bilevel.record import Hypergradient, Status
+from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
 
 
-def lower_failed(status: Array) -> Array:
-    """Whether a constrained lower level has no usable solution; a weakly active one has."""
-    return (status != Status.CONVERGED) & (status != Status.WEAKLY_ACTIVE)
-
-
 def at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, batch: PyTree) -> PolyhedralSolution:
     """`found` with factors of the Hessian at its y; those of a constant Hessian are."""
-    if oracles.constant_hessian(problem, x, found.y, batch):
+    if oracles.constant_hessian(problem, x, found.iterate, batch):
         return found
-    C = constraints.rows(problem, x, found.y).C
-    return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.y, batch), C))
+    C = constraints.rows(problem, x, found.iterate).C
+    return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.iterate, batch), C))
 
 
 class _Point(NamedTuple):
@@ -148,9 +144,9 @@ def differentiate(
     warm = start_of(settings, warm)
     found = polyhedral.solve(problem, x, y, problem.lower_data.full(), settings, warm)
     found = at_solution(problem, x, found, problem.lower_data.full())
-    flat, unravel = ravel_pytree(found.y)
+    flat, unravel = ravel_pytree(found.iterate)
     system = _System(problem, x, found, constraints.rows(problem, x, y), unravel)
-    fy = system.fy(found.y)
+    fy = system.fy(found.iterate)
     zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(found.multipliers)
     start = _Point(flat, jnp.where(system.inside, found.multipliers, 0), zero, nothing)
     unsolved = _Residuals(zero, nothing, fy, nothing)  # y is as good as it gets, (u, v) = 0 are not solved for
@@ -196,7 +192,8 @@ def _refined(system: _System, fy: Array, u: Array, v: Array) -> tuple[Array, Arr
     problem, limits, found = system.problem, system.limits, system.found
 
     def look(u: Array, v: Array, before: Array, count: Array) -> _Adjoint:
-        Hu = ravel_pytree(oracles.hvp(problem, system.x, found.y, system.unravel(u), problem.lower_data.full()))[0]
+        batch = problem.lower_data.full()
+        Hu = ravel_pytree(oracles.hvp(problem, system.x, found.iterate, system.unravel(u), batch))[0]
         r_u, r_v = fy - Hu - limits.C.T @ v, jnp.where(system.inside, -(limits.C @ u), 0)
         return _Adjoint(u, v, r_u, r_v, norm((r_u, r_v)), before, count)
 
@@ -213,19 +210,19 @@ def _refined(system: _System, fy: Array, u: Array, v: Array) -> tuple[Array, Arr
 
 
 def conclude(
-    solved: Array, good: Array, x: PyTree, value: Array, gradient: Array, error: Array, **rest: Any
+    lower: Array, good: Array, x: PyTree, value: Array, gradient: Array, error: Array, **rest: Any
 ) -> Hypergradient:
-    """The answer where the lower level ended as `solved`: with status `good` where that is CONVERGED and all is finite.
+    """The answer where the lower level ended as `lower`: with status `good` where that is CONVERGED and all is finite.
 
     gradient [dim x]; a failure is never a number.
     """
-    failed = lower_failed(solved)
+    failed = ~solved(lower)
     finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
     return Hypergradient(
         value=jnp.where(failed, jnp.nan, value),
         gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),
         error_bound=jnp.where(failed | ~finite, jnp.inf, error),
-        status=jnp.where(failed | finite, jnp.where(solved == Status.CONVERGED, good, solved), Status.NONFINITE),
+        status=jnp.where(failed | finite, jnp.where(lower == Status.CONVERGED, good, lower), Status.NONFINITE),
         **rest,
     )
 
@@ -242,7 +239,7 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
     found = polyhedral.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings)
     found = lax.stop_gradient(at_solution(problem, fixed_x, found, lower_batch))
     inside = found.active != 0
-    flat, unravel = ravel_pytree(found.y)
+    flat, unravel = ravel_pytree(found.iterate)
     n = flat.size
 
     def residual(z: Array) -> Array:
@@ -260,6 +257,6 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
         return lax.custom_linear_solve(matvec, b, solve, transpose_solve=solve, symmetric=True)
 
     start = jnp.concatenate([flat, jnp.where(inside, found.multipliers, 0)])
-    start = jnp.where(lower_failed(found.status), jnp.nan, start)
+    start = poisoned(start, solved(found.status))
     z = lax.custom_root(residual, start, lambda _, z: z, tangent)
-    return oracles.upper_value(problem, x, unravel(z[:n]), upper_batch)
+    return spoilt(oracles.upper_value(problem, x, unravel(z[:n]), upper_batch), found.status)

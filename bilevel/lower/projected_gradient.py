@@ -7,12 +7,14 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import norm, take
+from bilevel.backend.tree import norm, poisoned, take
+from bilevel.linear import verified
 from bilevel.lower import projected
-from bilevel.lower.polyhedral_gradient import conclude, lower_failed
+from bilevel.lower.method import spoilt
+from bilevel.lower.polyhedral_gradient import conclude
 from bilevel.lower.projected import Settings
 from bilevel.problem import BilevelProblem
-from bilevel.record import Hypergradient, Status
+from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
 
@@ -116,17 +118,17 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]
         return flat - ravel_pytree(problem.y_set.project(unravel(flat - s * R)))[0]
 
-    def forward(_: Any, b: Array) -> Array:
+    def forward(matvec: Any, b: Array) -> Array:
         normal = b - face.tangent(b)
-        return normal + within(b * (1 + s * face.mu) / s - hessian(normal))
+        return verified(matvec, normal + within(b * (1 + s * face.mu) / s - hessian(normal)), b)
 
-    def backward(_: Any, c: Array) -> Array:
+    def backward(matvec: Any, c: Array) -> Array:
         t = within(c / s)
-        return c + t - s * hessian(t)
+        return verified(matvec, c + t - s * hessian(t), c)
 
     def tangent(matvec: Any, b: Array) -> Array:
         return lax.custom_linear_solve(matvec, b, forward, transpose_solve=backward)
 
-    start = jnp.where(lower_failed(found.status), jnp.nan, flat)
+    start = poisoned(flat, solved(found.status))
     solution = lax.custom_root(residual, start, lambda _, y: y, tangent)
-    return oracles.upper_value(problem, x, unravel(solution), upper_batch)
+    return spoilt(oracles.upper_value(problem, x, unravel(solution), upper_batch), found.status)

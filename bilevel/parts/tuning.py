@@ -19,6 +19,8 @@ does that. The bound |K| <= 2 lag B with B = |A'W| needs no solve, since A'W u =
 conditioning and T from 1 to 30 the largest stable step was at least 1.1 times 1/(L_F + 2 lag B), and where coupling
 rules at most 5 times.
 
+Where a lower level is not solved, neither is the estimate: the step is then 1e-2.
+
 They cost a few lower-level solves once, at init, outside of the oracle count of a step. They are estimates, not bounds:
 give numbers, schedules or optax transformations to control a run.
 """
@@ -94,7 +96,7 @@ def _sensitivity(problem: BilevelProblem, x: PyTree, y: PyTree, probes: int) -> 
     def probe(k: Array, now: Probe) -> Probe:
         """The first pass, whose direction is 0, is the gradient at x: in the loop, the lower solve is compiled once."""
         moved = hypergradient(problem, unravel(flat + distance * now.direction), now.y, v=now.v, estimate=False)
-        there = Seen(ravel_pytree(moved.gradient)[0], moved.y, moved.v)
+        there = Seen(ravel_pytree(moved.checked().gradient)[0], moved.y, moved.v)
         first = k == 0
         at = jax.tree.map(partial(jnp.where, first), there, now.at)
         noisy = there.gradient + jnp.linalg.norm(there.gradient) * noise
