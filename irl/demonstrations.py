@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from bilevel.backend.tree import poisoned
 from bilevel.struct import invalid, struct
 from irl.mdp import MDP, check_range, whole_numbers
 
@@ -242,7 +243,8 @@ def _extras(n: int, inner: tuple[int, ...], given: dict[str, Any]) -> dict[str, 
 def sample(mdp: MDP, policy: Array, key: Array, *, num_trajectories: int, length: int) -> Demonstrations:
     """Trajectories of a policy [S, A], or [T, S, A] with a horizon, from the MDP's start distribution.
 
-    All have the same length, at most T.
+    All have the same length, at most T. Their weights are NaN where the policy is, as that of soft values that were not
+    solved for.
     """
     if mdp.horizon is not None and length > mdp.horizon:
         invalid("length (sample)", length, f"at most the horizon {mdp.horizon}", "Nothing follows after it.")
@@ -261,5 +263,5 @@ def sample(mdp: MDP, policy: Array, key: Array, *, num_trajectories: int, length
         return lax.scan(step, mdp.sample_start(key_start), steps)[1]
 
     states, actions = jax.vmap(trajectory)(jax.random.split(key, num_trajectories))
-    lengths = jnp.full(num_trajectories, length)
-    return Demonstrations(states, actions, lengths, jnp.ones(num_trajectories, policy.dtype))
+    lengths, weights = jnp.full(num_trajectories, length), jnp.ones(num_trajectories, policy.dtype)
+    return Demonstrations(states, actions, lengths, poisoned(weights, jnp.isfinite(policy).all()))

@@ -110,13 +110,17 @@ def recovery(
         x_set: where x may be.
 
     Raises:
-        InvalidInput: for trajectories that are not a whole number >= 0.
+        InvalidInput: for trajectories that are not a whole number >= 0; for a discount so near one that the dtype does
+            not show the expert's soft values.
     """
     if not (isinstance(trajectories, int) and trajectories >= 0):
         invalid("trajectories", trajectories, "a whole number >= 0", "0 gives the expert's exact occupancy.")
     Q = irl.value_iteration(mdp, jnp.asarray(r_true, float)).Q
     pi = irl.policy(Q)
     d = irl.occupancy(mdp, pi)
+    if not jnp.isfinite(d).all():
+        got = f"{float(mdp.discount)}, at which the expert's soft values are not found in {d.dtype}"
+        invalid("discount", got, "one further from 1", "Lower it, or use float64.")
     truth, kind = None, "sampled" if trajectories else "population"
     if trajectories:
         length = length if mdp.horizon is None else min(length, mdp.horizon)

@@ -34,6 +34,8 @@ class Info(NamedTuple):
 
     direction: Array
     """|mu_pi - mu_E|, []: how far the expected features are from the expert's; the norm of grad F."""
+    soft_error: Array
+    """A bound of max |Q - Q*| at the end of the step's sweeps, []: it is large where max_sweeps are too few."""
 
 
 @struct(kw_only=True)
@@ -77,15 +79,16 @@ class MCEIRL(Solver):
 
     def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
         x, mdp, c = state.x, problem.mdp, problem.occupancy()
-        y = soft.value_iteration(mdp, problem.reward.table(x), state.y, max_sweeps=self.max_sweeps).Q
+        found = soft.value_iteration(mdp, problem.reward.table(x), state.y, max_sweeps=self.max_sweeps)
+        y = found.iterate  # the error that is left is shown
         d = soft.occupancy(mdp, soft.policy(y), problem.agent_start(c))
         direction = spec.match(problem.reward, x, d, c)
         x, step_x = state.step_x(x, direction)
-        return State(problem.x_set.project(x), y, step_x), Info(norm(direction))
+        return State(problem.x_set.project(x), y, step_x), Info(norm(direction), found.error)
 
     def output(self, problem: TabularImitation, state: State) -> tuple[PyTree, Array]:
-        """The last x with its own soft Q, not that of the x before."""
-        return state.x, soft.value_iteration(problem.mdp, problem.reward.table(state.x), state.y).Q
+        """The last x with its own soft Q, not that of the x before; the referee judges it, exact or not."""
+        return state.x, soft.value_iteration(problem.mdp, problem.reward.table(state.x), state.y).iterate
 
     def cost(self, problem: TabularImitation) -> OracleCount:
         horizon = problem.mdp.horizon

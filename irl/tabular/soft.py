@@ -23,22 +23,35 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel.backend.precision import full_precision
+from bilevel.backend.tree import poisoned
 from bilevel.linear import DENSE_LIMIT
 from irl.mdp import MDP, Successors, at
 
 LOOK_EVERY = 10  # sweeps between two looks at the change
+INEXACT = 1e-2  # an error bound beyond it, relative to 1 + max |Q|, is that of no solution
 UNROLLED = 64  # actions times successors up to which a sweep is written out term by term
 
 
 class SoftSolution(NamedTuple):
-    """What `value_iteration` returns."""
+    """What `value_iteration` returns. Whoever takes `Q` has looked at the error: without two digits it is NaN."""
 
-    Q: Array
-    """[S, A], or [T, S, A] with a horizon."""
+    iterate: Array
+    """Where the sweeps stopped, whatever the error, [S, A], or [T, S, A] with a horizon."""
     error: Array
-    """A bound of max |Q - Q*|, up to rounding, []."""
+    """A bound of max |iterate - Q*|, up to rounding, []."""
     sweeps: Array
     """How many sweeps it took, []."""
+
+    @property
+    def solved(self) -> Array:
+        """Whether the error is at most `INEXACT` (1 + max |Q|), []."""
+        size = jnp.max(jnp.abs(self.iterate), axis=tuple(range(self.error.ndim, self.iterate.ndim)))
+        return self.error <= INEXACT * (1 + size)
+
+    @property
+    def Q(self) -> Array:
+        """The iterate where it is solved for, else NaN."""
+        return poisoned(self.iterate, self.solved)
 
 
 def value(Q: Array) -> Array:
@@ -82,7 +95,8 @@ def value_iteration(
 
     The iteration is in V = log sum_a exp Q and looks at the change every `LOOK_EVERY` sweeps. With the last V,
     Q = r + gamma E V and c = max |log sum_a exp Q - V|, the distance of Q to Q* is at most c gamma/(1 - gamma): the
-    error that is returned. With a horizon it is the exact recursion, whatever Q, tol and max_sweeps.
+    error that is returned. At a discount near one it may be large at rounding level already: there Q is NaN, and
+    `iterate` is where the sweeps stopped. With a horizon it is the exact recursion, whatever Q, tol and max_sweeps.
 
     Args:
         mdp: with S states and A actions.
@@ -172,7 +186,8 @@ def occupancy(mdp: MDP, policy: Array, start: Array | None = None) -> Array:
 
     The states' part m = sum_a d solves m = start + gamma (flow of m under the policy). With dense transitions or few
     states that is one linear solve; with successor lists, the iteration m <- start + gamma flow(m), a contraction in
-    the 1-norm, to rounding error.
+    the 1-norm, to rounding error. The occupancy is NaN where |start + gamma flow(m) - m|/(1 - gamma), the bound of m's
+    error in that norm, is more than `INEXACT` |m|: there the discount is too near one for the dtype.
 
     Args:
         mdp: with S states and A actions.
@@ -187,7 +202,7 @@ def occupancy(mdp: MDP, policy: Array, start: Array | None = None) -> Array:
     if not mdp.is_sparse or mdp.num_states <= DENSE_LIMIT:
         moves = _moves(mdp, policy)
         m = jnp.linalg.solve(jnp.eye(mdp.num_states, dtype=moves.dtype) - mdp.discount * moves, rho)
-        return m[:, None] * policy
+        return _exact(mdp, policy, rho, m)
 
     def go_on(carry: tuple[Array, Array, Array]) -> Array:
         m, change, k = carry
@@ -199,7 +214,14 @@ def occupancy(mdp: MDP, policy: Array, start: Array | None = None) -> Array:
         return new, jnp.sum(jnp.abs(new - m)), k + 1
 
     m, _, _ = lax.while_loop(go_on, push, (rho, jnp.full((), jnp.inf, rho.dtype), jnp.array(0)))
-    return m[:, None] * policy
+    return _exact(mdp, policy, rho, m)
+
+
+def _exact(mdp: MDP, policy: Array, rho: Array, m: Array) -> Array:
+    """The occupancy m pi, or NaN: see `occupancy`."""
+    d = m[:, None] * policy
+    error = jnp.sum(jnp.abs(rho + mdp.discount * mdp.flow(d) - m)) / (1 - mdp.discount)
+    return poisoned(d, error <= INEXACT * jnp.sum(jnp.abs(m)))
 
 
 def _moves(mdp: MDP, policy: Array) -> Array:

@@ -131,7 +131,7 @@ def value_iteration(solve: Callable = soft.value_iteration) -> Guarantee:
         mdp, r = instance.mdp, instance.reward.table(instance.x)
         Q_star, known = exact(mdp, r), instance.constants
         found = [solve(mdp, r, instance.Q1, tol=10.0**-k) for k in horizon]
-        return jnp.stack([jnp.max(jnp.abs(s.Q - Q_star)) / (s.error + rounding(known)) for s in found])
+        return jnp.stack([jnp.max(jnp.abs(s.iterate - Q_star)) / (s.error + rounding(known)) for s in found])
 
     return Guarantee(
         "soft-value-iteration",

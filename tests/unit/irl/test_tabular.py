@@ -101,15 +101,15 @@ class TestSoftDynamicProgramming:
         exact, found = brute_force_Q(mdp, r), irl.value_iteration(mdp, jnp.asarray(r))
         np.testing.assert_allclose(found.Q, exact, atol=1e-11)
         rough = irl.value_iteration(mdp, jnp.asarray(r), tol=1e-3)
-        assert np.abs(rough.Q - exact).max() <= rough.error + 1e-12  # attained, up to rounding
+        assert np.abs(rough.iterate - exact).max() <= rough.error + 1e-12  # attained, up to rounding
         assert rough.sweeps < found.sweeps
         for count in range(13):  # looked at every ten
             few, Q = irl.value_iteration(mdp, jnp.asarray(r), max_sweeps=count), np.zeros((S, A))
             for _ in range(count):
                 Q = np.asarray(bellman(mdp, jnp.asarray(r), jnp.asarray(Q)))
-            np.testing.assert_allclose(few.Q, Q, atol=1e-12)
+            np.testing.assert_allclose(few.iterate, Q, atol=1e-12)
             assert few.sweeps == count
-            assert np.abs(few.Q - exact).max() <= few.error + 1e-12
+            assert np.abs(few.iterate - exact).max() <= few.error + 1e-12
 
     def test_soft_optimal_policy_is_best(self):
         """Its value by policy evaluation, entropy included, is V, and no other policy's is above."""
@@ -282,7 +282,7 @@ class TestBilevel:
         x = jnp.asarray(np.random.default_rng(seed).normal(size=F))
         exact = irl.likelihood_gradient(mdp, c, reward, x)
         for tol, limit in ((None, 1e-4), (1e-6, 1e4)):
-            y = irl.value_iteration(mdp, reward.table(x), tol=tol).Q
+            y = irl.value_iteration(mdp, reward.table(x), tol=tol).iterate
             h = bilevel.hypergradient(problem, x, y, lower=bilevel.AsGiven(), constants=known)
             assert np.linalg.norm(h.gradient - exact) <= h.error_bound < limit
         # the constants themselves, at random points
