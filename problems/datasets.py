@@ -60,5 +60,10 @@ def one_hot(labels: np.ndarray, num_classes: int = 10) -> Array:
 
 
 def accuracy(scores: Array | np.ndarray, targets: Array) -> float:
-    """The part of samples whose largest score, in [n, classes], is the target's, one-hot [n, classes]."""
+    """The part of samples whose largest score, in [n, classes], is the target's, one-hot [n, classes].
+
+    NaN where a score is not finite: weights that were not solved for classify nothing.
+    """
+    if not np.isfinite(scores).all():
+        return float("nan")
     return float(np.mean(np.argmax(scores, axis=1) == np.argmax(targets, axis=1)))

@@ -60,16 +60,19 @@ def _metrics(parts: dict[str, Rows], x: Array, W: Array) -> dict[str, float]:
 
 @jax.jit
 def _fit(problem: BilevelProblem, x: Array) -> tuple[Array, Array]:
-    """(f, W) at the lower-level solution."""
+    """(f, W) at the lower-level solution; NaN where it is not solved."""
     W = lower_level.solve(problem, x, problem.init(jax.random.key(0))[1], problem.lower_data.full()).y
     return problem.upper(x, W, problem.upper_data.full()), W
 
 
 def _common(problem: BilevelProblem, parts: dict[str, Rows], grid: np.ndarray) -> dict[str, float]:
-    """One penalty exp(x) for all weights: the best of `grid` by the upper objective."""
+    """One penalty exp(x) for all weights: the best of `grid` by the upper objective.
+
+    NaN where one of the fits is not solved: the best is then not known.
+    """
     shape = problem.init(jax.random.key(0))[0].shape
     fits = [_fit(problem, jnp.full(shape, value, float)) for value in grid]
-    best = min(range(len(grid)), key=lambda k: float(fits[k][0]))
+    best = int(np.argmin([float(f) for f, _ in fits]))  # the first NaN, if there is one
     return _metrics(parts, jnp.zeros(shape), fits[best][1])
 
 

@@ -27,7 +27,7 @@ from rich.table import Table
 import bilevel
 import irl
 from benchmarks.study.compilation import use_quick_compilation
-from benchmarks.study.files import read_json, write_json
+from benchmarks.study.files import FAILED, read_json, write_json
 from bilevel.report import save_figure
 from irl.deep import expert, rollouts
 from irl.deep.environments import GYMNAX, Environment
@@ -194,7 +194,7 @@ def groups(cells: list[Cell], out: Path) -> Groups:
 
 
 def table(found: Groups) -> Table:
-    """Means over the seeds that are done."""
+    """Means over the seeds that are done, where none of them failed."""
     shown = Table(title="Return of the last policy; means over seeds (lowest, highest)")
     for name in ("environment", "episodes", "method", "return", "ratio", "scaled", "rank", "steps", "minutes", "seeds"):
         shown.add_column(name, justify="left" if name in ("environment", "method") else "right")
@@ -203,6 +203,10 @@ def table(found: Groups) -> Table:
         seeds = f"{len(done)} of {len(group)}"
         if not done:
             shown.add_row(name, str(trajectories), method, *["unfinished"] + [""] * 5, seeds)
+            continue
+        failed = sum(one["status"] in FAILED for one in done)
+        if failed:  # no mean over those that were luckier
+            shown.add_row(name, str(trajectories), method, f"{failed} of {len(done)} failed", *[""] * 5, seeds)
             continue
         values = {key: [one[key] for one in done if one[key] is not None] for key in ("ratio", "scaled", "rank")}
         spread = {

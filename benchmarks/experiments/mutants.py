@@ -141,7 +141,7 @@ def _wrong_gradient(problem: Any, x: Any, y: Any, **kw: Any) -> Any:
 
 
 def _without_implicit(problem: Any, x: Any, y: Any, step: Any) -> Any:
-    h = hypergradient(problem, x, y, estimate=False)
+    h = hypergradient(problem, x, y, estimate=False).checked()
     fx, _ = bilevel.oracles.upper_gradients(problem, x, h.y, problem.upper_data.full())
     return x - step * fx, h.y
 

@@ -31,7 +31,7 @@ import bilevel
 import irl
 from benchmarks.experiments.control import ADVERSARIAL, described, load, random_episodes
 from benchmarks.study.compilation import use_quick_compilation
-from benchmarks.study.files import read_json, write_json
+from benchmarks.study.files import BROKEN, read_json, write_json
 from bilevel.struct import struct
 from irl.deep import expert
 from irl.deep.imitation import Imitation
@@ -67,8 +67,25 @@ def in_world(problem: irl.ControlImitation, world: Any) -> irl.ControlImitation:
     return dataclasses.replace(problem, environment=world)
 
 
+def failed(solution: bilevel.Solution) -> bool:
+    """Whether a run ended without an answer.
+
+    Raises:
+        KeyboardInterrupt: where it was interrupted.
+    """
+    if solution.status == bilevel.Status.INTERRUPTED:
+        raise KeyboardInterrupt
+    return solution.status in BROKEN
+
+
 def run(name: str, seed: int, demonstrations: Any, mass: float, steps: int) -> dict[str, float]:
-    """Mean returns in the new world: {"policy", "reward"} of a method, or {"true"} for the true reward."""
+    """Mean returns in the new world: {"policy", "reward"} of a method, or {"true"} for the true reward.
+
+    NaN for what failed, and for what was learnt from it.
+
+    Raises:
+        KeyboardInterrupt: where a run was interrupted.
+    """
     agent, here, there = learner_of(NAME), irl.make(NAME), irl.make(NAME, m=mass)
     solver, state_only = METHODS.get(name, (None, False))
     problem = irl.to_control(here, demonstrations, irl.DeepReward(state_only=state_only), agent=agent)
@@ -82,12 +99,14 @@ def run(name: str, seed: int, demonstrations: Any, mass: float, steps: int) -> d
         path: list[Any] = []
         keep = lambda step, state, row: path.append(state.x)  # noqa: E731
         recovered = bilevel.solve(problem, solver, key=key, max_steps=steps, every=1, callback=keep)
+        if failed(recovered):
+            return {"policy": float("nan"), "reward": float("nan")}
         half = path[len(path) // 2 :]
         mean = jax.tree.map(lambda *leaves: sum(leaves) / len(leaves), *half)
         found["policy"], source = played(recovered.y), recovered.state._replace(x=mean)
     frozen = Frozen(num_rollouts=1, solver=solver, source=source)
     again = bilevel.solve(in_world(problem, there), frozen, key=jax.random.fold_in(key, 1), max_steps=steps)
-    return found | {"true" if solver is None else "reward": played(again.y)}
+    return found | {"true" if solver is None else "reward": float("nan") if failed(again) else played(again.y)}
 
 
 def table(found: dict[tuple[str, int], dict[str, Any]], mass: float, floor: float, seeds: int) -> Table:
@@ -96,13 +115,17 @@ def table(found: dict[tuple[str, int], dict[str, Any]], mass: float, floor: floa
     for heading in ("row", "return", "scaled", "seeds"):
         shown.add_column(heading, justify="left" if heading == "row" else "right")
     goals = [row["true"] for (name, _), row in found.items() if name == "true"]
-    goal = float(np.mean(goals)) if goals else float("nan")
+    goal = float(np.mean(np.array(goals, float))) if goals else float("nan")
     for name in ("true", *METHODS):
         for kind in ("true",) if name == "true" else ("policy", "reward"):
             values = [row[kind] for (other, _), row in found.items() if other == name]
             label = "true reward" if name == "true" else f"{name} {kind}"
             if not values:
                 shown.add_row(label, "unfinished", "", f"0 of {seeds}")
+                continue
+            lost = sum(v is None or np.isnan(v) for v in values)  # a file has null for NaN
+            if lost:
+                shown.add_row(label, f"{lost} of {len(values)} failed", "", f"{len(values)} of {seeds}")
                 continue
             scaled = [(v - floor) / (goal - floor) for v in values]
             cells = f"{np.mean(values):.0f}", f"{np.mean(scaled):.2f} ({min(scaled):.2f}, {max(scaled):.2f})"

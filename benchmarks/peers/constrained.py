@@ -90,13 +90,21 @@ def make_problem(data: dict, rows: tuple, g: Callable = lower, dim_x: int = DIM_
 
 
 def exact(data: dict, rows: tuple, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """The gradient of F from the dense KKT system on the rows that y holds with equality."""
+    """The gradient of F from the dense KKT system on the rows that y holds with equality.
+
+    Raises:
+        RuntimeError: where these rows do not give the lower level's solution, so that this is no truth.
+    """
     A, B, b = map(np.asarray, rows)
     active = np.abs(A @ y + B @ x - b) <= 1e-9
     A, B = A[active], B[active]
     H, G, c = (np.asarray(data[name]) for name in "HGc")
     M = np.block([[H, A.T], [A, np.zeros((len(A), len(A)))]])
-    y = np.linalg.solve(M, np.append(-G @ x - c, b[active] - B @ x))[: len(y)]
+    found = np.linalg.solve(M, np.append(-G @ x - c, b[active] - B @ x))
+    y, lam = found[: len(y)], found[len(y) :]
+    outside = float(np.max(np.asarray(rows[0]) @ y + np.asarray(rows[1]) @ x - b))
+    if not (np.isfinite(found).all() and outside <= 1e-9 and (lam >= -1e-9).all()):
+        raise RuntimeError(f"no truth: constraints are off by {outside:.1e}, multipliers by {-min(lam, default=0):.1e}")
     uv = np.linalg.solve(M, np.append(np.asarray(data["t"]) + y, np.zeros(len(A))))
     return -G.T @ uv[: len(y)] - B.T @ uv[len(y) :]
 
@@ -105,7 +113,7 @@ def bilevax_step(rows: tuple, warm: Warm | None = None, estimate: bool = False) 
     """Step: (data, x, warm start y) -> (F, grad F, y) by `bilevel.hypergradient`."""
 
     def step(data, x, y):
-        h = bilevel.hypergradient(make_problem(data, rows), x, y, warm=warm, estimate=estimate)
+        h = bilevel.hypergradient(make_problem(data, rows), x, y, warm=warm, estimate=estimate).checked()
         return h.value, h.gradient, h.y
 
     return step
@@ -167,6 +175,7 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
     data, rows = make_data(n, rows_count)
     y0 = jnp.zeros(n)
     found = jax.jit(polyhedral.solve)(make_problem(data, rows), jnp.zeros(DIM_X), y0, data)
+    start = found.y  # NaN, and all of the table with it, where it is not solved
     steps: dict[str, Callable] = {}
     tight = {"solver_tol": 1e-10, "target_kappa": 1e-8}
     if importlib.util.find_spec("qpax"):
@@ -181,7 +190,7 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
     steps["a call that does nothing"] = lambda data, x, y: (jnp.sum(x), x, y)
     steps["Cholesky of H, two solves"] = floor_step
     calls: dict[str, Callable] = {
-        name: jax.jit(lambda x, step=step: step(data, x, found.y)) for name, step in steps.items()
+        name: jax.jit(lambda x, step=step: step(data, x, start)) for name, step in steps.items()
     }
     if importlib.util.find_spec("cvxpylayers"):
         calls["cvxpylayers (no jit)"] = cvxpylayers_call(data, rows)
@@ -206,7 +215,7 @@ def single(console: Console, n: int, rows_count: int, repeats: int) -> None:
             value, gradient, y = step(data | {"H": scale * data["H"]}, x, y)
             return y, (value, gradient)
 
-        return jax.jit(lambda points, scales: jax.lax.scan(body, found.y, (points, scales)))
+        return jax.jit(lambda points, scales: jax.lax.scan(body, start, (points, scales)))
 
     scales = jnp.asarray(1 + 1e-3 * np.random.default_rng(0).normal(size=repeats))
     turns = [(jnp.asarray(points), scales)] * (1 + repeats // 10)
@@ -231,7 +240,7 @@ def many(console: Console, n: int, rows_count: int, repeats: int, number: int = 
     y0 = jnp.zeros(n)
     found = jax.jit(polyhedral.solve)(problem, jnp.zeros(n), y0, data)
     warm = Warm(found.active)
-    one = lambda q: bilevel.hypergradient(problem, q, found.y, warm=warm, estimate=False).gradient  # noqa: E731
+    one = lambda q: bilevel.hypergradient(problem, q, found.y, warm=warm, estimate=False).checked().gradient  # noqa: E731
     calls = {"bilevax": jax.jit(jax.vmap(one))}
     if importlib.util.find_spec("qpax"):
         shifted = lambda q: data | {"G": jnp.eye(n)}  # noqa: E731

@@ -75,7 +75,7 @@ def ours(data: dict, features: int) -> dict[str, Callable]:
     )
 
     def certified(x):
-        h = bilevel.hypergradient(problem, x)
+        h = bilevel.hypergradient(problem, x).checked()
         return h.value, h.gradient, h.error_bound
 
     def plain(x):

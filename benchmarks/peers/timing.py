@@ -29,8 +29,8 @@ class Measured:
 
     @property
     def worst(self) -> float:
-        """The largest of what `judge` said."""
-        return max(self.judged, default=float("nan"))
+        """The largest of what `judge` said; NaN where one of them is, or nothing was judged."""
+        return float(np.max(self.judged)) if self.judged else float("nan")
 
 
 def interleaved(

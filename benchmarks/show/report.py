@@ -4,7 +4,7 @@ import csv
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,13 +150,20 @@ def _mean(values: list[float | None]) -> float | None:
     return float(np.mean(np.array(values, float)))
 
 
-def _spread(metrics: list[dict[str, float]]) -> dict[str, dict[str, float | None]]:
-    """{metric: mean, sample standard deviation and count} over the seeds."""
+def _spread(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, float | None]]:
+    """{metric: mean, sample standard deviation and count} over the seeds that have it.
+
+    Where some have failed, with None for the metric, "failed" says how many, and there is no mean over the others.
+    """
     spread = {}
     for name in dict.fromkeys(name for row in metrics for name in row):
-        values = np.array([row[name] for row in metrics if row.get(name) is not None], float)
+        known = [row[name] for row in metrics if name in row]
+        values = np.array([value for value in known if value is not None], float)
+        if failed := len(known) - values.size:
+            spread[name] = {"mean": None, "std": None, "count": int(values.size), "failed": failed}
+            continue
         std = float(values.std(ddof=1)) if values.size > 1 else None
-        spread[name] = {"mean": float(values.mean()) if values.size else None, "std": std, "count": int(values.size)}
+        spread[name] = {"mean": float(values.mean()), "std": std, "count": int(values.size)}
     return spread
 
 
@@ -172,7 +179,9 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
-def _plus_minus(cell: dict[str, float | None] | None) -> str:
+def _plus_minus(cell: Mapping[str, Any] | None) -> str:
+    if cell is not None and cell.get("failed"):
+        return "failed" if not cell["count"] else f"{cell['failed']} of {cell['failed'] + cell['count']} failed"
     if cell is None or cell["mean"] is None:
         return "-"
     spec = ".4f" if abs(cell["mean"]) < 1e4 else ".3g"
@@ -328,17 +337,8 @@ def _plain(printed: Any, width: int = WIDTH) -> str:
 
 def as_csv(summary: dict[str, Any]) -> str:
     """The same rows with all digits."""
-    numbers = (
-        "value",
-        "gap",
-        "hypergradient",
-        "lower_residual",
-        "violation",
-        "oracles",
-        "steps",
-        "solve_time",
-        "setup_time",
-    )
+    numbers = ("value", "gap", "hypergradient", "lower_residual", "violation")
+    numbers = (*numbers, "oracles", "steps", "solve_time", "setup_time")
     kinds = [(p, "solver", row) for p in summary["problems"] for row in p["rows"]]
     kinds += [(p, "baseline", row) for p in summary["problems"] for row in p["baselines"]]
     names = list(dict.fromkeys(name for *_, row in kinds for name in row["metrics"]))

@@ -40,7 +40,7 @@ from problems.guarantees.single_loop import HORIZON, quadratics
 
 def gradient_step(problem: BilevelProblem, x: Array, y: Array, step: Array) -> tuple[Array, Array]:
     """The point x - step grad F(x), and y(x) for the next start."""
-    h = hypergradient(problem, x, y, estimate=False)
+    h = hypergradient(problem, x, y, estimate=False).checked()
     return x - step * h.gradient, h.y
 
 

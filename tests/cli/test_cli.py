@@ -316,6 +316,8 @@ def test_means_and_spreads():
     spread = report._spread([{"a": 1.0, "b": 2.0}, {"a": 4.0}])
     assert spread["a"] == {"mean": 2.5, "std": pytest.approx(statistics.stdev([1.0, 4.0])), "count": 2}
     assert spread["b"] == {"mean": 2.0, "std": None, "count": 1}
+    failed = report._spread([{"c": 0.9, "d": None}, {"c": None, "d": None}])  # no mean over those that were solved
+    assert [report._plus_minus(failed[name]) for name in "cd"] == ["1 of 2 failed", "failed"]
     assert files.clean({"a": [np.float64("nan"), np.int32(3)], "b": float("inf")}) == {"a": [None, 3], "b": None}
     assert report.short_names(["A[b=1]", "C[b=1]", "C"]) == {"A[b=1]": "A", "C[b=1]": "C[b=1]", "C": "C"}
 
