@@ -20,7 +20,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel.backend import sharding
 from bilevel.backend.checks import check_callable, check_like, check_map, check_point, shape_of
 from bilevel.backend.columns import check_columns, check_shape, columns
-from bilevel.backend.functions import WithAux, keep_value
+from bilevel.backend.functions import WithAux, keep_value, returns_aux
 from bilevel.data import Full, Source, check_per_sample
 from bilevel.sets import Reals, Set
 from bilevel.struct import InvalidInput, invalid, static, struct
@@ -263,9 +263,9 @@ class BilevelProblem:
 
 
 # Whether a function has an aux is seen in the function; so `dataclasses.replace` keeps it, as it does with a field.
-Minimize.has_aux = property(lambda lower: isinstance(lower.g, WithAux))  # pyright: ignore[reportAttributeAccessIssue]
+Minimize.has_aux = property(lambda lower: returns_aux(lower, "g"))  # pyright: ignore[reportAttributeAccessIssue]
 BilevelProblem.has_aux = property(  # pyright: ignore[reportAttributeAccessIssue]
-    lambda problem: isinstance(problem.upper, WithAux)
+    lambda problem: returns_aux(problem, "upper")
 )
 
 

@@ -22,6 +22,10 @@ class WithAux:
 
 def keep_value(instance: Any, name: str, has_aux: bool) -> None:
     """For a `__post_init__`: let the function in field `name` return its value alone."""
-    function = getattr(instance, name)
-    if has_aux and not isinstance(function, WithAux):
-        object.__setattr__(instance, name, WithAux(function))
+    if has_aux and not returns_aux(instance, name):
+        object.__setattr__(instance, name, WithAux(getattr(instance, name)))
+
+
+def returns_aux(instance: Any, name: str) -> bool:
+    """Whether the function in field `name` returns an aux; one that follows from other fields does not."""
+    return isinstance(vars(instance).get(name), WithAux)
