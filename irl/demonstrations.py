@@ -12,7 +12,10 @@ from jax import Array, lax
 
 from bilevel.backend.tree import poisoned
 from bilevel.struct import invalid, struct
+from irl import archives
 from irl.mdp import MDP, check_range, whole_numbers
+
+TRANSITIONS = "observation", "next_observation", "action", "reward", "terminal"  # of a replay memory's file
 
 
 class Trajectories(NamedTuple):
@@ -84,7 +87,7 @@ class Demonstrations:
         n, T = states.shape[:2]
         lengths = np.full(n, T) if lengths is None else lengths
         lengths = whole_numbers("lengths (Demonstrations)", lengths)
-        weights = np.ones(n) if weights is None else np.asarray(weights)
+        weights = np.ones(n) if weights is None else _finite("weights (Demonstrations)", weights)
         for name, part in (("lengths", lengths), ("weights", weights)):
             if part.shape != (n,):
                 do = "Give one number per trajectory."
@@ -96,6 +99,10 @@ class Demonstrations:
             do = "Weights say how much a trajectory counts."
             invalid("weights (Demonstrations)", weights.tolist(), "finite numbers >= 0, not all zero", do)
         inside = jnp.arange(T)[None, :] < lengths[:, None]
+        for name, part in (("states", states), ("actions", actions)):
+            if part.ndim == 2 and bool(jnp.any((part < 0) & inside)):
+                do = "States and actions are counted from 0; behind a trajectory's length anything may stand."
+                invalid(f"{name} (Demonstrations)", f"{part.min()}", "whole numbers >= 0", do)
         states, actions = (
             jnp.where(inside.reshape(n, T, *[1] * (part.ndim - 2)), part, 0) for part in (states, actions)
         )
@@ -110,21 +117,33 @@ class Demonstrations:
         next_observation [n, T, d], action [n, T, k], reward and terminal [n, T].
 
         Raises:
-            InvalidInput: where an array is missing or unusable.
+            InvalidInput: where an array is missing or unusable, or the file broken or larger than it may be.
         """
-        with np.load(path, allow_pickle=False) as arrays:
-            if "observation" in arrays:
-                return cls._from_transitions(arrays)
-            for name in ("states", "actions"):
-                if name not in arrays:
-                    do = f"Save it: np.savez(path, states=…, actions=…). Expected in {os.fspath(path)!r}."
-                    invalid(f"{name} (Demonstrations.load)", f"arrays {sorted(arrays)}", f"an array {name!r}", do)
-            return cls.of(**{name: arrays[name] for name in cls.__dataclass_fields__ if name in arrays})
+        what = "Demonstrations.load"
+        own = tuple(cls.__dataclass_fields__)
+        arrays, names = archives.read(path, (*own, *TRANSITIONS), what)
+        needed = TRANSITIONS if "observation" in arrays else ("states", "actions")
+        for name in needed:
+            if name not in arrays:
+                do = f"Save it: np.savez(path, {'=…, '.join(needed)}=…). Expected in {os.fspath(path)!r}."
+                invalid(f"{name} ({what})", f"arrays {names}", f"an array {name!r}", do)
+        if needed is TRANSITIONS:
+            return cls._from_transitions(arrays)
+        return cls.of(**{name: arrays[name] for name in own if name in arrays})
 
     @classmethod
     def _from_transitions(cls, arrays: Any) -> "Demonstrations":
         """From the arrays of a replay memory; what follows the first terminal step of a row is padding."""
-        ends = np.asarray(arrays["terminal"], bool)
+        seen = arrays["observation"]
+        if seen.ndim != 3 or seen.size == 0:
+            do = "Stack episodes, steps and coordinates."
+            invalid("observation (Demonstrations.load)", f"shape {seen.shape}", "shape [n, T, d], all at least 1", do)
+        for name, shape in (("next_observation", seen.shape), ("reward", seen.shape[:2]), ("terminal", seen.shape[:2])):
+            if arrays[name].shape != shape:
+                do = "Give one entry for each step."
+                invalid(f"{name} (Demonstrations.load)", f"shape {arrays[name].shape}", f"shape {shape}", do)
+        _finite("reward (Demonstrations.load)", arrays["reward"])
+        ends = _flags("terminal (Demonstrations.load)", arrays["terminal"])
         terminated = ends.any(axis=1)
         lengths = np.where(terminated, ends.argmax(axis=1) + 1, ends.shape[1])
         last = arrays["next_observation"][np.arange(len(ends)), lengths - 1]
@@ -218,12 +237,7 @@ class Demonstrations:
 def _numbers(name: str, values: Any) -> Array:
     """Whole numbers [n, T], or finite floats where there is a third axis."""
     array = np.asarray(values)
-    if array.ndim != 3:
-        return whole_numbers(name, values)
-    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
-        got = f"dtype {array.dtype}" if array.dtype.kind not in "fiu" else "an entry that is not finite"
-        invalid(name, got, "finite numbers", "Clean it.")
-    return jnp.asarray(array, float)
+    return whole_numbers(name, values) if array.ndim != 3 else jnp.asarray(_finite(name, array), float)
 
 
 def _extras(n: int, inner: tuple[int, ...], given: dict[str, Any]) -> dict[str, Any]:
@@ -234,9 +248,31 @@ def _extras(n: int, inner: tuple[int, ...], given: dict[str, Any]) -> dict[str, 
         if array is not None and np.shape(array) != shape:
             do = "Give one entry per trajectory."
             invalid(f"{name} (Demonstrations)", f"shape {np.shape(array)}", f"shape {shape}", do)
-        kind = bool if name == "terminated" else float
-        out[name] = None if array is None else jnp.asarray(np.asarray(array), kind)
+        if array is None:
+            out[name] = None
+        elif name == "terminated":
+            out[name] = jnp.asarray(_flags("terminated (Demonstrations)", array))
+        else:
+            out[name] = jnp.asarray(_finite(f"{name} (Demonstrations)", array), float)
     return out
+
+
+def _finite(name: str, values: Any) -> np.ndarray:
+    """Finite numbers."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu" or not np.isfinite(array).all():
+        got = f"dtype {array.dtype}" if array.dtype.kind not in "fiu" else "an entry that is not finite"
+        invalid(name, got, "finite numbers", "Clean it.")
+    return array
+
+
+def _flags(name: str, values: Any) -> np.ndarray:
+    """Booleans, also where they are written as the numbers 0 and 1."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "bfiu" or not ((array == 0) | (array == 1)).all():
+        got = f"dtype {array.dtype}" if array.dtype.kind not in "bfiu" else "an entry that is neither 0 nor 1"
+        invalid(name, got, "booleans, or numbers 0 and 1", "Say of each whether the process ended there.")
+    return array.astype(bool)
 
 
 @partial(jax.jit, static_argnames=("num_trajectories", "length"))

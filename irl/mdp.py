@@ -180,10 +180,15 @@ def whole_numbers(name: str, array: Any) -> Array:
     """`array` as JAX integers.
 
     Raises:
-        InvalidInput: for any other kind of number, integral floats included.
+        InvalidInput: for any other kind of number, integral floats included; for one that JAX's integers do not hold.
     """
-    if not np.issubdtype(np.asarray(array).dtype, np.integer):
-        invalid(name, f"dtype {np.asarray(array).dtype}", "whole numbers", "Convert indices to integers.")
+    given = np.asarray(array)
+    if not np.issubdtype(given.dtype, np.integer):
+        invalid(name, f"dtype {given.dtype}", "whole numbers", "Convert indices to integers.")
+    largest = jnp.iinfo(jnp.asarray(0, int).dtype).max
+    if given.size and (int(given.max()) > largest or int(given.min()) < -largest):
+        got = f"numbers from {given.min()} to {given.max()}"
+        invalid(name, got, f"at most {largest} in size", "Count states and actions from 0.")
     return jnp.asarray(array, int)
 
 

@@ -36,7 +36,7 @@ ORDER = (  # of the files and folders at the top of bilevel: each imports those 
     "guarantees",
 )
 FOLDERS = {  # the same in the other packages, where their files go straight into the order
-    "irl": ("mdp", "demonstrations", "rewards", "problem", "tabular", "deep", "solvers"),
+    "irl": ("mdp", "archives", "demonstrations", "rewards", "problem", "tabular", "deep", "solvers"),
     "benchmarks": ("errors", "judge", "study", "show", "peers", "experiments", "cli"),
 }
 HEIGHT = {"bilevel": ORDER, **FOLDERS}
