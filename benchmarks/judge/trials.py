@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 
+from bilevel.record import Status
+
 FEASIBLE = 1e-6  # distance to the sets up to which a measurement counts
 
 
 SOLVED = 1e-3  # true lower gap up to which one counts where F is measured at the solver's own y
+
+
+DOUBTFUL = [
+    int(status)
+    for status in (
+        Status.NONFINITE, Status.INFEASIBLE_LOWER, Status.SADDLE, Status.STALLED, Status.UNSOLVED_LOWER,
+    )
+]  # fmt: skip
 
 
 COLUMNS = {"value": "value", "gradient": "hypergradient"}
@@ -38,11 +48,14 @@ class Trial:
     def inside(self, name: str) -> np.ndarray:
         """The column with infinity where x is outside its sets or nothing finite was measured.
 
-        Where no hypergradient was measured, F is that of the solver's own y (`gap.measure_global`), which undercuts the
+        Nor does a row count of which the referee says that F is not what it is said to be (`DOUBTFUL`). Where no
+        hypergradient was measured, F is that of the solver's own y (`gap.measure_global`), which undercuts the
         optimum where the lower level is not solved: there the true lower gap must be at most `SOLVED`.
         """
         values, own = self.column(name), np.isnan(self.column("hypergradient"))
         counts = (self.column("violation") <= FEASIBLE) & (~own | (self.column("lower_residual") <= SOLVED))
+        if self.result and self.result["record"]:
+            counts &= ~np.isin([row.get("status") or 0 for row in self.result["record"]], DOUBTFUL)
         return np.where(np.isfinite(values) & counts, values, np.inf)
 
     @property

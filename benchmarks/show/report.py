@@ -17,6 +17,7 @@ from rich.text import Text
 
 from benchmarks.errors import UsageError
 from benchmarks.show.metrics_plot import draw_metrics
+from benchmarks.show.verdicts import counts_text, endings, failed_assumptions, row_verdict
 from benchmarks.study.files import (
     FAILED,
     read_cell,
@@ -28,6 +29,7 @@ from benchmarks.study.files import (
 )
 from benchmarks.study.registry import Cell
 from bilevel.record import Record
+from bilevel.solution import size_text
 
 WIDTH = 120
 
@@ -119,6 +121,10 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
         "seeds": len(found),
         **{name: _mean(values) for name, values in columns.items()},
         "gap": _mean(gaps),
+        "error_bound": _mean([last.get("error_bound") for *_, last in measured]),
+        "verdicts": dict(Counter(row_verdict(last) for *_, last in measured)),
+        "best_value": _mean([r["stats"].get("best_value", last["value"]) for _, r, last in measured]),
+        "worse_than_best": sum(bool(r["stats"].get("end_is_worse")) for _, r, _ in measured),
         **{name: _mean(values) for name, values in stats.items()},
         "statuses": dict(Counter(result["status"] for _, result in found)),
         "referee": dict(Counter(result["referee"]["verdict"] for _, result in found if result["referee"])),
@@ -131,16 +137,9 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
         ),
         "tuned": list(dict.fromkeys(r["tuned"] for _, r in found if r.get("tuned"))),
         "reasons": list(dict.fromkeys(f"{r['status']}: {r['reason']}" for _, r in found if r["reason"])),
-        "assumptions": _assumptions([result["stats"] for _, result, _ in measured]),
+        "assumptions": failed_assumptions([result["stats"] for _, result, _ in measured]),
         "metrics": _spread([result["metrics"] for _, result in found if result["metrics"]]),
     }
-
-
-def _assumptions(stats: list[dict[str, Any]]) -> list[str]:
-    """What the solver's steps saw fail of its assumptions, counted over the seeds."""
-    failed = sum((Counter(one.get("failed", {})) for one in stats), Counter())
-    steps = sum(one["steps"] for one in stats)
-    return [f"assumption failed at {count:,} of {steps:,} steps: {text}" for text, count in failed.items()]
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -170,13 +169,6 @@ def _spread(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str
 def number_text(value: float | None, spec: str) -> str:
     """`value` in the format `spec`, a dash for None."""
     return "-" if value is None else format(value, spec)
-
-
-def _counts(counts: dict[str, int]) -> str:
-    """`CONVERGED`, or `9 CONVERGED, 1 MAX_STEPS`."""
-    if len(counts) <= 1:
-        return next(iter(counts), "-")
-    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 def _plus_minus(cell: Mapping[str, Any] | None) -> str:
@@ -229,13 +221,13 @@ def optimisation_rows(problem: dict[str, Any], names: dict[str, str]) -> tuple[l
             names[row["solver"]],
             number_text(row["value"], ".7g"),
             *[number_text(row["gap"], ".1e") for _ in gap],
-            number_text(row["hypergradient"], ".1e"),
+            size_text(row["hypergradient"], row["error_bound"], ".1e"),
             number_text(row["lower_residual"], ".1e"),
             number_text(row["oracles"], ".4g"),
             number_text(row["steps"], ".5g"),
             number_text(row["solve_time"], ".2f"),
-            _counts(row["statuses"]),
-            _counts(row["referee"]),
+            counts_text(row["statuses"]),
+            counts_text(row["referee"]),
         ]
         for row in problem["rows"]
     ]
@@ -272,6 +264,7 @@ def reasons(problem: dict[str, Any], names: dict[str, str]) -> list[str]:
             found.append(f"{whose}referee {_shorten(reason)}")
     found = list(dict.fromkeys(found))
     found += [f"{names[row['solver']]}: tuned to {text}" for row in problem["rows"] for text in row["tuned"]]
+    found += [f"{names[row['solver']]}: {text}" for row in problem["rows"] for text in endings(row)]
     said = [(row["solver"], text) for row in problem["rows"] for text in row["reasons"] + row["assumptions"]]
     return found + [f"{names[solver]}: {_shorten(text)}" for solver, text in said]
 
@@ -337,7 +330,7 @@ def _plain(printed: Any, width: int = WIDTH) -> str:
 
 def as_csv(summary: dict[str, Any]) -> str:
     """The same rows with all digits."""
-    numbers = ("value", "gap", "hypergradient", "lower_residual", "violation")
+    numbers = ("value", "gap", "hypergradient", "error_bound", "best_value", "lower_residual", "violation")
     numbers = (*numbers, "oracles", "steps", "solve_time", "setup_time")
     kinds = [(p, "solver", row) for p in summary["problems"] for row in p["rows"]]
     kinds += [(p, "baseline", row) for p in summary["problems"] for row in p["baselines"]]
@@ -345,12 +338,12 @@ def as_csv(summary: dict[str, Any]) -> str:
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     spread = [f"{name}_{part}" for name in names for part in ("mean", "std")]
-    writer.writerow(["problem", "kind", "name", "seeds", *numbers, "status", "referee", *spread])
+    writer.writerow(["problem", "kind", "name", "seeds", *numbers, "status", "verdict", "referee", *spread])
     for problem, kind, row in kinds:
         metrics = [row["metrics"].get(name, {}).get(part) for name in names for part in ("mean", "std")]
         writer.writerow(
             [problem["problem"], kind, row[kind], row.get("seeds", problem["seeds"]), *[row.get(n) for n in numbers],
-             _counts(row.get("statuses", {})), _counts(row.get("referee", {})), *metrics]
+             *[counts_text(row.get(column, {})) for column in ("statuses", "verdicts", "referee")], *metrics]
         )  # fmt: skip
     return stream.getvalue()
 
