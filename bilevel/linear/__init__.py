@@ -1,5 +1,6 @@
 """Linear systems with a known matrix-vector product: CG, MINRES, GMRES, Neumann, dense; and a preconditioner."""
 
+from bilevel.backend.products import gram, norms, products
 from bilevel.linear.default import DENSE_LIMIT, default_solver
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.nystrom import Nystrom, sketch
@@ -13,9 +14,6 @@ from bilevel.linear.solvers import (
     Matvec,
     Neumann,
     dense_matrix,
-    gram,
-    norms,
-    products,
     refine,
     verified,
 )

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.backend.tree import norm, poisoned, unit
+from bilevel.backend.products import norms
+from bilevel.backend.tree import norm, poisoned
 from bilevel.struct import static, struct
 
 Matvec = Callable[[Array], Array]
@@ -236,28 +237,6 @@ class Dense(LinearSolver):
             return LinearSolution(v, norm(b - M @ v), jnp.array(n))
 
         return solve
-
-
-def gram(rows: Array) -> Array:
-    """The products of vectors of one length, by one matrix product: as reductions each would be three kernels to
-    compile.
-    """
-    return jnp.matmul(rows, rows.T, precision=lax.Precision.HIGHEST)
-
-
-def products(*vectors: Array) -> tuple[Array, Array]:
-    """(the 2-norms [k] of k vectors of one length, the products [k, k] of each with each), by one matrix product: see
-    `gram`. Each vector is taken in a unit of its own, in which its square neither overflows nor underflows.
-    """
-    rows = jnp.stack(vectors)
-    size = unit(rows, 1)
-    scaled = gram(rows / size[:, None])
-    return jnp.sqrt(jnp.diagonal(scaled)) * size, scaled * size[:, None] * size[None, :]
-
-
-def norms(*vectors: Array) -> Array:
-    """The 2-norms of vectors of one length, [vectors]."""
-    return products(*vectors)[0]
 
 
 class _Refinement(NamedTuple):
