@@ -36,6 +36,7 @@ from bilevel.struct import static, struct
 PyTree = Any
 SKETCH_LIMIT = 1_000_000  # unknowns; a sketch takes memory for a hundred vectors like y while it is made
 ROUND = 20  # accelerated steps between Newton steps
+PATIENCE = 20  # rounds in which a small residual may fail to halve
 
 
 @struct
@@ -57,7 +58,7 @@ class ProjectedSolution(NamedTuple):
     """[], rounds."""
     status: Array
     """[], CONVERGED; WEAKLY_ACTIVE, where an active constraint's multiplier, or an inactive one's slack, is rounding
-    error; MAX_STEPS, NONFINITE.
+    error; STALLED, MAX_STEPS, NONFINITE.
     """
     face: Face
     """At y."""
@@ -138,6 +139,8 @@ class _Search(NamedTuple):
     """[], the largest one so far."""
     rounds: Array
     status: Array
+    idle: Array
+    """[], rounds since the residual last was small and halved, or was not small."""
     near: Array
     """[], whether every Newton step so far was good: else the sketch is none of the Hessian here."""
 
@@ -161,7 +164,9 @@ def solve(
 ) -> ProjectedSolution:
     """The lower-level solution from the warm start y, which need not be feasible. Pure; for jit and vmap.
 
-    CONVERGED: the natural residual is at most tol (|y| + s |R|), or that times sqrt(eps)/eps and no longer halves.
+    CONVERGED: the natural residual is at most tol (|y| + s |R|) after a Newton step, or at most 100 eps times that,
+    which is rounding error, and no longer halves. STALLED: it is at most sqrt(eps) times that, and has not halved for
+    `PATIENCE` rounds.
     """
     settings = Settings() if settings is None else settings
     flat, unravel = ravel_pytree(y)
@@ -190,23 +195,28 @@ def _begin(level: _Level, start: Array, sketch: Nystrom | None) -> _Search:
     size = level.residual(start, R, s)
     status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
     before = jnp.maximum(size, jnp.finfo(start.dtype).tiny)
-    return _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(True))
+    return _Search(start, R, s, size, before, jnp.array(0), status, jnp.array(0), jnp.array(True))
 
 
 def _round(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
     """A Newton step on the face, since a warm start needs no other; where it does not halve the natural residual,
-    accelerated steps from y instead. Where these do not either, and the residual is small, it is rounding error.
+    accelerated steps from y instead. Where these do not either, and the residual is no more than what rounding makes
+    of it, that is the end; where it is larger, slow progress in flat directions: it is no sign of a solution.
     """
     newton = _newton_step(level, sketch, c)
     good = jnp.isfinite(newton.R).all() & (newton.size <= 0.5 * c.size)
-    small = c.size <= jnp.sqrt(jnp.finfo(c.y.dtype).eps) * c.scale()
+    eps = jnp.finfo(c.y.dtype).eps
+    small, least = c.size <= jnp.sqrt(eps) * c.scale(), c.size <= 100 * eps * c.scale()
     y, R, s = lax.cond(good, lambda: (newton.y, newton.R, c.s), lambda: _accelerated(level, c))
     size = jnp.where(good, newton.size, level.residual(y, R, s))
     scale = norm(y) + s * norm(R)
     stuck = small & ~good & (size > 0.5 * c.size)
     worse = stuck & ~(size <= c.size)
+    idle = jnp.where(stuck, c.idle + 1, 0)
     size = jnp.where(worse, c.size, size)
-    status = jnp.where((size <= level.tol * scale) | stuck, Status.CONVERGED, Status.MAX_STEPS)
+    solved = (good & (size <= level.tol * scale)) | (stuck & (least | (size <= level.tol * scale)))
+    status = jnp.where(idle >= PATIENCE, Status.STALLED, Status.MAX_STEPS)
+    status = jnp.where(solved, Status.CONVERGED, status)
     return _Search(
         y=jnp.where(worse, c.y, y),
         R=jnp.where(worse, c.R, R),
@@ -214,6 +224,7 @@ def _round(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
         size=size,
         before=jnp.maximum(c.before, c.size),
         rounds=c.rounds + 1,
+        idle=idle,
         status=jnp.where(jnp.isfinite(size), status, Status.NONFINITE),
         near=c.near & (good | small),
     )

@@ -4,7 +4,10 @@ At y with multipliers lam, the step p and the next multipliers solve the quadrat
 
     min over p of  p' grad_y g + p' g_yy p/2   with  lo <= C (y + p) <= hi,    y <- y + t p,
 
-t = 1 until y is feasible; from then on the first of 1, 1/2, 1/4, ... for which g falls by Armijo's rule.
+t = 1 until y is feasible; from then on the first of 1, 1/2, 1/4, ... for which g falls by Armijo's rule, and does not
+rise again at y + t p more steeply than it fell at y: p' grad_y g(y + t p) <= 0.9 |p' grad_y g(y)|. A full step ends on
+the rows, where an entropy or a logarithm is at the end of its domain: there g may be finite, and far from its minimum,
+with a Hessian so large that the next step is none.
 """
 
 from functools import partial
@@ -15,7 +18,7 @@ from jax import Array, lax
 
 from bilevel.backend.tree import norm
 from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
-from bilevel.qp.active_set import Factor, Model, Point, solve_model
+from bilevel.qp.active_set import Factor, Model, Point, Rows, solve_model
 from bilevel.record import Status
 
 
@@ -32,10 +35,12 @@ class _Search(NamedTuple):
     reach: Array
     """[], the longest step so far."""
     feasible: Array
-    """[], whether y is, which the first full step makes it."""
+    """[], whether y is: from the start, or from the first full step on, which makes it so."""
     factor: Factor
     model: Model
     """At y: the step p, the multipliers and the active set."""
+    steep: Array
+    """[], |grad_y g| at the start."""
     steps: Array
     status: Array
 
@@ -55,13 +60,13 @@ class _Look(NamedTuple):
 
 def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     """The end of the search, where it converged with one more full step, which is too short to need a look."""
-    limits, dtype = level.limits, y.dtype
+    limits, dtype, eps = level.limits, y.dtype, float(jnp.finfo(y.dtype).eps)
     zero, no, nobody = jnp.zeros((), dtype), jnp.array(False), jnp.zeros_like(limits.lo)
     start = None if warm.active is None else jnp.asarray(warm.active, dtype)
     m, first = len(limits.C), nobody if start is None else start
     nothing = Model(jnp.zeros_like(y), nobody, first, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
     begin = _Search(
-        y, zero + 1, zero, zero, zero, no, level.factor_at(y), nothing, jnp.array(0), jnp.array(Status.MAX_STEPS)
+        y, zero + 1, zero, zero, zero, no, level.factor_at(y), nothing, zero, jnp.array(0), jnp.array(Status.MAX_STEPS)
     )
 
     def go_on(c: _Search) -> Array:
@@ -69,8 +74,22 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
 
     end = lax.while_loop(go_on, partial(_step, level, settings, start is None), begin)
     last = end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0)
-    R = level.gradient(last) + limits.C.T @ end.model.multipliers
-    return Found(last, end.factor, end.model, limits.C @ last, R, end.steps, end.status)
+    grad = level.gradient(last)
+    R = grad + limits.C.T @ end.model.multipliers
+    trace = jnp.minimum(begin.factor.trace, end.factor.trace)
+    enough = eps**0.5 * (end.steep + norm(grad)) + 100 * eps * trace * norm(last)
+    status = jnp.where((end.status == Status.CONVERGED) & ~_balanced(level, end.model, grad, enough),
+                       Status.STALLED, end.status)  # fmt: skip
+    return Found(last, end.factor, end.model, limits.C @ last, R, end.steps, status)
+
+
+def _balanced(level: Level, model: Model, grad: Array, enough: Array) -> Array:
+    """Whether grad_y g + C' lam is small with multipliers of the right signs alone: a short step proves nothing where
+    the Hessian is very large.
+    """
+    a, free = model.active, level.limits.lo == level.limits.hi
+    lam = jnp.where(free | (a * model.multipliers > 0), model.multipliers, 0)
+    return norm(grad + level.limits.C.T @ lam) <= enough
 
 
 def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Search:
@@ -92,14 +111,21 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
         g=jnp.where(ok, look.g, c.g),
         slope=look.grad @ model.p,
         reach=jnp.maximum(c.reach, jnp.where(first, 0, norm(c.t * c.model.p))),
-        feasible=c.feasible | (ok & ~first & (c.t == 1)),
+        feasible=jnp.where(first, _inside(limits, look.y), c.feasible | (ok & (c.t == 1))),
         factor=factor,
         model=model,
+        steep=jnp.where(first, norm(look.grad), c.steep),
         steps=c.steps + 1,
         status=c.status,
     )
     status = ends(level, _status(settings, c, new, ok), factor, model)
     return new._replace(status=jnp.where(first & ~look.finite, Status.NONFINITE, status))
+
+
+def _inside(limits: Rows, y: Array) -> Array:
+    """Whether y fulfils the rows up to rounding."""
+    at, noise = limits.C @ y, 100 * jnp.finfo(y.dtype).eps * (jnp.abs(limits.C) @ jnp.abs(y))
+    return jnp.all((at <= limits.hi + noise) & (at >= limits.lo - noise))
 
 
 def _look(level: Level, c: _Search) -> _Look:
@@ -111,6 +137,9 @@ def _look(level: Level, c: _Search) -> _Look:
     # Descent is asked for between feasible points only: the first full step makes y feasible.
     eps = jnp.finfo(y.dtype).eps
     enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
+    steep, size = norm(grad), norm(y)
+    rounding = eps * (1e3 * norm(c.model.p) * (steep + c.factor.trace * size) + 100 * steep * size)
+    enough = enough & (grad @ c.model.p <= 0.9 * jnp.abs(c.slope) + rounding)
     return _Look(y, g, grad, R, finite, finite & ((c.steps == 0) | ~c.feasible | enough))
 
 
