@@ -371,6 +371,7 @@ app.command("peers", epilog=examples(*commands.PEERS_EXAMPLES))(commands.peers)
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:
     from benchmarks.show import report
     from benchmarks.study.files import clean
+    from bilevel.backend.schema import printable
 
     if as_json:
         results = [
@@ -386,7 +387,7 @@ def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> No
         return
     terminal = console()
     terminal.print(report.tables(summary))
-    terminal.print(f"Results: {folder}", soft_wrap=True)
+    terminal.print(printable(f"Results: {folder}"), soft_wrap=True, markup=False)
 
 
 def main() -> None:

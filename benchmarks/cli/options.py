@@ -42,9 +42,10 @@ def examples(*lines: str) -> str:
 def usage_errors() -> Iterator[None]:
     """Bad usage, and folders that cannot be read or written, become a message on stderr and exit code 2."""
     from benchmarks.errors import UsageError
+    from bilevel.backend.schema import printable
 
     try:
         yield
     except UsageError as error:
-        typer.echo(f"bilevax: {error}", err=True)
+        typer.echo(f"bilevax: {printable(str(error))}", err=True)
         raise typer.Exit(2) from error

@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -172,8 +173,8 @@ def save(
     np.savez(folder / "instance.npz", **arrays)
     plot(folder / "path.png", guarantee, found.path)
     if not isinstance(drawn, Recipe):
-        return f"bilevax verify {name} --examples {examples} --seed {seed}"
-    return f"bilevax verify {name} --replay {folder}"
+        return f"bilevax verify {shlex.quote(name)} --examples {examples} --seed {seed}"
+    return f"bilevax verify {shlex.quote(name)} --replay {shlex.quote(str(folder))}"
 
 
 def plot(file: Path, guarantee: Guarantee, path: Trace) -> None:

@@ -5,8 +5,10 @@ whatever comes from results is escaped.
 """
 
 import base64
+import contextlib
 import io
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
 from benchmarks.show import compare, report, sheets
 from benchmarks.study.files import write_file
-from benchmarks.study.registry import Cell, read_suite, suite_text
+from benchmarks.study.registry import SUITES, Cell, read_suite, suite_text
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVES = {"value": "F", "hypergradient": "|grad F|", "lower_residual": "lower residual"}
@@ -68,12 +70,10 @@ def write(folder: Path, path: Path | None = None, **arguments: Any) -> Path:
 def _command(name: str, cells: list[Cell], precision: int) -> tuple[str, str | None]:
     """(command, suite file or None where the run is one of the suites that come with bilevax)."""
     bits = "" if precision == 64 else f" --precision {precision}"
-    try:
-        if read_suite(name)[1] == cells:
-            return f"bilevax run --suite {name}{bits}", None
-    except UsageError:
-        pass
-    return f"bilevax run --suite {name}.toml{bits}", suite_text(cells)
+    with contextlib.suppress(UsageError):
+        if (SUITES / f"{name}.toml").parent == SUITES and read_suite(name)[1] == cells:  # no path out of there
+            return f"bilevax run --suite {shlex.quote(name)}{bits}", None
+    return f"bilevax run --suite {shlex.quote(f'{name}.toml')}{bits}", suite_text(cells)
 
 
 def _problem(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> dict[str, Any]:

@@ -1,7 +1,10 @@
 """Files that are written whole or not at all."""
 
+import contextlib
 import os
+import re
 import secrets
+import time
 from pathlib import Path
 
 
@@ -21,3 +24,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def sweep(path: Path) -> None:
+    """Remove what killed writers of `path` have left beside it, but what was touched within a minute: its writer may be
+    alive.
+    """
+    left = re.compile(re.escape(f".{path.name}.") + "[0-9a-f]{16}")
+    for other in path.parent.glob(".*"):
+        with contextlib.suppress(OSError):  # another process sweeps, too
+            if left.fullmatch(other.name) and time.time() - other.stat().st_mtime > 60:
+                other.unlink()

@@ -21,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from bilevel.backend.files import write_atomically
+from bilevel.backend.files import sweep, write_atomically
 from bilevel.backend.schema import Kind, Misfit, Said, anything, each, fields, misfit, number, parse_json, text, whole
 from bilevel.record import Status
 
@@ -137,6 +137,7 @@ def save_checkpoint(path: str | os.PathLike, tree: PyTree, *, owner: str, notes:
     head = {"manifest": written, "manifest_sha256": hashlib.sha256(written.encode()).hexdigest()}
     try:
         write_atomically(Path(path), save(payload, metadata=head))
+        sweep(Path(path))
     except OSError as error:
         raise CheckpointError(
             f"checkpoint {path}: it cannot be written ({error.strerror or error}). What was saved before is kept: make "
