@@ -75,7 +75,8 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
         error = _proved(constants, x, y, seen, lower_residual, rounding)
         return error, jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
     if not adjoint.estimate:
-        return jnp.full((), jnp.nan, y.dtype), jnp.array(Status.UNCHECKED)
+        status = jnp.where(seen.unsolved, Status.UNSOLVED_LINEAR, Status.UNCHECKED)
+        return jnp.full((), jnp.nan, y.dtype), status
     slope = seen.moved / jnp.where(seen.shifted > 0, seen.shifted, 1)  # of R_x' v in f_y
     error = 2 * seen.change + rounding * (size.fx + size.cross + slope * size.fy)
     error = jnp.where(seen.unsolved, jnp.inf, error)  # an estimate by a solver that has not solved is none

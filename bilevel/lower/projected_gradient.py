@@ -8,7 +8,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, poisoned, take
-from bilevel.linear import verified
+from bilevel.linear import UNSOLVED, verified
 from bilevel.lower import projected
 from bilevel.lower.method import spoilt
 from bilevel.lower.polyhedral_gradient import conclude
@@ -82,7 +82,8 @@ def differentiate(
         error = _error(seen, take(corrections, 1), begin)
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
-        error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
+        error = jnp.full((), jnp.nan, flat.dtype)
+        good = jnp.where(_solved(seen, begin), Status.UNCHECKED, Status.UNSOLVED_LINEAR)
     return conclude(
         found.status, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
         lower_residual=found.residual, linear_residual=seen.linear_residual, active_margin=face.margin,
@@ -91,12 +92,17 @@ def differentiate(
 
 def _error(seen: _Seen, better: _Seen, begin: _Point) -> Array:
     """Twice the distance of the two gradients and an allowance for rounding; infinite where the first adjoint is not
-    solved, to a tenth of where it began or to rounding: an estimate by a solver that has not solved is none.
+    solved: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
     error = 2 * norm(better.gradient - seen.gradient) + eps * n * seen.sizes
-    enough = jnp.maximum(0.1 * norm(begin.r_u), 10 * eps * n * seen.fy)
-    return jnp.where(seen.linear_residual <= enough, error, jnp.inf)
+    return jnp.where(_solved(seen, begin), error, jnp.inf)
+
+
+def _solved(seen: _Seen, begin: _Point) -> Array:
+    """Whether the adjoint is, to a tenth of where it began or to rounding, []."""
+    eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
+    return seen.linear_residual <= jnp.maximum(UNSOLVED * norm(begin.r_u), 10 * eps * n * seen.fy)
 
 
 def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
