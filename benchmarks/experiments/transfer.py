@@ -73,7 +73,7 @@ def likelihood(mdp: irl.MDP, c: jax.Array, reward: Any) -> jax.Array:
 
     found = scipy.optimize.minimize(both, np.asarray(start), jac=True, method="BFGS", options={"gtol": 1e-7})
     size = np.abs(found.jac).max()
-    if size > 1e-4:
+    if not size <= 1e-4:
         raise RuntimeError(f"not at the optimum: |gradient| is {size:.1e}; {found.message}")
     return reward.table(unravel(jnp.asarray(found.x)))
 
@@ -96,6 +96,9 @@ def iqlearn(mdp: irl.MDP, c: jax.Array, P: jax.Array, steps: int = 20_000) -> ja
 
     start = jnp.zeros_like(c)
     Q, _ = jax.jit(lambda: jax.lax.scan(step, (start, rule.init(start)), length=steps)[0])()
+    size = float(jnp.abs(jax.grad(loss)(Q)).max())
+    if not size <= 1e-4:
+        raise RuntimeError(f"IQLearn is not at its optimum: |gradient| is {size:.1e} after {steps} steps")
     return Q - GAMMA * P @ jax.nn.logsumexp(Q, axis=1)
 
 

@@ -23,7 +23,10 @@ def tracking_error(problem: TabularImitation, x: PyTree, y: Array) -> Array:
 
 @jax.jit
 def objective(problem: TabularImitation, x: PyTree) -> Array:
-    """F(x) by dynamic programming, shape []: minus the mean log-likelihood, or minus Lhat for the surrogate."""
+    """F(x) by dynamic programming, shape []: minus the mean log-likelihood, or minus Lhat for the surrogate.
+
+    NaN where the soft values at x are not found (`SoftSolution`).
+    """
     Q = soft.value_iteration(problem.mdp, problem.reward.table(x)).Q
     return problem.upper(x, Q, problem.upper_data.full())
 
@@ -67,7 +70,8 @@ class EarlyStopping:
         solution = bilevel.solve(problem, solver, key=key, callback=stopping)
         stopping.x                  # the best x that was seen
 
-    It looks at the solver's iterate, not at averages, every `every` steps of `solve`.
+    It looks at the solver's iterate, not at averages, every `every` steps of `solve`. Where soft values are not found,
+    F is NaN, which is no better than anything.
 
     Attributes:
         x, value, step: the best x, its F on the held-out demonstrations, and its step; None before the first look.
