@@ -59,7 +59,8 @@ def diverged(rows: Sequence[Row], tol: float, at_y: bool = False) -> bool:
     """Whether F stays above its start, or still climbs, by more than the run's own noise explains.
 
     F_k is the refereed F at row k of n, v_k the violation there, with the lower residual added where F is measured at
-    the solver's own y (`at_y`). F has risen where both its last value and the median of its last half are above F_0 by
+    the solver's own y (`at_y`). F has risen where its last value is above F_0 by RISE |F_0| + tol, and the median of
+    its last half by
 
         RISE |F_0| + NOISE s/sqrt(m) + tol,    s the median distance of the m rows of the last half to their median,
 
@@ -95,7 +96,8 @@ def _rose(F: np.ndarray, tol: float) -> bool:
     noise = np.median(np.abs(late - middle)) / np.sqrt(len(late))
     quarter = (len(late) + 1) // 2
     falls = np.median(late[-quarter:]) < np.median(late[:-quarter]) - NOISE * noise - tol
-    return bool(min(middle, F[-1]) - F[0] > RISE * size + NOISE * noise + tol and not falls)
+    above = min(F[-1], middle - NOISE * noise) - F[0]
+    return bool(above > RISE * size + tol and not falls)
 
 
 def _climbs(F: np.ndarray, v: np.ndarray, tol: float) -> bool:

@@ -46,6 +46,7 @@ CLIMB = np.linspace(0.0, 1.0, 21)
         (np.append(noisy(1.0, 0.1, 20, seed=1), 1.4), False),  # the end alone
         (np.append(1.0, noisy(1.5, 0.1, 20)), True),
         (np.append(1.0, 12 + 1.5 * np.sin(5 * np.arange(20))), True),
+        (np.append([1.0, *(12 + 1.5 * np.sin(5 * np.arange(19)))], 1.1), True),  # the end near the start by chance
         (np.concatenate([[1.0], np.geomspace(5, 0.5, 20)]), False),  # up first, then down below the start
         (np.append(1.0, 2.0 - CLIMB[1:] / 2), False),  # above, but on its way down
         (np.concatenate([np.geomspace(10, 1, 16), [1.5, 2.5, 3.5, 4.5, 5.5]]), True),  # climbs again
