@@ -145,7 +145,7 @@ for problem, solver in ((penalised, sampled), (kinked, bilevel.DSBLO(num_perturb
     alone = lanes.advance_lanes(problem, solver, state, key, 0, 3, False)
     with sharding.on(mesh) as devices:
         compiled, parts = program(problem, solver, state, key, devices)
-        together = compiled(*parts, 0, 3)
+        together = compiled(jax.tree.leaves((*parts, 0, 3)))
     assert "all-gather" in compiled.as_text() or "all-reduce" in compiled.as_text()
     assert np.max(np.abs(state.x - alone[0].x)) > 1e-3
     close((alone[0].x, alone[0].y, alone[1]), (together[0].x, together[0].y, together[1]), 1e-12)
