@@ -219,9 +219,9 @@ class Ball(Set):
         return norm(optax.tree.sub(z, self.middle(z))) >= self.radius - tol
 
     def validate(self, name: str, like: PyTree) -> None:
+        check_numbers(f"{name}.radius (Ball)", self.radius)
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
-            do = "A negative radius is an empty set."
-            invalid(f"{name}.radius (Ball)", self.radius, "one finite number >= 0", do)
+            invalid(f"{name}.radius (Ball)", self.radius, "one finite number >= 0", "A negative one is an empty set.")
         check_numbers(f"{name}.center", self.center)
         check_prefix(f"{name}.center", self.center, like)
 
@@ -265,6 +265,7 @@ class Simplex(Set):
         return jax.tree.map(lambda leaf: leaf <= tol, z)
 
     def validate(self, name: str, like: PyTree) -> None:
+        check_numbers(f"{name}.scale (Simplex)", self.scale)
         if np.ndim(self.scale) != 0 or not np.isfinite(self.scale) or self.scale <= 0:
             invalid(f"{name}.scale (Simplex)", self.scale, "one finite number > 0", "Use the default scale=1.0.")
 
@@ -319,8 +320,7 @@ class Polyhedron(Set):
         A, b = np.asarray(self.A), np.asarray(self.b)
         check_rows(f"{name}.%s (Polyhedron)", A, b, like)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
-            do = "Two of the rows contradict each other."
-            invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", do)
+            invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", "Two rows contradict each other.")
 
 
 def _over(flag: str, taken: Callable = all) -> Any:

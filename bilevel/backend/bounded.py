@@ -9,6 +9,7 @@ for the longest time is dropped together with its executables.
 
 import functools
 import gc
+import inspect
 import itertools
 import re
 import threading
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+
+from bilevel.backend.errors import invalid
 
 MOST = 128  # functions that are kept: some 40 problems with a solver each, at most 25,000 of Linux' 65,530 maps
 SPARE = 32  # how many are dropped at once, since collecting what they leave takes as long for one as for many
@@ -86,7 +89,11 @@ class Bounded:
     def __call__(self, *args: Any) -> Any:
         """What the function gives for `args`."""
         call, leaves = self._find(args)
-        return call(leaves)
+        try:
+            return call(leaves)
+        except TypeError:
+            self._name_what_is_no_number(args)
+            raise
 
     def lower(self, *args: Any) -> Any:
         """The function lowered for `args`, as `jax.jit(f).lower` gives it."""
@@ -97,6 +104,17 @@ class Bounded:
         """How many programs of this entry point are compiled and kept."""
         with _lock:
             return sum(entry.call._cache_size() for key, entry in _kept.items() if key[0] is self)
+
+    def _name_what_is_no_number(self, args: tuple) -> None:
+        """Raise `InvalidInput` for the first leaf that JAX takes neither as an array nor as a number."""
+        named = zip(inspect.signature(self.function).parameters, args[: len(args) - self.num_static], strict=False)
+        for name, argument in named:
+            for path, leaf in jax.tree_util.tree_leaves_with_path(argument):
+                if not (isinstance(leaf, bool | int | float | complex) or hasattr(leaf, "dtype")):
+                    got = f"{leaf!r}" if isinstance(leaf, str) else type(leaf).__name__
+                    invalid(
+                        f"{name}{jax.tree_util.keystr(path)}", got, "a number or an array", "Give one, or leave it out."
+                    )
 
     def _find(self, args: tuple) -> tuple[Any, list[Any]]:
         """(the jitted function for the structure of `args`, the leaves that it takes)."""

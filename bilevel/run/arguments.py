@@ -90,6 +90,9 @@ class Arguments:
             invalid("tol", self.tol, "a finite number >= 0, or None", "Use 0 to run all steps.")
         if self.time_limit is not None and not _not_negative(self.time_limit):
             invalid("time_limit", self.time_limit, "seconds >= 0, or None", "Leave it out for no limit.")
+        if not isinstance(self.checkpoint, str | os.PathLike | None):
+            do = "Give the file's name, or leave it out."
+            invalid("checkpoint", type(self.checkpoint).__name__, "a path, or None", do)
         if self.callback is not None and not callable(self.callback):
             invalid("callback", type(self.callback).__name__, "a function, or None", "Pass the function itself.")
         if self.measure is not None and not (isinstance(self.measure, Referee) or callable(self.measure)):
@@ -104,6 +107,9 @@ def check_problem_and_solver(problem: object, solver: object) -> None:
         got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
         invalid("solver", got, "a solver", "Make one: bilevel.AID().")
     for name, count in vars(solver).items():
+        if isinstance(count, type):
+            do = f"Make one: {count.__name__}()."
+            invalid(f"{type(solver).__name__}.{name}", f"the class {count.__name__}", "an instance of it", do)
         if name.startswith("num_") and not (count is None or _is_count(count, 0)):
             invalid(f"{type(solver).__name__}.{name}", count, "a whole number >= 0", "Leave it out for the default.")
 

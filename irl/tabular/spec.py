@@ -216,6 +216,11 @@ def to_bilevel(
     Raises:
         InvalidInput: naming what does not fit together.
     """
+    if not isinstance(mdp, MDP):
+        do = "Make one: irl.MDP.of; for an environment there is irl.to_control."
+        invalid("mdp (to_bilevel)", _kind(mdp), "an MDP", do)
+    if isinstance(reward, type) or not (hasattr(reward, "table") and hasattr(reward, "init")):
+        invalid("reward (to_bilevel)", _kind(reward), "a reward", "Make one: irl.TableReward, irl.LinearReward.of.")
     mdp.validate()
     shape = (mdp.num_states, mdp.num_actions)
     table = jax.eval_shape(lambda: reward.table(reward.init(jax.random.key(0)))).shape
@@ -234,6 +239,10 @@ def to_bilevel(
     return TabularImitation(
         mdp=mdp, reward=reward, demonstrations=source, objective=objective, x_set=x_set, init=start(mdp, reward)
     )
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def expert_occupancy(mdp: MDP, demonstrations: Demonstrations | Any) -> Array:
