@@ -19,10 +19,16 @@ rounding. It is an estimate: status says so. Iterative methods find the correcti
 `ESTIMATE_TOL`: with a condition number beyond 1/ESTIMATE_TOL what soft directions add to an error may be missed.
 """
 
-from typing import Any
+import weakref
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax.core import Tracer
 
 from bilevel.backend.bounded import bounded_jit
 from bilevel.backend.precision import full_precision
+from bilevel.backend.tracing import under_trace
 from bilevel.linear import LinearSolver
 from bilevel.lower import (
     ActiveSet,
@@ -41,6 +47,7 @@ from bilevel.record import Hypergradient
 from bilevel.struct import invalid
 
 PyTree = Any
+_checked: weakref.WeakSet[object] = weakref.WeakSet()  # by identity: a loop asks for one problem many times
 
 
 def hypergradient(
@@ -82,12 +89,16 @@ def hypergradient(
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
             with constraints; for `warm` where the lower level is not solved by `ActiveSet`.
         InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none; where
-            batch is no pair, or the problem's data follow from its other fields.
+            batch is no pair, or the problem's data follow from its other fields; outside of traces, for constants that
+            prove nothing (mu <= 0, others < 0 or NaN), and for a y_set that is empty or has NaN.
+        TypeError: where it is differentiated. `implicit_objective` can be.
     """
     check_problem(problem)
     check_method(method, "hypergradient", Unrolled)
     lower = given_for_none(lower, "hypergradient")
     check_lower(lower, "hypergradient")
+    check_constants(constants)
+    check_y_set(problem)
     if batch is not None:
         if not isinstance(batch, tuple) or len(batch) != 2:
             expected = "a pair, the batch of f and the batch of g"
@@ -96,16 +107,53 @@ def hypergradient(
     return _hypergradient(problem, x, y, lower, Adjoint(method, v, constants, estimate, warm))
 
 
+@jax.custom_jvp
+def _never_differentiated(inputs: PyTree) -> PyTree:
+    """The inputs themselves. A derivative of a search leaves out how y(x) moves: from an exact warm start it is 0."""
+    return inputs
+
+
+@_never_differentiated.defjvp
+def _refuse_derivative(_: PyTree, __: PyTree) -> NoReturn:
+    raise TypeError(
+        "hypergradient cannot be differentiated: it searches for y(x), and a derivative would leave out how y(x) "
+        "moves. Use bilevel.implicit_objective(problem), which is F with all its derivatives; or lax.stop_gradient(x) "
+        "where none is wanted."
+    )
+
+
 @bounded_jit
 @full_precision
 def _hypergradient(
     problem: BilevelProblem, x: PyTree, y: PyTree, lower: LowerMethod | None, adjoint: Adjoint
 ) -> Hypergradient:
+    problem, x, y, adjoint = _never_differentiated((problem, x, y, adjoint))
     y = start_y(problem, x, y)
     chosen = choose(problem, y, lower, "hypergradient")
     if not isinstance(chosen, ActiveSet):
         refuse_warm(adjoint.warm, chosen)
     return chosen.hypergradient(problem, x, y, adjoint)
+
+
+def check_constants(constants: Constants | None) -> None:
+    """Raise `InvalidInput` for constants that prove nothing; traced ones give an infinite bound instead."""
+    for name, value in ({} if constants is None else vars(constants)).items():
+        if isinstance(value, Tracer):
+            continue
+        number = np.asarray(value)
+        if not np.all(number > 0 if name == "mu" else number >= 0):
+            wanted = "a number > 0" if name == "mu" else "a number >= 0"
+            invalid(f"constants.{name} (hypergradient)", value, wanted, "Leave constants out for an estimate.")
+
+
+def check_y_set(problem: BilevelProblem) -> None:
+    """Raise `InvalidInput` for a y_set that is empty or has NaN; under a trace nothing is looked at."""
+    y_set = problem.y_set
+    if y_set.whole or y_set in _checked or under_trace(y_set):
+        return
+    y0: PyTree = problem.init(jax.random.key(0))[1]
+    y_set.validate("y_set", y0)
+    _checked.add(y_set)
 
 
 def check_method(method: object, what: str, *others: type) -> None:

@@ -11,7 +11,7 @@ from jax import Array
 
 from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.precision import full_precision
-from bilevel.hypergradient import check_method
+from bilevel.hypergradient import check_method, check_y_set
 from bilevel.linear import LinearSolver
 from bilevel.lower import LowerMethod, check_lower, choose
 from bilevel.problem import BilevelProblem, check_problem, start_y
@@ -35,6 +35,7 @@ def implicit_objective(
     check_problem(problem)
     check_method(method, "implicit_objective")
     check_lower(lower, "implicit_objective")
+    check_y_set(problem)
     flat: Any = Flat(problem)
     return lambda x, y=None: _implicit_value(flat, x, y, method, lower)
 

@@ -124,7 +124,11 @@ def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: A
     delta = R / c.mu
     eps_v = (r_v + c.L_fy * delta + c.L_gyy * size_v * delta) / c.mu
     bound = c.L_fx * delta + c.L_gxy * size_v * delta + c.C_gxy * eps_v
-    return bound + rounding * (seen.sizes.fx + c.L_fx * size_y + c.C_gxy * size_v)
+    bound = bound + rounding * (seen.sizes.fx + c.L_fx * size_y + c.C_gxy * size_v)
+    least = jnp.min(
+        jnp.stack([jnp.asarray(part, y.dtype) for part in (c.L_fx, c.L_fy, c.L_gxy, c.L_gyy, c.C_gxy, c.L_g)])
+    )
+    return jnp.where((jnp.asarray(c.mu) > 0) & (least >= 0), bound, jnp.inf)  # such constants prove nothing
 
 
 def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array) -> Hypergradient:

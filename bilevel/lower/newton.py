@@ -40,7 +40,7 @@ class Newton(LowerMethod):
 
     Args:
         tol: accuracy of y relative to s; default 10 eps of y's dtype.
-        max_steps: steps, those rejected by the safeguard included.
+        max_steps: steps, those rejected by the safeguard included; a look at the start is always taken.
         dense: form the Hessian; default where y has at most `linear.DENSE_LIMIT` entries.
     """
 
@@ -70,7 +70,7 @@ def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings
     level = _level(problem, x, y, batch, settings)
 
     def go_on(c: _Search) -> Array:
-        return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
+        return (c.status == Status.MAX_STEPS) & (c.steps < max(settings.max_steps, 1))
 
     end = lax.while_loop(go_on, partial(_step, level), _start(level, flat))
     return LowerSolution(unravel(end.y), end.R_size, end.steps, end.status, end.factor, end.R)

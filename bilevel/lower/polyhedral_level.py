@@ -117,6 +117,7 @@ def ends(level: Level, status: Array, factor: Factor, model: Model) -> Array:
     limits = level.limits
     bad = jnp.isnan(limits.lo).any() | jnp.isnan(limits.hi).any() | ~jnp.isfinite(limits.C).all()
     status = jnp.where(model.unsolved, Status.STALLED, status)
-    status = jnp.where(model.empty, Status.INFEASIBLE_LOWER, status)
+    empty = model.empty | jnp.any(limits.lo > limits.hi)  # one row can be empty by itself
+    status = jnp.where(empty, Status.INFEASIBLE_LOWER, status)
     status = jnp.where(jnp.isnan(factor.L[-1, -1]), Status.SADDLE, status)
     return jnp.where(bad, Status.NONFINITE, status)
