@@ -100,7 +100,7 @@ def hypergradient(
     check_constants(constants)
     check_y_set(problem)
     if batch is not None:
-        if not isinstance(batch, tuple) or len(batch) != 2:
+        if type(batch) is not tuple or len(batch) != 2:
             expected = "a pair, the batch of f and the batch of g"
             invalid("batch (hypergradient)", type(batch).__name__, expected, "Give None for a level without data.")
         problem = problem.on_batch(*batch)

@@ -2,9 +2,7 @@
 
 import dataclasses
 import enum
-import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NotRequired, TypedDict, cast
@@ -113,7 +111,9 @@ def solved(status: Array | int) -> Array:
     A weakly active one is; a stalled one is not, since nothing says how far it is from a solution.
     """
     good = (Status.CONVERGED, Status.WEAKLY_ACTIVE, Status.ESTIMATED, Status.UNCHECKED)
-    return functools.reduce(operator.or_, [jnp.asarray(status) == word for word in good])
+    found: Array = jnp.asarray(status)  # pyright: ignore[reportUnknownMemberType]  # its device= has no type
+    same = [found == word for word in good]
+    return same[0] | same[1] | same[2] | same[3]
 
 
 @struct

@@ -93,7 +93,7 @@ class LowerMethod:
 
 def spoilt(value: Array, status: Array) -> Array:
     """The value f(x, y), shape []; NaN, as all of its derivatives, where y is not solved for. f may not depend on y."""
-    return value * jnp.where(solved(status), jnp.ones_like(value), jnp.nan)
+    return value * jnp.where(solved(status), 1.0, jnp.nan)
 
 
 def refuse_solver(what: str, method: object) -> None:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from bilevel.backend import sharding
 from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.compilation import COMPILER_OPTIONS
+from bilevel.backend.functions import returns_aux
 from bilevel.backend.precision import full_precision
 from bilevel.backend.tree import strong
 from bilevel.problem import BilevelProblem
@@ -235,7 +236,7 @@ def compiled(
         return init_at(flat_problem, flat_solver, key, start, many)
 
     def aux(x: PyTree, y: PyTree) -> PyTree:
-        return aux_at(flat_problem, x, y) if problem.has_aux else None
+        return aux_at(flat_problem, x, y) if returns_aux(problem, "upper") else None
 
     return Compiled(init=begun, advance=advanced, measure=measured, output=output, aux=aux)
 
