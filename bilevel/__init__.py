@@ -12,7 +12,7 @@ from bilevel import data, diagnostics, linear, lower, oracles, report, run, sets
 from bilevel.backend import moved as _moved
 from bilevel.data import Full, Minibatch, PerSample, Source
 from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
-from bilevel.implicit import implicit_objective
+from bilevel.implicit import implicit_objective, solution_map
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
@@ -132,6 +132,7 @@ __all__ = [
     "report",
     "run",
     "sets",
+    "solution_map",
     "solve",
     "solve_many",
     "solver",

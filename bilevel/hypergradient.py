@@ -91,7 +91,7 @@ def hypergradient(
         InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none; where
             batch is no pair, or the problem's data follow from its other fields; outside of traces, for constants that
             prove nothing (mu <= 0, others < 0 or NaN), and for a y_set that is empty or has NaN.
-        TypeError: where it is differentiated. `implicit_objective` can be.
+        TypeError: where it is differentiated. `implicit_objective` and `solution_map` can be.
     """
     check_problem(problem)
     check_method(method, "hypergradient", Unrolled)
@@ -117,8 +117,8 @@ def _never_differentiated(inputs: PyTree) -> PyTree:
 def _refuse_derivative(_: PyTree, __: PyTree) -> NoReturn:
     raise TypeError(
         "hypergradient cannot be differentiated: it searches for y(x), and a derivative would leave out how y(x) "
-        "moves. Use bilevel.implicit_objective(problem), which is F with all its derivatives; or lax.stop_gradient(x) "
-        "where none is wanted."
+        "moves. Use bilevel.implicit_objective(problem), which is F with all its derivatives, or "
+        "bilevel.solution_map(problem), which is y; or lax.stop_gradient(x) where none is wanted."
     )
 
 

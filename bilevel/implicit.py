@@ -1,4 +1,4 @@
-"""The implicit objective F(x) = f(x, y(x)) as a differentiable function, by the implicit function theorem.
+"""The implicit objective F(x) = f(x, y(x)), and y(x) itself, as functions with derivatives (implicit function theorem).
 
 The lower level's method brings the derivative of y(x) (`lower.adjoint`, `lower.polyhedral_gradient`,
 `lower.projected_gradient`). Derivatives of F follow, in both modes and again.
@@ -7,6 +7,7 @@ The lower level's method brings the derivative of y(x) (`lower.adjoint`, `lower.
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax import Array
 
 from bilevel.backend.bounded import Flat, bounded_jit
@@ -14,6 +15,7 @@ from bilevel.backend.precision import full_precision
 from bilevel.hypergradient import check_method, check_y_set
 from bilevel.linear import LinearSolver
 from bilevel.lower import LowerMethod, check_lower, choose
+from bilevel.lower.method import spoilt
 from bilevel.problem import BilevelProblem, check_problem, start_y
 
 PyTree = Any
@@ -38,6 +40,35 @@ def implicit_objective(
     check_y_set(problem)
     flat: Any = Flat(problem)
     return lambda x, y=None: _implicit_value(flat, x, y, method, lower)
+
+
+def solution_map(
+    problem: BilevelProblem, *, method: LinearSolver | None = None, lower: LowerMethod | None = None
+) -> Callable[..., PyTree]:
+    """The map x -> y(x) on all of the data, shaped like the problem's y, differentiable as `implicit_objective` is.
+
+    Use it under `jax.jacfwd`, `jax.jacrev`, `jit`, `vmap`. `y(x, start)` warm-starts the lower level from `start`,
+    without a derivative with respect to it. y and its derivatives are NaN where the lower level is not solved.
+
+    Raises:
+        NotImplementedError, InvalidInput: as `hypergradient`.
+    """
+    check_problem(problem)
+    check_method(method, "solution_map")
+    check_lower(lower, "solution_map")
+    check_y_set(problem)
+    flat: Any = Flat(problem)
+    return lambda x, y=None: _solution(flat, x, y, method, lower)
+
+
+@bounded_jit
+@full_precision
+def _solution(
+    problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: LowerMethod | None
+) -> PyTree:
+    y = start_y(problem, x, y)
+    found = choose(problem, y, lower, "solution_map").solved(problem, x, y, method)
+    return jax.tree.map(lambda leaf: spoilt(leaf, found.status), found.y)  # its derivatives, too
 
 
 @bounded_jit

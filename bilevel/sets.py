@@ -219,7 +219,7 @@ class Ball(Set):
         return norm(optax.tree.sub(z, self.middle(z))) >= self.radius - tol
 
     def validate(self, name: str, like: PyTree) -> None:
-        check_numbers(f"{name}.radius (Ball)", self.radius)
+        check_numbers(f"{name}.radius (Ball)", self.radius, nan=True)
         if np.ndim(self.radius) != 0 or not np.isfinite(self.radius) or self.radius < 0:
             invalid(f"{name}.radius (Ball)", self.radius, "one finite number >= 0", "A negative one is an empty set.")
         check_numbers(f"{name}.center", self.center)

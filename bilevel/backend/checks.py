@@ -22,12 +22,12 @@ def check_prefix(name: str, bound: PyTree, like: PyTree) -> None:
         invalid(name, got, f"a scalar or something that broadcasts to {want}", "Reshape the bound.")
 
 
-def check_numbers(name: str, value: PyTree) -> None:
-    """Raise `InvalidInput` where a leaf of `value` is no number, or NaN; infinity passes."""
+def check_numbers(name: str, value: PyTree, nan: bool = False) -> None:
+    """Raise `InvalidInput` where a leaf of `value` is no number, or NaN unless `nan`; infinity passes."""
     for leaf in jax.tree.leaves(value):
         if not jnp.issubdtype(np.asarray(leaf).dtype, jnp.number):
             invalid(name, type(leaf).__name__, "numbers", "Give one number, or an array of them.")
-        if np.isnan(np.asarray(leaf)).any():
+        if not nan and np.isnan(np.asarray(leaf)).any():
             invalid(name, "NaN", "numbers", "Remove the NaN; use infinity for a missing bound.")
 
 

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from jax import Array
-
 from bilevel.linear import LinearSolver
 from bilevel.lower import polyhedral, polyhedral_gradient
-from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, refuse_solver
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved, refuse_solver
 from bilevel.lower.polyhedral_level import Warm
 from bilevel.problem import BilevelProblem
 from bilevel.record import Hypergradient
@@ -40,7 +38,7 @@ class ActiveSet(polyhedral.Settings, LowerMethod):
         refuse_solver("hypergradient", adjoint.method)
         return polyhedral_gradient.differentiate(problem, x, y, self, adjoint.estimate, adjoint.warm)
 
-    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
-        """F(x), its derivatives by the same factors."""
+    def solved(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Solved:
+        """Derivatives by the same factors."""
         refuse_solver("implicit_objective", method)
-        return polyhedral_gradient.implicit_value(problem, x, y, self)
+        return polyhedral_gradient.implicit_solution(problem, x, y, self)

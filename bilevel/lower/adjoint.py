@@ -1,8 +1,8 @@
 """Derivatives of F through a lower level without constraints, at any y that a `LowerMethod` found.
 
-`differentiate` is the hypergradient with its error, as `bilevel.hypergradient` defines it. `implicit_value` is F for
-`jax.grad`: with R(x, y(x)) = 0 the derivative of y along d is -R_y^-1 R_x d, and its adjoint -R_x' R_y^-T w: one linear
-system with the lower level's last factor, or by an iterative solver.
+`differentiate` is the hypergradient with its error, as `bilevel.hypergradient` defines it. `implicit_solution` is y(x)
+for `jax.grad`: with R(x, y(x)) = 0 the derivative of y along d is -R_y^-1 R_x d, and its adjoint -R_x' R_y^-T w: one
+linear system with the lower level's last factor, or by an iterative solver.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver, default_solver, norms, refine, verified
 from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
-from bilevel.lower.method import Adjoint, LowerSolution, Unrolled, spoilt
+from bilevel.lower.method import Adjoint, LowerSolution, Solved, Unrolled
 from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import Hypergradient, Status
 
@@ -83,16 +83,16 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
     return error, jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
 
 
-def implicit_value(
+def implicit_solution(
     problem: BilevelProblem, x: PyTree, y: PyTree, solve_lower: Callable[..., LowerSolution],
     method: LinearSolver | None,
-) -> Array:  # fmt: skip
-    """f(x, y(x)), differentiable in x in both modes and again; y(x) by `solve_lower` from the warm start y.
+) -> Solved:  # fmt: skip
+    """y(x), differentiable in x in both modes and again; by `solve_lower` from the warm start y.
 
     NaN where the lower level is not solved, and so are derivatives where their linear system is not.
     """
     symmetric = isinstance(problem.lower, Minimize)
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    lower_batch = problem.lower_data.full()
     found = solve_lower(problem, lax.stop_gradient(x), lax.stop_gradient(y), lower_batch)
     flat, unravel = ravel_pytree(found.y)
     linear = default_solver(flat.size, symmetric, found.sketch) if method is None else method
@@ -111,7 +111,7 @@ def implicit_value(
         )
 
     solution = lax.custom_root(residual, lax.stop_gradient(flat), lambda _, y: y, tangent)
-    return spoilt(oracles.upper_value(problem, x, unravel(solution), upper_batch), found.status)
+    return Solved(unravel(solution), found.status)
 
 
 def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: Array, rounding: float) -> Array:

@@ -3,14 +3,13 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver
 from bilevel.lower import adjoint as unconstrained
-from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved
 from bilevel.problem import BilevelProblem
 from bilevel.record import Hypergradient, Status
 from bilevel.struct import struct
@@ -34,6 +33,6 @@ class AsGiven(LowerMethod):
         """The implicit formula at (x, y)."""
         return unconstrained.differentiate(problem, x, self.solve(problem, x, y, problem.lower_data.full()), adjoint)
 
-    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
-        """f(x, y), differentiated as if y were y(x)."""
-        return unconstrained.implicit_value(problem, x, y, self.solve, method)
+    def solved(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Solved:
+        """The given y, differentiated as if it were y(x)."""
+        return unconstrained.implicit_solution(problem, x, y, self.solve, method)

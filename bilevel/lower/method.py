@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, NoReturn
 import jax.numpy as jnp
 from jax import Array
 
+from bilevel import oracles
 from bilevel.backend.tree import poisoned
 from bilevel.linear import LinearSolver
 from bilevel.linear.nystrom import Nystrom
@@ -69,10 +70,19 @@ class Adjoint:
     warm: Warm | None = None
 
 
+class Solved(NamedTuple):
+    """y(x) as a function of x that has derivatives, by the implicit function theorem."""
+
+    y: PyTree
+    """Shaped like the problem's y; it need not be a solution, the status says."""
+    status: Array
+    """[], as `LowerSolution.status`."""
+
+
 class LowerMethod:
     """How a lower level is solved, and F differentiated through its solution. Settings are the fields of subclasses.
 
-    All three are pure, for jit and vmap. `choose` says which method a problem gets.
+    All are pure, for jit and vmap. `choose` says which method a problem gets.
     """
 
     def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
@@ -83,16 +93,21 @@ class LowerMethod:
         """The gradient of F at x on all data, with its error, from the warm start y."""
         raise NotImplementedError
 
-    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
-        """F(x) = f(x, y(x)) on all data, shape [], differentiable in x in both modes and again.
+    def solved(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Solved:
+        """y(x) on all data, differentiable in x in both modes and again.
 
         y is a warm start; `method` solves the linear systems of the derivatives.
         """
         raise NotImplementedError
 
+    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
+        """F(x) = f(x, y(x)) on all data, shape [], differentiable likewise; NaN where y(x) is not solved for."""
+        found = self.solved(problem, x, y, method)
+        return spoilt(oracles.upper_value(problem, x, found.y, problem.upper_data.full()), found.status)
+
 
 def spoilt(value: Array, status: Array) -> Array:
-    """The value f(x, y), shape []; NaN, as all of its derivatives, where y is not solved for. f may not depend on y."""
+    """`value`, f(x, y) or a part of y; NaN, as its derivatives, where y is not solved for. f may not depend on y."""
     return value * jnp.where(solved(status), 1.0, jnp.nan)
 
 

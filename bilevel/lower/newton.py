@@ -12,7 +12,7 @@ from bilevel import oracles
 from bilevel.linear import DENSE_LIMIT, LinearSolver, norms, products
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower.directions import directions
-from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
@@ -56,9 +56,9 @@ class Newton(LowerMethod):
         """By the solution's last factor, or by products; see `lower.adjoint`."""
         return unconstrained.differentiate(problem, x, self.solve(problem, x, y, problem.lower_data.full()), adjoint)
 
-    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
-        """F(x), its derivatives likewise."""
-        return unconstrained.implicit_value(problem, x, y, self.solve, method)
+    def solved(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Solved:
+        """Derivatives likewise."""
+        return unconstrained.implicit_solution(problem, x, y, self.solve, method)
 
 
 def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Newton) -> LowerSolution:

@@ -19,7 +19,7 @@ from bilevel import constraints, oracles
 from bilevel.backend.tree import norm, poisoned, take
 from bilevel.linear import refine
 from bilevel.lower import polyhedral
-from bilevel.lower.method import spoilt
+from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.lower.polyhedral_level import Warm, start_of
 from bilevel.lower.quadratic import KEPT_REFINEMENTS
@@ -227,14 +227,14 @@ def conclude(
     )
 
 
-def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
-    """f(x, y(x)), differentiable in x in both modes and again: a root of the masked KKT system
+def implicit_solution(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Solved:
+    """y(x), differentiable in x in both modes and again: a root of the masked KKT system
 
         grad_y g + C_a' lam_a = 0,    (C y - bound)_a = 0,    lam_i = 0 for i outside of a,
 
     whose Jacobian is symmetric. NaN where the lower level is infeasible or unsolved.
     """
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    lower_batch = problem.lower_data.full()
     fixed_x = lax.stop_gradient(x)
     found = polyhedral.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings)
     found = lax.stop_gradient(at_solution(problem, fixed_x, found, lower_batch))
@@ -259,4 +259,4 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
     start = jnp.concatenate([flat, jnp.where(inside, found.multipliers, 0)])
     start = poisoned(start, solved(found.status))
     z = lax.custom_root(residual, start, lambda _, z: z, tangent)
-    return spoilt(oracles.upper_value(problem, x, unravel(z[:n]), upper_batch), found.status)
+    return Solved(unravel(z[:n]), found.status)

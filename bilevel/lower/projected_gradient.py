@@ -10,7 +10,7 @@ from bilevel import oracles
 from bilevel.backend.tree import norm, poisoned, take
 from bilevel.linear import UNSOLVED, verified
 from bilevel.lower import projected
-from bilevel.lower.method import spoilt
+from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral_gradient import conclude
 from bilevel.lower.projected import Settings
 from bilevel.problem import BilevelProblem
@@ -105,14 +105,14 @@ def _solved(seen: _Seen, begin: _Point) -> Array:
     return seen.linear_residual <= jnp.maximum(UNSOLVED * norm(begin.r_u), 10 * eps * n * seen.fy)
 
 
-def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Array:
-    """f(x, y(x)), differentiable in x in both modes and again: a root of y - Proj(y - s R(x, y)), s fixed.
+def implicit_solution(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Solved:
+    """y(x), differentiable in x in both modes and again: a root of y - Proj(y - s R(x, y)), s fixed.
 
     With K = P/(1 + s mu) the projection's Jacobian, (I - K (I - s H)) v = b splits into v = b outside of the tangent
     space, and P (H + D) P v = P b (1 + s mu)/s - P H (b - P b) within; its transpose (I - (I - s H) K) w = c into
     P (H + D) P t = P c/s and w = c + (I - s H) t. NaN where the lower level is unsolved.
     """
-    upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
+    lower_batch = problem.lower_data.full()
     fixed_x = lax.stop_gradient(x)
     found = lax.stop_gradient(projected.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings))
     face, s = found.face, found.face.s
@@ -137,4 +137,4 @@ def implicit_value(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Sett
 
     start = poisoned(flat, solved(found.status))
     solution = lax.custom_root(residual, start, lambda _, y: y, tangent)
-    return spoilt(oracles.upper_value(problem, x, unravel(solution), upper_batch), found.status)
+    return Solved(unravel(solution), found.status)

@@ -2,13 +2,11 @@
 
 from typing import Any
 
-from jax import Array
-
 from bilevel.backend.tree import norm
 from bilevel.linear import LinearSolver
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower import projected, projected_gradient
-from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, refuse_solver
+from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved, refuse_solver
 from bilevel.problem import BilevelProblem
 from bilevel.record import Hypergradient
 from bilevel.struct import struct
@@ -42,9 +40,9 @@ class ProjectedNewton(projected.Settings, LowerMethod):
         refuse_solver("hypergradient", adjoint.method)
         return projected_gradient.differentiate(problem, x, y, self, adjoint.estimate)
 
-    def objective(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Array:
-        """F(x), its derivatives likewise."""
+    def solved(self, problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None) -> Solved:
+        """Derivatives likewise."""
         if not problem.constrained_lower:
-            return unconstrained.implicit_value(problem, x, y, self.solve, method)
+            return unconstrained.implicit_solution(problem, x, y, self.solve, method)
         refuse_solver("implicit_objective", method)
-        return projected_gradient.implicit_value(problem, x, y, self)
+        return projected_gradient.implicit_solution(problem, x, y, self)

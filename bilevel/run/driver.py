@@ -253,7 +253,7 @@ class Driver:
         self.at = At(0, steps.state, steps.info, steps.numbers, steps.failed)
         self.columns = list(scalars(lane(steps.info, self.many, 0)))
         tol = self.arguments.tol
-        default = self.referee.default_tol(self.lanes.output(self.at.state)[0])
+        default = self.referee.default_tol(self.lanes.output(lane(self.at.state, self.many, 0))[0])
         self.tol = default if tol is None else tol
         self.allowed = max(self.tol, default)  # of violations and of F: tol=0 asks for all steps, not for exactness
 

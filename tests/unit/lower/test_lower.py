@@ -84,8 +84,8 @@ def _spectrum(g, x, y, num_products=30):
 def solve(g, x, y, settings=Newton()):  # noqa: B008
     x, y = jnp.asarray(x), jnp.asarray(y)
     found = _solve(g, settings, x, y)
-    again = _residual_norm(g, x, found.y)  # the certificate, recomputed
-    np.testing.assert_allclose(found.residual, again, rtol=1e-6, atol=1e-14 * (1 + jnp.linalg.norm(found.y)))
+    again = _residual_norm(g, x, found.iterate)  # the certificate, recomputed
+    np.testing.assert_allclose(found.residual, again, rtol=1e-6, atol=1e-14 * (1 + jnp.linalg.norm(found.iterate)))
     return found
 
 
@@ -194,7 +194,7 @@ def test_statuses(settings):
     bad = _solve(poison, settings, jnp.array(0.0), jnp.ones(3))
     assert bad.status == Status.NONFINITE
     assert not np.isfinite(bad.residual)
-    np.testing.assert_array_equal(bad.y, np.ones(3))
+    np.testing.assert_array_equal(bad.iterate, np.ones(3))
     assert bad.steps <= 1
     assert _solve(shout, settings, jnp.array(1.0), jnp.ones(3)).status != Status.CONVERGED
     assert solve(logistic, 0.0, jnp.zeros(5), Newton(tol=1e-3, dense=settings.dense)).residual <= 1e-2
