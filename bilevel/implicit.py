@@ -34,11 +34,7 @@ def implicit_objective(
     Raises:
         NotImplementedError, InvalidInput: as `hypergradient`.
     """
-    check_problem(problem)
-    check_method(method, "implicit_objective")
-    check_lower(lower, "implicit_objective")
-    check_y_set(problem)
-    flat: Any = Flat(problem)
+    flat = _checked(problem, method, lower, "implicit_objective")
     return lambda x, y=None: _implicit_value(flat, x, y, method, lower)
 
 
@@ -53,12 +49,17 @@ def solution_map(
     Raises:
         NotImplementedError, InvalidInput: as `hypergradient`.
     """
-    check_problem(problem)
-    check_method(method, "solution_map")
-    check_lower(lower, "solution_map")
-    check_y_set(problem)
-    flat: Any = Flat(problem)
+    flat = _checked(problem, method, lower, "solution_map")
     return lambda x, y=None: _solution(flat, x, y, method, lower)
+
+
+def _checked(problem: BilevelProblem, method: LinearSolver | None, lower: LowerMethod | None, what: str) -> Any:
+    """The problem, flattened once for all calls, where it and the settings of `what` are what they should be."""
+    check_problem(problem)
+    check_method(method, what)
+    check_lower(lower, what)
+    check_y_set(problem)
+    return Flat(problem)
 
 
 @bounded_jit
