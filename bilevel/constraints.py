@@ -5,10 +5,12 @@ from typing import Any
 
 import chex
 import jax.numpy as jnp
+from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
 from bilevel.qp.active_set import Rows
+from bilevel.qp.projection import Projection, Region
 from bilevel.sets import Product, Set
 
 PyTree = Any
@@ -52,6 +54,11 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
     B = jnp.concatenate(by_x)
     chex.assert_shape([C, B, lo, hi], [(lo.size, flat_y.size), (lo.size, flat_x.size), (lo.size,), (lo.size,)])
     return Rows(C, lo, hi, B)
+
+
+def project_on(limits: Rows, u: Array, soft: Array | None = None) -> Projection:
+    """The point of lo <= C y <= hi nearest to u [n]; soft: rows [m] that give way where the set is empty."""
+    return Region.of(limits).project(u, soft)
 
 
 def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:

@@ -124,7 +124,7 @@ def _settle(view: Blocks, x: PyTree, points: Array, a: Array, b: Array, num_step
     """
 
     def one(y: Array, a: Array, b: Array) -> tuple[Array, Array]:
-        y = refine.improve(view, x, y, a, b, num_steps, restores=4)[0]
+        y = refine.improve(view, x, y, a, b, num_steps)[0]
         value = sample_oracles.weighted_terms(view.problem, x, view.unpack(y), a, b, view.upper, view.lower)
         fits = (view.violation(x, y) <= 1e-6) & jnp.isfinite(value)
         return y, jnp.where(fits, value, jnp.inf)

@@ -9,7 +9,8 @@ from jax import Array
 from bilevel.backend.tree import take
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks
-from bilevel.sampled.refine import polish, restore
+from bilevel.sampled.feasible import restore
+from bilevel.sampled.refine import polish
 
 PyTree = Any
 CHECK, BLOCKS, FEASIBLE = 512, 4, 1e-7  # points of Y where a lower g is looked for; how many of them are polished

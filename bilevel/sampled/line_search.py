@@ -13,8 +13,9 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, take
+from bilevel.sampled.feasible import restore
 from bilevel.sampled.penalised import Direction, Penalised
-from bilevel.sampled.refine import improve, restore
+from bilevel.sampled.refine import improve
 
 PyTree = Any
 LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of the trials, times the last length, beside a random one

@@ -5,7 +5,7 @@ With f_i = f(x, y_i), g_i = g(x, y_i) and the smooth minimum M of `smoothing`, a
     lifted:  P(x) = M_{rho t}[f_i + rho g_i](x) - rho M_t[g_i](x)
     joint:   P(x, y) = f(x, y) + rho (g(x, y) - M_t[g_i](x)),       y the last of the samples.
 
-Samples of a coupled set Y(x) are moved into it (`refine.restore`); both objectives have the squared violation that is
+Samples of a coupled set Y(x) are moved into it (`feasible.restore`); both objectives have the squared violation that is
 left where Y(x) is empty (`blocks.uncoupled`). Weights on samples never trade a violation at one against slack at
 another.
 """

@@ -1,6 +1,6 @@
-"""Local work on the lower level: points moved into Y(x), and minimisers of a f + b g over Y(x) found to full precision.
+"""Local work on the lower level: minimisers of a f + b g over Y(x) found to full precision.
 
-`restore` projects on the linearised constraints. `improve` is a projected truncated Newton method: a penalty
+`improve` is a projected truncated Newton method: a penalty
 f + rho g has condition numbers of the order of rho, which gradient steps do not survive and Newton's do not notice.
 """
 
@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.problem import LinearCoupling
 from bilevel.sampled.blocks import Blocks, Model, Objective, pick
+from bilevel.sampled.feasible import restore
 
 PyTree = Any
 FEASIBLE = 1e-10
@@ -85,43 +85,6 @@ def _solve_rows(K: Array, c: Array, on: Array, lam: Array) -> Array:
     return lax.scan(step, Conjugate(lam, r, r), length=min(len(c), MAX_CG))[0].solution
 
 
-class Restored(NamedTuple):
-    """A point on its way into Y(x)."""
-
-    y: Array
-    """Shape [n, m]."""
-
-    outside: Array
-    """Whether the coupling is violated beyond rounding, shape []."""
-
-    count: Array
-    """Projections done, shape []."""
-
-
-def restore(view: Blocks, x: PyTree, y: Array, num_steps: int = 8) -> Array:
-    """Move y [n, m] into Y(x): projections on the coupling linearised, and on Y. Onto Y where there is no coupling.
-
-    At most `num_steps` times, and no more once the coupling holds up to rounding.
-    """
-    if view.problem.coupling is None:
-        return view.project(y)
-    rounding = 10 * float(jnp.finfo(y.dtype).eps)
-
-    def outside(y: Array) -> Array:
-        rows = oracles.coupling_residual(view.problem, x, view.unpack(y))
-        return jnp.max(jnp.abs(rows), initial=0) > rounding * (1 + jnp.max(jnp.abs(y)))
-
-    def step(at: Restored) -> Restored:
-        c, J, equality = view.coupling_rows(x, at.y)
-        moved = ravel_pytree(view.unpack(at.y))[0] - J.T @ dual(J @ J.T, c, equality)
-        y = view.project(moved[None])
-        return Restored(y, outside(y), at.count + 1)
-
-    y = view.project(y)
-    start = Restored(y, outside(y), jnp.zeros((), int))
-    return lax.while_loop(lambda at: at.outside & (at.count < num_steps), step, start).y
-
-
 def multipliers(view: Blocks, x: PyTree, y: Array, gradients: Array) -> Array:
     """The multipliers lam [K, R] for which |gradient + J' lam| is least, for each of `gradients` [K, m].
 
@@ -184,21 +147,18 @@ class Descent(NamedTuple):
     """The gradient's length for each block, shape [n]; 0 for a guess."""
 
 
-def improve(
-    view: Blocks, x: PyTree, y: Array, a: Any, b: Any, num_steps: int, size: Any = 0.0, restores: int = 2
-) -> Descent:
+def improve(view: Blocks, x: PyTree, y: Array, a: Any, b: Any, num_steps: int, size: Any = 0.0) -> Descent:
     """The end of `num_steps` >= 1 descent steps from y [n, m] on a f + b g over Y(x); on g where a is None.
 
     Each step tries, for each block, two lengths along a truncated Newton direction within the free variables and three
-    of the projected gradient, and takes the best or stays. size: the gradient's first length, 0 for a guess. restores:
-    projections on Y(x), at most, of a trial.
+    of the projected gradient, and takes the best or stays. size: the gradient's first length, 0 for a guess.
     """
     objective = Objective(view, x, a, b)
     start = Descent(y, jnp.zeros(view.n, y.dtype) + size)
-    return lax.scan(lambda at, _: (_descend(objective, at, restores), None), start, length=num_steps)[0]
+    return lax.scan(lambda at, _: (_descend(objective, at), None), start, length=num_steps)[0]
 
 
-def _descend(objective: Objective, at: Descent, restores: int) -> Descent:
+def _descend(objective: Objective, at: Descent) -> Descent:
     """One step of `improve`."""
     view, x, y = objective.view, objective.x, at.y
     model = objective.model(y)
@@ -208,7 +168,7 @@ def _descend(objective: Objective, at: Descent, restores: int) -> Descent:
     size = jnp.where(at.size > 0, at.size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / _safe(steep))
     lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
     moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
-    trials = jax.vmap(lambda y: restore(view, x, y, restores))(y[None] + jnp.concatenate(moves))
+    trials = jax.vmap(lambda y: restore(view, x, y))(y[None] + jnp.concatenate(moves))
     k = jnp.argmin(_judge(objective, model, trials), axis=0)
     factors = jnp.asarray((1.0,) * len(LENGTHS) + SIZES + (1 / 16,), y.dtype)
     return Descent(pick(trials, k), size * factors[k])
@@ -248,7 +208,7 @@ def _judge(objective: Objective, model: Model, trials: Array) -> Array:
 
 def polish(view: Blocks, x: PyTree, y: Array, num_steps: int = 20) -> Array:
     """A local minimiser of g(x, .) over Y(x) near y [n, m]; without coupling it may sit at a kink of g."""
-    y = restore(view, x, improve(view, x, y, None, None, num_steps, restores=4).y)
+    y = restore(view, x, improve(view, x, y, None, None, num_steps).y)
     return y if view.problem.coupling is not None else _by_coordinates(view, x, y)
 
 

@@ -15,8 +15,8 @@ from jax import Array
 from bilevel.backend.tree import join
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks, near
+from bilevel.sampled.feasible import restore
 from bilevel.sampled.nets import shifted
-from bilevel.sampled.refine import restore
 
 PyTree = Any
 
@@ -83,7 +83,7 @@ def renew(
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
     sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
     parts = [points, near(view, u, slots.points, points), trial, slots.points]
-    points = jax.vmap(lambda y: restore(view, x, y, 4))(jnp.concatenate(parts))
+    points = jax.vmap(lambda y: restore(view, x, y))(jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
     all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk)))
     new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))

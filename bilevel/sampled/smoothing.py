@@ -18,11 +18,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel.sets import Simplex
-from bilevel.struct import struct
 
 
-@struct
-class Smoothness:
+class Smoothness(NamedTuple):
     """Constants over X x Y, 2-norms, for a step size by theory: L_f, L_g, Lipschitz constants of the gradients of f and
     g in (x, y); D_f, D_g, the largest |grad_x f(x, y) - grad_x f(x, y')| and the same of g.
     """

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import bilevel
 from bilevel import oracles
 from bilevel.sampled import Blocks, Smoothness
+from bilevel.sampled.feasible import restore
 from bilevel.sampled.penalised import Form, Penalised
-from bilevel.sampled.refine import restore
 
 KEY = jax.random.key(0)
 BOX = bilevel.Box(-1.0, 1.0)

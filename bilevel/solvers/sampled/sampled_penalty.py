@@ -16,6 +16,7 @@ from bilevel.record import OracleCount, Referee
 from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
+from bilevel.sampled.feasible import restore
 from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
@@ -25,7 +26,6 @@ from bilevel.struct import invalid, static, struct
 
 PyTree = Any
 FIRST_TEMPERATURE, FIRST_PENALTY, LAST_PENALTY = 0.1, 1e-2, 1e4  # in units of the objectives' spreads at the start
-RESTORES = 32  # projections, at most, of the iterate y on Y(x)
 MOST, LEAST = (64, 8, 8, 3), (16, 4, 4, 2)  # default samples, slots, starts and ladders: of one block, of many
 
 
@@ -360,7 +360,7 @@ class SampledPenalty(Solver):
         gap = jnp.sum((here.g[-1] if joint else pick(here.g, best)) - jnp.min(here.g, axis=0))
         y = here.points[-1] if joint else pick(here.points, best)
         if self.refresh:
-            y = refine.restore(P.view, here.x, y, RESTORES)  # the samples were moved into Y(x) before x moved
+            y = restore(P.view, here.x, y)  # the samples were moved into Y(x) before x moved
         return y, gap
 
     @property
