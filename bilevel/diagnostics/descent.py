@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.diagnostics import exact
 from bilevel.oracles import samples as sample_oracles
-from bilevel.sampled import covering, nets, refine
+from bilevel.sampled import refine
 from bilevel.sampled.blocks import Blocks, pick
 
 PyTree = Any
@@ -78,10 +79,11 @@ def descent_rate(view: Blocks, x: PyTree, candidates: Array, g: Array) -> tuple[
         P(x) = min over Y(x) of (f + rho g)(x, .) - rho min over Y(x) of g(x, .) <= F(x),      rho = 1e4 std f/std g,
 
     standard deviations over Y at x: rate = max [P(x) - P(x')]_+/|x' - x| over x' = Proj_X(x + r d), at the distances
-    r = `RADII` (1 + |x|) and, both ways, along P's gradient and the coordinates (or eight random directions). It is
-    |grad P| up to curvature where P is smooth and says "no descent" at a kink too; 0 where x is a local minimum as far
-    as the search sees. Both minima start at x from the best `candidates` [K, n, m], whose g [K, n] is given, and follow
-    x'. resolution: what rounding of the values, eps relative each, may make of it.
+    r = `RADII` (1 + |x|) and, both ways, along P's gradient and the coordinates (or eight random directions); a step
+    into an edge of X goes along it. It is |grad P| up to curvature where P is smooth and says "no descent" at a kink
+    too; 0 where x is a local minimum as far as the search sees. Both minima start at x from the best `candidates`
+    [K, n, m], whose g [K, n] is given, and follow x'. resolution: what rounding of the values, eps relative each, may
+    make of it.
     """
     flat, unravel = ravel_pytree(x)
     penalty = _penalty_at(view, x, candidates, g)
@@ -102,10 +104,7 @@ def _penalty_at(view: Blocks, x: PyTree, candidates: Array, g: Array) -> Penalty
     and the KEPT ones of least f + rho g after a descent on it.
     """
     dtype = ravel_pytree(x)[0].dtype
-    uniform = nets.kronecker(64, view.m, candidates.dtype)
-    cover = covering.cover_blocks(view, jax.random.key(22), 64, uniform[:, None])
-    spread_f, spread_g = (jnp.std(jnp.where(jnp.isfinite(part), part, 0)) for part in view.values(x, cover))
-    rho = 1e4 * jnp.where(spread_f > 0, spread_f, 1) / jnp.where(spread_g > 0, spread_g, 1)
+    rho = exact.penalty(view, x, 1e4)
     many = jnp.ones(len(candidates), dtype)
     descended, penalised = _settle(view, x, candidates, many, rho * many, num_steps=8)
     starts = jnp.concatenate([_least(candidates, g), _least(descended, penalised)])
@@ -143,10 +142,18 @@ def _value(penalty: Penalty, x: PyTree) -> Value:
 
 
 def _slope(penalty: Penalty, x: PyTree, ends: Array) -> Array:
-    """grad P(x) = f_x(x, u) + rho (g_x(x, u) - g_x(x, y)), shape [dim], at the minimisers (y, u) = ends."""
+    """grad P(x) = f_x(x, u) + rho (g_x(x, u) - g_x(x, y)) + c_x(x, u)'mu - rho c_x(x, y)'lam, shape [dim], at the
+    minimisers (y, u) = ends, with the multipliers of a coupling c there, lam of g and mu of f + rho g.
+    """
     view = penalty.view
     is_up = jnp.stack([jnp.zeros(view.n, penalty.a.dtype), jnp.ones(view.n, penalty.a.dtype)])
-    return ravel_pytree(view.gradients(x, ends, is_up, penalty.rho * (2 * is_up - 1))[0])[0]
+    sign = 2 * is_up - 1
+    by_x, by_y = view.gradients(x, ends, is_up, penalty.rho * sign)
+    slope = ravel_pytree(by_x)[0]
+    if view.problem.coupling is None:
+        return slope
+    weights = jax.vmap(lambda y, G: refine.multipliers(view, x, y, G)[0])(ends, sign[:, :, None] * by_y)
+    return slope + ravel_pytree(view.coupling_pull(x, ends, sign * weights)[0])[0]
 
 
 def _directions(dim: int, dtype: Any) -> Array:
@@ -165,13 +172,17 @@ def _try_way(penalty: Penalty, around: Around, at_x: AtX, way: Array) -> tuple[A
     less than a tenth of the step.
     """
     first = jnp.isnan(at_x.value)
-    step = way @ jnp.concatenate([at_x.direction[None], around.directions])
-    there = penalty.view.problem.x_set.project(around.unravel(around.flat + jnp.where(first, 0, step)))
+    step = jnp.where(first, 0, way @ jnp.concatenate([at_x.direction[None], around.directions]))
+    length, project = jnp.linalg.norm(step), penalty.view.problem.x_set.project
+    along = ravel_pytree(project(around.unravel(around.flat + step)))[0] - around.flat  # X's edges turn it
+    kept = jnp.linalg.norm(along)
+    longer = jnp.where(kept > 1e-3 * length, length / jnp.where(kept > 0, kept, 1), 0)
+    there = project(around.unravel(around.flat + longer * along))
     found = _value(penalty, there)
     slope = _slope(penalty, there, found.ends)
-    length = jnp.linalg.norm(slope)
-    now = AtX(found.value, slope / jnp.where(length > 0, length, 1), found.size)
+    steep = jnp.linalg.norm(slope)
+    now = AtX(found.value, slope / jnp.where(steep > 0, steep, 1), found.size)
     moved = jnp.linalg.norm(ravel_pytree(there)[0] - around.flat)
     fall = (at_x.value - found.value) / jnp.where(moved > 0, moved, 1)
-    rate = jnp.where(moved > 0.1 * jnp.linalg.norm(step), fall, 0)
+    rate = jnp.where(moved > 0.1 * length, fall, 0)
     return jax.tree.map(partial(jnp.where, first), now, at_x), jnp.where(first, 0, rate)

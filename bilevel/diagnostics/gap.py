@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.checks import check_like
 from bilevel.backend.precision import full_precision
+from bilevel.diagnostics import exact
 from bilevel.diagnostics.descent import descent_rate
 from bilevel.oracles import samples as sample_oracles
 from bilevel.problem import BilevelProblem, Minimize
@@ -26,6 +28,7 @@ from bilevel.sampled.blocks import Blocks, pick
 from bilevel.struct import invalid
 
 PyTree = Any
+TOL = 1e-6  # violation up to which a point counts as feasible
 LINE = 64  # points whose coordinates are tried, one by one
 
 
@@ -34,7 +37,9 @@ class LowerGap(NamedTuple):
 
     y: where it was seen. violation: distance of the given y to Y plus the norm of its coupling residual.
     least_violation: the least seen over Y, 0 up to the tolerance unless Y(x) is empty. status: CONVERGED;
-    INFEASIBLE_LOWER, Y(x) is empty as far as the search sees; NONFINITE.
+    INFEASIBLE_LOWER, Y(x) is empty, or is as far as the search sees; NONFINITE. error: how far `value` may be above
+    v(x), [], a duality gap, where Y(x) is a polyhedron and g(x, .) convex as far as was seen; else infinite: then
+    `value` is an upper bound that a search found.
     """
 
     gap: Array
@@ -43,6 +48,7 @@ class LowerGap(NamedTuple):
     violation: Array
     least_violation: Array
     status: Array
+    error: Array = np.inf  # pyright: ignore[reportAssignmentType]
 
 
 @partial(jax.jit, static_argnames=("num_points", "num_starts", "num_steps", "chunk"))
@@ -78,7 +84,13 @@ def lower_gap(
     x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
     check_like("x", x, x0, "init's x0")
     check_like("y", y, y0, "init's y0")
-    return search(Blocks.of(problem, y), x, y, num_points, num_starts, num_steps, tol, chunk).gap
+    view = Blocks.of(problem, y)
+    if exact.suits(problem, x, y):
+        starts = _starts(view, x, y, num_points, num_starts, tol, chunk)
+        rho, allowed = jnp.ones((), starts.dtype), exact.Allowed(0.0, tol)
+        found = jax.vmap(lambda y: exact.minima(view, x, y, rho, allowed, both=False))(starts)
+        return _exact_gap(view, x, y, exact.taken(view, x, rho, found)[1], tol)
+    return search(view, x, y, num_points, num_starts, num_steps, tol, chunk).gap
 
 
 class Search(NamedTuple):
@@ -127,6 +139,38 @@ def search(
     g = jnp.where(jnp.isfinite(worth.g), worth.within(tol), jnp.inf)
     least_violation = jnp.minimum(nearest, jnp.min(worth.outside))
     return Search(_compare(view, x, given, candidates, g, least_violation, tol), candidates, g)
+
+
+def _starts(
+    view: Blocks, x: PyTree, y: PyTree, num_points: int = 2048, num_starts: int = 7, tol: Any = 1e-6,
+    chunk: int | None = None,
+) -> Array:  # fmt: skip
+    """Where `exact.minima` starts from, [K, n]: y, and below a g that may have several minima the best points of a
+    cover.
+    """
+    given = view.pack(y)
+    if oracles.constant_residual(view.problem, x, y, view.lower):
+        return given
+    points = _cover(view, x, num_points, given.dtype)
+    worth = oracles.batched(partial(_worth, view, x), chunk)(points)
+    return jnp.concatenate([given, _best_of_parts(points, worth, num_starts, tol)[0][:, 0]])
+
+
+def _exact_gap(view: Blocks, x: PyTree, y: PyTree, found: exact.Found, tol: Any) -> LowerGap:
+    """The gap at y by what is known of v(x)."""
+    own, nearest = _worth(view, x, view.pack(y)), _worth(view, x, view.project(view.pack(y)))
+    value = jnp.sum(own.g)
+    bad = ~found.empty & ~jnp.isfinite(value - found.v)
+    status = jnp.where(found.empty, Status.INFEASIBLE_LOWER, jnp.where(bad, Status.NONFINITE, Status.CONVERGED))
+    return LowerGap(
+        gap=value - found.v,
+        value=found.v,
+        y=view.unpack(found.y[found.best][None]),
+        violation=own.outside[0],
+        least_violation=jnp.where(found.empty, jnp.maximum(nearest.outside[0], 2 * tol), 0),
+        status=status,
+        error=found.error,
+    )
 
 
 def _cover(view: Blocks, x: PyTree, num_points: int, dtype: Any) -> Array:
@@ -194,8 +238,14 @@ def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement
     """
     problem = problem.on_full_data()
     view = Blocks.of(problem, y)
-    found, candidates, g = search(view, x, y)
-    rate, resolution = descent_rate(view, x, candidates, g)
+    excess: Array | float = 0.0
+    if exact.suits(problem, x, y):
+        known, rate, resolution = exact.descent(view, x, _starts(view, x, y), TOL)
+        found = _exact_gap(view, x, y, known, TOL)
+        excess = (oracles.upper_value(problem, x, y, view.upper) - known.F) / (1 + jnp.abs(known.F))
+    else:
+        found, candidates, g = search(view, x, y)
+        rate, resolution = descent_rate(view, x, candidates, g)
     value = oracles.upper_value(problem, x, y, view.upper)
     solved = jnp.where(found.status == Status.CONVERGED, Status.ESTIMATED, found.status)
     return Measurement(
@@ -205,4 +255,5 @@ def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement
         lower_residual=jnp.abs(found.gap),
         violation=problem.x_set.violation(x) + found.violation,
         status=solved,
+        lower_distance=jnp.maximum(excess, 0),
     )

@@ -5,6 +5,7 @@
 
 from bilevel.oracles.calls import (
     constant_hessian,
+    constant_residual,
     coupling_derivative,
     coupling_pullback,
     coupling_residual,
@@ -37,6 +38,7 @@ from bilevel.oracles.counts import batched, counting
 __all__ = [
     "batched",
     "constant_hessian",
+    "constant_residual",
     "counting",
     "coupling_derivative",
     "coupling_pullback",

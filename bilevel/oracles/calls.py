@@ -281,6 +281,13 @@ def constant_hessian(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTre
     return not any(reached(traced, [True] * num_y + [False] * (len(traced.invars) - num_y)))
 
 
+def constant_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> bool:
+    """Whether R is seen, from the traced program, not to depend on y, as where g is linear in it."""
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
+    traced = jax.make_jaxpr(lambda y: _residual(problem, x, y, batch))(like).jaxpr
+    return not any(reached(traced, [True] * len(traced.invars)))
+
+
 def unrolled_objective(
     problem: BilevelProblem,
     x: PyTree,

@@ -44,7 +44,7 @@ class Nearest(NamedTuple):
     active: Array
     """[rows], an independent set of rows that holds d."""
     multipliers: Array
-    """[rows], u >= 0 with d = -A'u."""
+    """[rows], u >= 0 with d = -A'u; where rows contradict each other, u >= 0 with A'u = 0 and slack'u < 0."""
     empty: Array
     """[], whether rows were found to contradict each other."""
 
@@ -135,13 +135,15 @@ def nearest(A: Array, slack: Array, noise: Array | None = None, skip: Array | bo
     end = jax.lax.while_loop(
         lambda c: (c.status == _SEARCHING) & (c.count < 10 * (rows + n)), partial(_step, program), begin
     )
-    solved = end.status == _SOLVED
-    chosen = (end.slots[:, None] == jnp.arange(rows)[None, :]) & solved
+    solved, empty = end.status == _SOLVED, end.status == _EMPTY
+    chosen = end.slots[:, None] == jnp.arange(rows)[None, :]
+    weights = jnp.sum(jnp.where(chosen & (solved | empty), end.u[:, None], 0), axis=0)
+    weights = weights + jnp.where(empty & (jnp.arange(rows) == end.p), 1, 0)
     return Nearest(
         d=jnp.where(solved, program.scale * end.d, jnp.nan),
-        active=jnp.any(chosen, axis=0),
-        multipliers=jnp.sum(jnp.where(chosen, end.u[:, None], 0), axis=0) * program.scale / program.length,
-        empty=end.status == _EMPTY,
+        active=jnp.any(chosen & solved, axis=0),
+        multipliers=weights * program.scale / program.length,
+        empty=empty,
     )
 
 
@@ -170,7 +172,7 @@ def _step(program: _Program, c: _Search) -> _Search:
 
     way = _direction(program, active, p)
     t, joins, leaving = _length(program, d, u, p, way)
-    empty = ~jnp.isfinite(t) | (size > float(jnp.finfo(d.dtype).eps) ** (-2 / 3))
+    empty = ~solved & (~jnp.isfinite(t) | (size > float(jnp.finfo(d.dtype).eps) ** (-2 / 3)))
     t = jnp.where(solved | empty, 0, t)
     d = d - jnp.where(way.independent, t, 0) * way.z
     u, u_p = jnp.maximum(u - t * way.r, 0), u_p + t
@@ -179,8 +181,8 @@ def _step(program: _Program, c: _Search) -> _Search:
     return _Search(
         d=d,
         slots=jnp.where(going, c.slots.at[slot].set(jnp.where(joins, p, _FREE)), c.slots),
-        u=jnp.where(going, u.at[slot].set(jnp.where(joins, u_p, 0)), u),
-        p=jnp.where(joins, _FREE, p),
+        u=jnp.where(going, u.at[slot].set(jnp.where(joins, u_p, 0)), jnp.where(empty, jnp.maximum(-way.r, 0), u)),
+        p=jnp.where(joins & going, _FREE, p),
         u_p=u_p,
         count=c.count + 1,
         status=jnp.where(solved, _SOLVED, jnp.where(empty, _EMPTY, _SEARCHING)),

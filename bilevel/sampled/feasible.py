@@ -44,6 +44,11 @@ def is_affine(view: Blocks) -> bool:
     return sets and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
 
 
+def affine_rows(view: Blocks, x: PyTree, y: Array) -> Rows:
+    """The rows of an affine Y(x); y [n, m] gives shapes only."""
+    return constraints.rows(view.problem, x, view.unpack(y))
+
+
 def restore(view: Blocks, x: PyTree, y: Array) -> Array:
     """The point y [n, m] moved into Y(x): `to_feasible` without what it found out."""
     return view.project(y) if view.problem.coupling is None else to_feasible(view, x, y).y
@@ -96,7 +101,7 @@ def _nearest_good(ys: Array, points: Array, failed: Array) -> Array:
 
 def _nearest(view: Blocks, x: PyTree, y: Array) -> Feasible:
     """The nearest point of a polyhedron."""
-    limits = constraints.rows(view.problem, x, view.unpack(y))
+    limits = affine_rows(view, x, y)
     coupling = view.problem.coupling
     linear = isinstance(coupling, LinearCoupling)
     num = coupling.num_inequalities + coupling.num_equalities if linear else 0

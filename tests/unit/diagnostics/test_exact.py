@@ -1,0 +1,69 @@
+"""The referee by value over polyhedra: least values, rates of descent and optima, with HiGHS, Clarabel and branches.
+
+Small samples of the campaign `benchmarks.experiments.referee`, which draws as many as one likes.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import bilevel
+from benchmarks.experiments import referee
+from bilevel.diagnostics.gap import lower_gap
+from bilevel.qp.active_set import Rows
+from bilevel.qp.step import step
+
+
+@pytest.mark.parametrize(
+    ("check", "num"),
+    [("linear", 20), ("quadratic", 10), ("nonconvex", 5), ("slopes", 12), ("optima", 10)],
+)
+def test_a_fixed_sample_of_the_campaign(check, num):
+    """At the optima of seeds 0, 1 and 6 Y(x) is about to become empty."""
+    off = referee.errors(check, num)
+    assert len(off) == num
+    assert (off <= referee.CHECKS[check][1]).all()
+
+
+def test_the_error_says_whether_the_value_is_proved():
+    """A duality gap below linear and convex functions; infinite where g bends downwards."""
+    numbers, x = referee.draw(3)
+    problem = referee.problem_of(referee.quadratic, numbers, referee.TRIANGLE)
+    y = jnp.zeros(3)
+    assert lower_gap(problem, jnp.asarray(x), y).error <= 1e-9
+    bent = referee.problem_of(referee.quadratic, numbers | {"H": -np.eye(3)}, referee.TRIANGLE)
+    found = lower_gap(bent, jnp.asarray(x), y)
+    assert found.error == np.inf
+    corners = np.stack(np.meshgrid(*3 * [np.linspace(0, 6, 61)]), axis=-1).reshape(-1, 3)
+    corners = corners[(corners @ numbers["A"].T + numbers["B"] @ x <= numbers["b"]).all(axis=1)]
+    values = corners @ (numbers["dy"] + x @ numbers["D"]) - np.sum(corners**2, axis=1) / 2
+    assert found.value <= values.min() + 1e-4
+
+
+def test_of_many_minimisers_the_best_one_counts():
+    """Below y_2 -> min with y_2 >= x_1, all y_1 and y_3 are minimisers. Of f = (y_1 - 4)^2 + y_2 + x_1 - 16 the best
+    one has y_1 = 4, F = 2 x_1 - 16.
+    """
+    numbers, _ = referee.draw_integers(0)
+    numbers |= {"A": np.diag([0.0, -1.0, 0.0]), "B": np.diag([0.0, 1.0, 0.0])[:, 1:], "b": np.zeros(3)}
+    numbers |= {"cx": np.array([1.0, 0.0]), "cy": np.array([-8.0, 1.0, 0.0]), "Q": np.diag([2.0, 0.0, 0.0])}
+    problem = referee.problem_of(referee.linear, numbers | {"dy": np.array([0.0, 1.0, 0.0])}, bilevel.Box(0.0, 5.0))
+    xs = ([1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0])
+    ys = ([4.0, 1.0, 2.0], [2.0, 1.0, 0.0], [4.0, 0.0, 0.0], [4.0, 0.5, 0.0])
+    found = [referee.measure(problem, jnp.array(x), jnp.array(y)) for x, y in zip(xs, ys, strict=True)]
+    column = lambda name: [getattr(row, name) for row in found]  # noqa: E731
+    np.testing.assert_allclose(column("value"), [-14, -10, -16, -15.5], atol=1e-12)
+    np.testing.assert_allclose(column("lower_residual"), [0, 0, 0, 0.5], atol=1e-9)
+    np.testing.assert_allclose(column("hypergradient"), [2, 2, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(column("lower_distance"), [0, 4 / 15, 0, 0.5 / 17], atol=1e-6)  # f could be lower here
+
+
+def test_rows_that_contradict_each_other_say_how():
+    """The weights w are such that w'C = 0 and w'bound < 0: y_1 + y_2 <= 1, y_1 >= 1, y_2 >= 0.5."""
+    C, inf = jnp.array([[2.0, 2.0], [1.0, 0.0], [0.0, 1.0]]), jnp.inf
+    rows = Rows(C, jnp.array([-inf, 1.0, 0.5]), jnp.array([2.0, inf, inf]), jnp.zeros((3, 1)))
+    found = step(jnp.eye(2), jnp.zeros(2), rows, jnp.zeros(2), jnp.ones(()))
+    assert found.empty
+    np.testing.assert_allclose(found.multipliers @ C, 0, atol=1e-12)
+    assert found.multipliers[0] > 0
+    assert found.multipliers @ jnp.array([2.0, 1.0, 0.5]) < 0
