@@ -5,7 +5,7 @@ from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
 from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure
-from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, as_referee
+from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, as_referee, for_many_minimisers
 from bilevel.record import Measurement, Referee
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "as_referee",
     "distance",
     "fit_rate",
+    "for_many_minimisers",
     "goldstein",
     "gradient_mapping",
     "lower_gap",

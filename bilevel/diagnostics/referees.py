@@ -2,12 +2,21 @@
 
 from collections.abc import Callable
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+from bilevel import oracles
 from bilevel.diagnostics.checks import check_by_value, check_implicit
 from bilevel.diagnostics.gap import measure_global
 from bilevel.diagnostics.goldstein import distance_to_hull
 from bilevel.diagnostics.kinks import steepest_descent
 from bilevel.diagnostics.measures import measure
+from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Referee
+
+LARGEST = 512  # unknowns of y beyond which no Hessian is formed to choose a referee
 
 IMPLICIT = Referee(
     "the lower level solved again from y", measure, 0.5, check_implicit, kink=steepest_descent, hull=distance_to_hull
@@ -18,6 +27,27 @@ BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, chec
 """f(x, y) and the true lower gap g(x, y) - v(x), `gap.measure_global`: where g(x, .) may have many minimisers, or where
 F has no implicit derivative. Default tolerance eps^(1/5): the rate of descent is a difference quotient.
 """
+
+
+def for_many_minimisers(problem: BilevelProblem) -> Referee | None:
+    """BY_VALUE where a constrained g(x, .) may well have many minimisers, or a minimiser without a derivative: where it
+    is linear, or its Hessian at init's point is not positive definite. Else None, and where y has more than `LARGEST`
+    entries.
+
+    For methods of the penalty family, which solve such problems by values of g: an implicit gradient would call each of
+    their ends a saddle. It computes a Hessian, so the problem's arrays must be numbers.
+    """
+    if not isinstance(problem.lower, Minimize) or not problem.constrained_lower:
+        return None
+    x, y = problem.init(jax.random.key(0))
+    flat, batch = ravel_pytree(y)[0], problem.lower_data.full()
+    if flat.size > LARGEST:
+        return None
+    if oracles.constant_residual(problem, x, y, batch):
+        return BY_VALUE
+    eigenvalues = np.linalg.eigvalsh(np.asarray(oracles.lower_hessian(problem, x, y, batch)))
+    smallest = float(jnp.finfo(flat.dtype).eps) ** 0.5 * np.abs(eigenvalues).max()
+    return None if eigenvalues[0] > smallest else BY_VALUE
 
 
 def as_referee(measure: Referee | Callable) -> Referee:

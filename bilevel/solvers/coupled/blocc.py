@@ -8,9 +8,10 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -144,6 +145,9 @@ class BLOCC(Solver):
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T = self.num_lower_steps * self.num_primal_steps
         return OracleCount(upper_gradients=T + 1, lower_gradients=2 * T + 2)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return for_many_minimisers(problem)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         return refuse_fixed_point(self, problem)

@@ -11,10 +11,11 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian, tracking
 from bilevel.parts.descent import barzilai_borwein
 from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, move, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -200,6 +201,9 @@ class F2CBA(Solver):
         if _equalities_alone(problem):
             return OracleCount(upper_gradients=T + 1, lower_gradients=2 * T + 2)
         return OracleCount(upper_gradients=K + 2, lower_gradients=T + K + 3)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return for_many_minimisers(problem)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if isinstance(problem.coupling, SmoothCoupling):

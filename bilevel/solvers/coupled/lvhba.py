@@ -10,10 +10,11 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import for_many_minimisers
 from bilevel.lower import polyhedral
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import struct
@@ -169,6 +170,9 @@ class LVHBA(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=3)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return for_many_minimisers(problem)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         reason = constraints.refuse_joint(problem)

@@ -10,9 +10,10 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian
 from bilevel.problem import BilevelProblem, SmoothCoupling
-from bilevel.record import OracleCount
+from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import struct
@@ -155,6 +156,9 @@ class SFLCB(Solver):
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=3)
+
+    def referee(self, problem: BilevelProblem) -> Referee | None:
+        return for_many_minimisers(problem)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if isinstance(problem.coupling, SmoothCoupling):

@@ -3,15 +3,18 @@
 Small samples of the campaign `benchmarks.experiments.referee`, which draws as many as one likes.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import bilevel
 from benchmarks.experiments import referee
+from bilevel.diagnostics import BY_VALUE, IMPLICIT
 from bilevel.diagnostics.gap import lower_gap
 from bilevel.qp.active_set import Rows
 from bilevel.qp.step import step
+from bilevel.run import referee_of
 
 
 @pytest.mark.parametrize(
@@ -67,3 +70,32 @@ def test_rows_that_contradict_each_other_say_how():
     np.testing.assert_allclose(found.multipliers @ C, 0, atol=1e-12)
     assert found.multipliers[0] > 0
     assert found.multipliers @ jnp.array([2.0, 1.0, 0.5]) < 0
+
+
+@pytest.mark.parametrize("solver", [bilevel.BLOCC(), bilevel.BiCGAFFA(), bilevel.LVHBA(), bilevel.SampledPenalty()])
+def test_methods_that_compare_values_are_judged_by_value_where_minimisers_may_be_many(solver):
+    """Below linear functions and flat quadratic ones; a strongly convex one has an implicit gradient."""
+    numbers, _ = referee.draw(0, rank=3, ridge=0.3)
+    flat, _ = referee.draw(0, rank=2)
+    linear = referee.problem_of(referee.linear, numbers, referee.TRIANGLE)
+    assert referee_of(linear, solver) is BY_VALUE
+    assert referee_of(referee.problem_of(referee.quadratic, flat, referee.TRIANGLE), solver) is BY_VALUE
+    if not isinstance(solver, bilevel.SampledPenalty):  # which is never judged by a gradient here
+        assert referee_of(referee.problem_of(referee.quadratic, numbers, referee.TRIANGLE), solver) is IMPLICIT
+
+
+def test_a_linear_lower_level_may_end_well():
+    """LVHBA on whole numbers: it is called converged at the optimum, which it misses with a small penalty."""
+    numbers, x = referee.draw_integers(2)
+    F, _, _ = referee.optimum(numbers)
+    problem = referee.problem_of(referee.linear, numbers, bilevel.Box(0.0, 5.0))
+
+    def run(penalty):
+        solver = bilevel.LVHBA(penalty=penalty)
+        more = {"x0": jnp.asarray(x), "max_steps": 3000, "every": 300, "progress": False}
+        return bilevel.solve(problem, solver, key=jax.random.key(0), **more)
+
+    good = run(50.0)
+    assert good.status == bilevel.Status.CONVERGED
+    np.testing.assert_allclose(good.record["value"][-1], F, rtol=1e-6)
+    assert run(0.1).status != bilevel.Status.CONVERGED
