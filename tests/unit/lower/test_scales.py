@@ -4,6 +4,8 @@ The gradient of F is in proportion to the scale of f, and to that of y; the scal
 float32 g of y overflows itself: 1e18 is the largest here.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,14 +29,18 @@ def lower(x, y, s):
     return s[1] * (y @ (jnp.asarray(H, y.dtype) @ y) / 2 - s[2] * (x @ y))
 
 
+def zeros(dtype, key):
+    return jnp.zeros(3, dtype), jnp.zeros(3, dtype)
+
+
+START = {dtype: functools.partial(zeros, dtype) for dtype in SCALES}  # made once, so that scales compile nothing
+
+
 def problem(dtype, y_set, s):
-    f, g, y = (jnp.array(part, dtype) for part in s)
-    data = bilevel.Full(jnp.stack([f, g, y]))
-    zeros = jnp.zeros(3, dtype)
+    data = bilevel.Full(jnp.asarray(s, dtype))
     return bilevel.BilevelProblem(
-        upper=upper, lower=bilevel.Minimize(lower), upper_data=data, lower_data=data, y_set=y_set,
-        init=lambda key: (zeros, zeros),
-    )  # fmt: skip
+        upper=upper, lower=bilevel.Minimize(lower), upper_data=data, lower_data=data, y_set=y_set, init=START[dtype]
+    )
 
 
 METHODS = {
