@@ -33,8 +33,12 @@ def g(x, y, batch):
     return 0.5 * sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(y)) + tilt
 
 
+def start(key):
+    return X, Y
+
+
 def problem(*parts, **named):
-    return BilevelProblem(f, Minimize(g), coupling=LinearCoupling(*parts, **named), init=lambda key: (X, Y))
+    return BilevelProblem(f, Minimize(g), coupling=LinearCoupling(*parts, **named), init=start)
 
 
 def same_rows(one, two):

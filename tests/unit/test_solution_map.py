@@ -20,8 +20,12 @@ def upper(x, y, batch):
     return jnp.sum(jnp.sin(y)) + x @ x
 
 
+def start(key):
+    return jnp.zeros(2), jnp.zeros(3)
+
+
 def problem_of(lower, **more):
-    return bilevel.BilevelProblem(upper=upper, lower=lower, init=lambda key: (jnp.zeros(2), jnp.zeros(3)), **more)
+    return bilevel.BilevelProblem(upper=upper, lower=lower, init=start, **more)
 
 
 @pytest.mark.parametrize("derivative", [jax.jacfwd, jax.jacrev])

@@ -37,18 +37,20 @@ SETS = {
 }
 
 
-def data(seed, n=N):
+def data(seed):
     rng = np.random.default_rng(seed)
-    Q = np.linalg.qr(rng.normal(size=(n, n)))[0]
-    H = (Q * np.geomspace(0.2, 20.0, n)) @ Q.T
-    return jnp.asarray(H), jnp.asarray(rng.normal(size=(n, DIM_X))), jnp.asarray(rng.normal(size=n))
+    Q = np.linalg.qr(rng.normal(size=(N, N)))[0]
+    H = (Q * np.geomspace(0.2, 20.0, N)) @ Q.T
+    return jnp.asarray(H), jnp.asarray(rng.normal(size=(N, DIM_X))), jnp.asarray(rng.normal(size=N))
 
 
-def make(y_set, g=lower, seed=0, n=N):
-    return bilevel.BilevelProblem(
-        upper, bilevel.Minimize(g), y_set=y_set, lower_data=bilevel.Full(data(seed, n)),
-        init=lambda key: (jnp.zeros(DIM_X), jnp.zeros(n)),
-    )  # fmt: skip
+def zeros(key):
+    return jnp.zeros(DIM_X), jnp.zeros(N)
+
+
+def make(y_set, g=lower, seed=0):
+    data_of_g = bilevel.Full(data(seed))
+    return bilevel.BilevelProblem(upper, bilevel.Minimize(g), y_set=y_set, lower_data=data_of_g, init=zeros)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """Runs that end at kinks of F: converged where no direction leads down, and a weaker word near one."""
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ def twice(x, y, batch):
     return 0.5 * jnp.sum((y - 2 * x) ** 2)
 
 
+@functools.cache
 def folded(x):
     """F(x) = x - min(max(2 x, 0), 1): a concave kink at 0, the minimum at 1/2."""
     return bilevel.BilevelProblem(
