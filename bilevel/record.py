@@ -102,6 +102,11 @@ class Status(enum.IntEnum):
         "The referee came to its own step limit before it had solved the lower level at this x. Pass measure= with a "
         "larger one, as lambda p, x, y: bilevel.diagnostics.measure(p, x, y, lower=bilevel.Newton(max_steps=1000)).",
     )
+    NO_FOLLOWER = (
+        18,
+        "Y(x) is empty where the run ended: x is outside of the leader's domain, and F has no value there. "
+        "solution.best has a follower. Restrict x_set, relax coupling or y_set, or reduce the upper step size.",
+    )
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 

@@ -169,6 +169,10 @@ def _footer(solution: "Solution", rows: list[Row]) -> list[str]:
         f"measuring {stats['measure_time']:.3f} s; {unit}",
     ]
     lines += _at_kink(stats)
+    if solution.status == Status.NO_FOLLOWER:
+        with_one = [row["step"] for row in solution.record.rows if math.isfinite(row["value"])]
+        last = f"the last x with a follower is that of step {with_one[-1]}" if with_one else "no x had a follower"
+        lines.append(f"Y(x) is empty here; {last}")
     if stats.get("end_is_worse"):
         lines.append(
             f"the end is worse than step {stats['best_step']}, where F = {stats['best_value']:.7g}: "

@@ -42,7 +42,9 @@ from bilevel.backend.schema import Kind, Misfit, anything, fields, parse_json, p
 
 PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
-BROKEN = bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.SADDLE  # ends without a value of F
+BROKEN = (  # ends without a value of F
+    bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.NO_FOLLOWER, bilevel.Status.SADDLE,
+)  # fmt: skip
 FAILED = (ERROR, *(status.name for status in BROKEN))
 LOCK = "run.lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # of `write_atomically`

@@ -26,6 +26,7 @@ from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm
 from bilevel.data import PerSample
 from bilevel.oracles import per_sample
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.qp.active_set import Factor, Point, kkt_solve, masked_inverse, solve_model, with_rows
 from bilevel.record import OracleCount
@@ -261,7 +262,7 @@ def implicit_step(
     direction = gradient(here.problem, at.x, found, here.upper, here.lower)
     x, step = at.step(at.x, direction)
     y = per_sample.put_back(problem, at.y, upper, found.solution.y)
-    new = Iterate(problem.x_set.project(x), y, found.solution.active, step)
+    new = Iterate(project_upper(problem, x, y), y, found.solution.active, step)
     return new, Info(norm(direction), **found.solution.assumptions())
 
 

@@ -33,7 +33,7 @@ from bilevel.run.arguments import (
 )
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, run_notes, save_checkpoint
 from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
-from bilevel.run.lanes import At, Many, advance, compiled, lane, last_finite, numbers_of, passes_per_step, scalars
+from bilevel.run.lanes import At, Many, advance, compiled, lane, nonfinite_end, numbers_of, passes_per_step, scalars
 from bilevel.run.verdicts import last_word, rank, verdict, worse
 from bilevel.solution import Best, Solution, SolveError
 from bilevel.solver import Solver, Unsupported
@@ -372,8 +372,7 @@ class Driver:
         if not steps.finite.all():
             for k in np.flatnonzero(~steps.finite).tolist():
                 if k not in self.ended:
-                    last = last_finite(self.lanes, before, num_steps, self.many, k)
-                    self.ended[k] = End(Status.NONFINITE, last)
+                    self.ended[k] = End(*nonfinite_end(self.lanes, before, num_steps, self.many, k))
         if len(self.ended) < len(self.records):
             self.at = before.after(num_steps, steps)
 

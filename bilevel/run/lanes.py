@@ -22,6 +22,7 @@ from bilevel.backend.functions import returns_aux
 from bilevel.backend.precision import full_precision
 from bilevel.backend.tree import strong
 from bilevel.problem import BilevelProblem
+from bilevel.record import Measurement, Status
 from bilevel.solver import Solver
 
 PyTree = Any
@@ -261,3 +262,14 @@ def last_finite(lanes: Compiled, at: At, num_steps: int, many: Many, k: int) -> 
             bad = middle
     failed = lanes.advance(at.state, at.step, bad).failed
     return at.after(good, best._replace(failed=failed)).lane(many, k)
+
+
+def nonfinite_end(lanes: Compiled, before: At, num_steps: int, many: Many, k: int) -> tuple[Status, At]:
+    """How and where lane k ends that turned non-finite within `num_steps` from `before`: NO_FOLLOWER where a single
+    lane has an empty Y(x) at its last finite iterate.
+    """
+    last = last_finite(lanes, before, num_steps, many, k)
+    if many is not False:
+        return Status.NONFINITE, last
+    found = Measurement(*np.asarray(lanes.measure(last.state)).tolist())
+    return Status.NO_FOLLOWER if found.status == Status.INFEASIBLE_LOWER else Status.NONFINITE, last

@@ -40,7 +40,7 @@ def last_word(
 
     1. DIVERGED, where `diverged` says so.
     2. What the referee says of the last row, where something is wrong with it: a run may pass through such an x, but it
-       may not end there with a good word.
+       may not end there with a good word. Where Y(x) is empty that is NO_FOLLOWER.
     3. The solver's warning, at the step limit, where an assumption failed at half of the steps or more.
     """
     if status not in (Status.MAX_STEPS, Status.TIME_LIMIT):
@@ -48,6 +48,8 @@ def last_word(
     if diverged(rows, tol, at_y):
         return Status.DIVERGED
     last = rows[-1]
+    if last["status"] in (Status.INFEASIBLE_LOWER,):
+        return Status.NO_FOLLOWER
     if last["status"] not in USABLE:
         return Status(last["status"])
     steps = last["step"] if status == Status.MAX_STEPS else 0

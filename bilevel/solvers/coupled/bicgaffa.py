@@ -11,6 +11,7 @@ from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_fixed_point
@@ -118,6 +119,7 @@ class BiCGAFFA(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
+        x = project_upper(problem, x, y)
         z = lagrangian.zeros(problem, x, y)
         penalty = stepper(self.penalty, growth(0.3), ())
         lower = upper = dual = None
@@ -162,7 +164,7 @@ class BiCGAFFA(Solver):
             norm(dx), norm(dy), norm(optax.tree.sub(state.y, w)),
             norm(oracles.coupling_residual(problem, state.x, state.y)),
         )  # fmt: skip
-        return State(problem.x_set.project(x), problem.y_set.project(y), w, z, step_w, step, step_z, penalty), info
+        return State(project_upper(problem, x, y), problem.y_set.project(y), w, z, step_w, step, step_z, penalty), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount(upper_gradients=1, lower_gradients=3)

@@ -10,6 +10,7 @@ from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_fixed_point
@@ -108,6 +109,7 @@ class BLOCC(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
+        x = project_upper(problem, x, y)
         m = lagrangian.zeros(problem, x, y)
         c, full = jnp.asarray(self.penalty, m.dtype), problem.on_full_data()
         size, dual_size = lagrangian.sizes(full, key, x, y, self.lower_step_size, self.dual_step_size, 1 / c)
@@ -140,7 +142,7 @@ class BLOCC(Solver):
         direction = jax.tree.map(total, fx, gap, pull_y(m)[0], pull_z(n)[0])
         x, step_x = state.step_x(x, direction)
         info = Info(norm(direction), norm(oracles.coupling_residual(problem, state.x, y)))
-        return State(problem.x_set.project(x), y, m, z, n, state.size, state.dual_size, step_x), info
+        return State(project_upper(problem, x, y), y, m, z, n, state.size, state.dual_size, step_x), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T = self.num_lower_steps * self.num_primal_steps

@@ -14,6 +14,7 @@ from bilevel.backend.tree import norm
 from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian, tracking
 from bilevel.parts.descent import barzilai_borwein
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem, LinearCoupling, SmoothCoupling
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
@@ -194,7 +195,7 @@ class F2CBA(Solver):
             x, ahead = move(state.x, state.move, -1.0), move(state.move, direction, size)
             length, radius = norm(ahead), jnp.asarray(self.radius, share.dtype)
             ahead = jax.tree.map(lambda d: d * jnp.minimum(1, radius / jnp.where(length > 0, length, 1)), ahead)
-        return State(problem.x_set.project(x), y, m, z, n, ahead, state.size, state.dual_size, step_x), info
+        return State(project_upper(problem, x, y), y, m, z, n, ahead, state.size, state.dual_size, step_x), info
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         T, K = self.num_lower_steps, self.num_penalty_steps

@@ -12,6 +12,7 @@ from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.diagnostics import for_many_minimisers
 from bilevel.parts import lagrangian
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem, SmoothCoupling
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import About, Solver, refuse_constrained_lower, refuse_fixed_point
@@ -114,6 +115,7 @@ class SFLCB(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
+        x = project_upper(problem, x, y)
         m = lagrangian.zeros(problem, x, y)
         slack = lagrangian.clip_slacks(problem, jnp.concatenate(oracles.coupling_values(problem, x, y)))
         lower = upper = None
@@ -150,7 +152,7 @@ class SFLCB(Solver):
         (y, alpha), step_y = state.step_y((y, state.alpha), (dy, -p))
         (z, beta), step_z = state.step_z((z, state.beta), (dz, -q))
         alpha, beta = (lagrangian.clip_slacks(problem, part) for part in (alpha, beta))
-        x = problem.x_set.project(x)
+        x = project_upper(problem, x, y)
         state = State(x, y, z, u, v, alpha, beta, step_x, step_y, step_z, step_u)
         return state, Info(norm(dx) / delta, norm(off_y), norm(off_z))
 

@@ -13,6 +13,7 @@ from bilevel.backend import draws
 from bilevel.backend.tree import norm
 from bilevel.oracles import per_sample
 from bilevel.parts import tracking
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
@@ -199,7 +200,7 @@ class DSBLO(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_source, key_batch, key_q = jax.random.split(key, 4)
         x, y = problem.init(key_start)
-        x = problem.x_set.project(x)
+        x = project_upper(problem, x, y)
         batch, upper = self._batch(problem, problem.upper_data.init(key_source), key_batch, x, y)
         m, found = self._gradient(problem, x, y, tracking.no_rows_active(problem, x, y), key_q, batch)
         return State(x, found.y, m, found.active, upper)
@@ -210,7 +211,7 @@ class DSBLO(Solver):
         dtype = size.dtype
         beta, gamma_1, gamma_2 = (jnp.asarray(part, dtype) for part in (self.beta, self.gamma_1, self.gamma_2))
         eta = 1 / (gamma_1 * size + gamma_2)
-        x = problem.x_set.project(jax.tree.map(lambda a, m: a - eta * m, state.x, state.m))
+        x = project_upper(problem, jax.tree.map(lambda a, m: a - eta * m, state.x, state.m), state.y)
         s = jax.random.uniform(key_s, (), dtype)
         xbar = jax.tree.map(lambda a, b: a + s * (b - a), state.x, x)
         batch, upper = self._batch(problem, state.upper, key_batch, xbar, state.y)

@@ -12,6 +12,7 @@ from bilevel import oracles
 from bilevel.backend import draws
 from bilevel.backend.tree import norm
 from bilevel.parts import tracking
+from bilevel.parts.domain import project_upper
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
@@ -110,7 +111,7 @@ class DSIGD(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_q = jax.random.split(key)
         x, y = problem.init(key_start)
-        x = problem.x_set.project(x)
+        x = project_upper(problem, x, y)
         q = draws.perturbation(key_q, y, self.distribution, self.sigma)
         return State(x, y, q, tracking.no_rows_active(problem, x, y))
 
@@ -125,7 +126,7 @@ class DSIGD(Solver):
         step, shrink, decrease, slack = (
             jnp.asarray(part, dtype) for part in (step, self.shrink, self.decrease, self.slack)
         )
-        target = problem.x_set.project(jax.tree.map(lambda a, g: a - step * g, x, gradient))
+        target = project_upper(problem, jax.tree.map(lambda a, g: a - step * g, x, gradient), y)
         d = optax.tree.sub(target, x)
         slope = ravel_pytree(gradient)[0] @ ravel_pytree(d)[0]
         move = lambda a: jax.tree.map(lambda b, d: b + a * d, x, d)  # noqa: E731

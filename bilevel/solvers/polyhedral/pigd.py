@@ -6,6 +6,7 @@ import optax
 from jax import Array
 
 from bilevel.parts import tracking
+from bilevel.parts.domain import project_upper
 from bilevel.parts.tracking import Info, Iterate, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
@@ -69,7 +70,7 @@ class PIGD(Solver):
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
-        x = problem.x_set.project(x)
+        x = project_upper(problem, x, y)
         return State(x, y, tracking.no_rows_active(problem, x, y), stepper(self.upper_step_size, 0.1, x))
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:

@@ -7,6 +7,7 @@ from jax import Array
 
 from bilevel.backend import draws
 from bilevel.parts import tracking
+from bilevel.parts.domain import project_upper
 from bilevel.parts.tracking import Info, Iterate, implicit_cost, implicit_step
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
@@ -86,7 +87,7 @@ class SSIGD(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         key_start, key_source, key_q = jax.random.split(key, 3)
         x, y = problem.init(key_start)
-        x = problem.x_set.project(x)
+        x = project_upper(problem, x, y)
         q = draws.perturbation(key_q, y, self.distribution, self.sigma)
         active, upper = tracking.no_rows_active(problem, x, y), problem.upper_data.init(key_source)
         return State(x, y, q, active, stepper(self.upper_step_size, decreasing, x), upper)

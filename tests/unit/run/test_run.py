@@ -117,8 +117,10 @@ def test_an_infeasible_lower_level_does_not_stop_a_run_but_is_its_end(key):
             return None
 
     short, long = (bilevel.solve(problem, Ahead(**STEPS), key=key, max_steps=n, every=5, tol=1e-6) for n in (5, 300))
-    assert short.status == Status.INFEASIBLE_LOWER
+    assert short.status == Status.NO_FOLLOWER
+    assert short.record.rows[-1]["status"] == Status.INFEASIBLE_LOWER
     assert np.isnan(short.record["value"][-1])
+    assert "Y(x) is empty here; no x had a follower" in str(short)
     assert long.status == Status.CONVERGED
     np.testing.assert_allclose(long.x, 1, atol=1e-5)
 
