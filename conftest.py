@@ -23,7 +23,7 @@ xla_flags("--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_c
 use_quick_compilation("xla-tests")
 
 gc.set_threshold(20_000, 20, 20)  # tracing makes many objects, and little garbage
-CROWDED = 0.15  # part of the system's memory maps beyond which a file leaves nothing behind
+CROWDED = 0.1  # part of the system's memory maps beyond which a file leaves nothing behind
 
 settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")
