@@ -118,7 +118,7 @@ def test_cg_energy_error_never_grows(condition, tol):
     M = matrix("definite", n, condition)
     exact = np.random.default_rng(1).normal(size=n)
     b = M @ exact
-    counts = [*range(1, 3 * n), 4 * n, 6 * n, 10 * n]
+    counts = [*range(1, 2 * n), 3 * n, 10 * n]
     errors = [np.sqrt((v - exact) @ M @ (v - exact)) for v in iterates(CG(tol=tol), M, jnp.asarray(b), counts)]
     errors = [np.sqrt(exact @ M @ exact), *errors]
     allowance = 10 * EPS * np.linalg.norm(b) * np.sqrt(condition)
@@ -132,7 +132,7 @@ def test_minres_and_gmres_residuals_never_grow(solver, condition):
     n = 8
     M = matrix("indefinite" if isinstance(solver, MINRES) else "general", n, condition)
     b = M @ np.random.default_rng(2).normal(size=n)
-    counts = range(1, 3 * n) if isinstance(solver, MINRES) else [4, 8, 12, 40]
+    counts = [*range(1, 2 * n), 3 * n] if isinstance(solver, MINRES) else [4, 8, 12, 40]
     residuals = [np.linalg.norm(b - M @ v) for v in iterates(solver, M, jnp.asarray(b), counts)]
     residuals = [np.linalg.norm(b), *residuals]
     assert np.all(np.diff(residuals) <= 100 * EPS * np.linalg.norm(b) * (1 if isinstance(solver, GMRES) else condition))
