@@ -85,7 +85,7 @@ class TestQuadratic:
         x, y = problem.init(jax.random.key(0))
         f = functools.partial(problem.upper, batch=problem.upper_data.full())
         g = functools.partial(problem.lower.g, batch=problem.lower_data.full())
-        spectrum = np.linalg.eigvalsh(jax.hessian(g, argnums=1)(x, y))
+        spectrum = np.linalg.eigvalsh(jax.jit(jax.hessian(g, argnums=1))(x, y))
         np.testing.assert_allclose([c.mu, c.L_g], spectrum[[0, -1]], rtol=1e-9)
         size_y, size_x = params.get("condition_y", 10.0), params.get("condition_x", 10.0)
         np.testing.assert_allclose(spectrum[-1] / spectrum[0], size_y if len(y) > 1 else 1.0, rtol=1e-8)
@@ -94,7 +94,7 @@ class TestQuadratic:
         for constant, function, order in (
             (c.C_gxy, g, (0, 1)), (c.L_fx, f, (0, 1)), (c.L_fy, f, (1, 1)),
         ):  # fmt: skip
-            block = jax.jacfwd(jax.grad(function, argnums=order[0]), argnums=order[1])(x, y)
+            block = jax.jit(jax.jacfwd(jax.grad(function, argnums=order[0]), argnums=order[1]))(x, y)
             np.testing.assert_allclose(constant, np.linalg.norm(block, 2), rtol=1e-9)
 
 
@@ -265,7 +265,7 @@ def test_logistic_constants_bound_the_derivatives():
         assert c.mu <= (u * Hu).sum()
         assert np.linalg.norm(Hu) <= c.L_g
         assert change(x, W, u, u) <= c.L_gyy
-    solved = lower_level.solve(problem, x, jnp.zeros((65, 10)), batch).y
+    solved = jax.jit(lower_level.solve)(problem, x, jnp.zeros((65, 10)), batch).y
     assert np.linalg.norm(np.exp(x) * np.asarray(solved), axis=0).max() <= c.C_gxy
 
 

@@ -196,7 +196,7 @@ def test_a_method_of_ones_own():
 def test_the_settings_that_a_solution_keeps_are_a_method():
     problem = make(Minimize(bent), y_set=Box(0.0, 0.5))
     x = jnp.ones(N)
-    found = lower.polyhedral.solve(problem, x, jnp.zeros(N), None)
+    found = jax.jit(lower.polyhedral.solve)(problem, x, jnp.zeros(N), None)
     with pytest.warns(DeprecationWarning, match="warm=Warm"):
         kept = found.kept()
     with pytest.warns(DeprecationWarning, match="warm=Warm"):

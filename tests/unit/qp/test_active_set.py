@@ -136,9 +136,10 @@ def test_kkt_solve_against_the_dense_system():
     a = np.asarray(found.active) != 0
     C = np.asarray(limits.C)[a]
     K = np.block([[np.asarray(H), C.T], [C, np.zeros((len(C), len(C)))]])
+    compiled = jax.jit(kkt_solve)
     for kept in (factor, factor.for_many_calls()):
         for right, given in ((s, s), (np.zeros(M), None)):
-            u, v = kkt_solve(kept, found.inverse, found.active, jnp.asarray(r), given)
+            u, v = compiled(kept, found.inverse, found.active, jnp.asarray(r), given)
             exact = np.linalg.solve(K, np.concatenate([r, right[a]]))
             np.testing.assert_allclose(u, exact[:N], rtol=1e-9, atol=1e-11)
             np.testing.assert_allclose(np.asarray(v)[a], exact[N:], rtol=1e-9, atol=1e-11)
