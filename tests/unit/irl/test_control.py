@@ -154,11 +154,22 @@ def test_an_expert_that_hardly_moves_does_not_set_the_scale(world):
     assert np.abs(p.standard(jnp.asarray(wandered))).max() < 5
 
 
+@jax.jit
 def pair_of(solver, p, key):
     seen = rollouts.episodes(
         p.environment, lambda s, key: jax.nn.one_hot(jax.random.bernoulli(key, 0.6, (3,)).astype(int), 2), key, 3
     )
     return seen, solver.pair(p.environment, seen, p.demonstrations)
+
+
+@jax.jit
+def begin(solver, p, key):
+    return solver.init(p, key)
+
+
+@jax.jit
+def move(solver, p, state, seen, key):
+    return solver.move(p, state, solver.pair(p.environment, seen, p.demonstrations), key)
 
 
 class TestDirections:
@@ -167,9 +178,9 @@ class TestDirections:
         linear = irl.DeepReward(1e6, hidden=())
         p = irl.to_control(Corridor(), demonstrations(), linear, agent=TINY)
         solver = irl.DeepMLIRL(upper_step_size=1.0, **SHORT)
-        seen, pair = pair_of(solver, p, key)
-        state = solver.init(p, key)
-        after, _ = solver.move(p, state, pair, key)
+        seen, _ = pair_of(solver, p, key)
+        state = begin(solver, p, key)
+        after, _ = move(solver, p, state, seen, key)
 
         def sums(steps):
             inputs = np.concatenate(
@@ -185,8 +196,8 @@ class TestDirections:
         """GAIL's direction against finite differences of the loss in NumPy."""
         p = problem()
         solver = irl.GAIL(upper_step_size=1.0, **SHORT)
-        _, pair = pair_of(solver, p, key)
-        state = solver.init(p, key)
+        seen, pair = pair_of(solver, p, key)
+        state = begin(solver, p, key)
 
         def loss(bias):
             x = (state.x[0], state.x[1]._replace(bias=state.x[1].bias + bias))
@@ -196,7 +207,7 @@ class TestDirections:
             weights = pair.agent_weights, pair.expert_weights
             return -sum(np.sum(w * side) / np.sum(w) for w, side in zip(weights, sides, strict=True))
 
-        after, _ = solver.move(p, state, pair, key)
+        after, _ = move(solver, p, state, seen, key)
         slope = (loss(1e-5) - loss(-1e-5)) / 2e-5
         np.testing.assert_allclose(state.x[1].bias - after.x[1].bias, slope, rtol=1e-6)
 
@@ -205,7 +216,7 @@ class TestDirections:
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
         solver = irl.GAIL(upper_step_size=1.0, **SHORT)
         _, pair = pair_of(solver, p, key)
-        x = solver.init(p, key).x
+        x = begin(solver, p, key).x
         slope = np.linalg.norm(np.asarray(x[0].weights))
         penalty = gradient_penalty(lambda steps: p.rewards(x, steps), pair, p.scale, key)
         np.testing.assert_allclose(penalty, (slope - 1) ** 2, rtol=1e-9)
@@ -226,12 +237,12 @@ class TestDirections:
         """What it adds for a linear reward, in closed form: for AIRL of r/alpha, whatever log pi is."""
         p = irl.to_control(Corridor(), demonstrations(), irl.DeepReward(10.0, hidden=()), agent=TINY)
         solver = kind(upper_step_size=1.0, **SHORT)
-        _, pair = pair_of(solver, p, key)
-        state = solver.init(p, key)
+        seen, _ = pair_of(solver, p, key)
+        state = begin(solver, p, key)
         if kind is irl.AIRL:
             state = state._replace(extra=state.extra._replace(h=jax.tree.map(jnp.zeros_like, state.extra.h)))
-        plain, _ = solver.move(p, state, pair, key)
-        held, _ = dataclasses.replace(solver, gradient_penalty=3.0).move(p, state, pair, key)
+        plain, _ = move(solver, p, state, seen, key)
+        held, _ = move(dataclasses.replace(solver, gradient_penalty=3.0), p, state, seen, key)
         alpha = 1.0 if kind is irl.GAIL else 0.2
         w = np.asarray(state.x[0].weights) / alpha
         slope = np.linalg.norm(w)
@@ -248,8 +259,8 @@ class TestDirections:
         }.items():  # fmt: skip
             solver = irl.FIRL(upper_step_size=1.0, divergence=divergence, num_discriminator_steps=3, **SHORT)
             seen, pair = pair_of(solver, p, key)
-            state = solver.init(p, key)
-            after, _ = solver.move(p, state, pair, key)
+            state = begin(solver, p, key)
+            after, _ = move(solver, p, state, seen, key)
             inside = np.asarray(seen.inside)
             u = np.exp(np.asarray(p.rewards(after.extra.weights, pair.agent))).reshape(inside.shape)
             inputs = np.concatenate(
@@ -266,7 +277,7 @@ class TestDirections:
     def test_adversarial_reward_is_shaped_and_ends_without_a_future(self, key):
         p = problem()
         solver = irl.AIRL(upper_step_size=1.0, **SHORT)
-        state, steps = solver.init(p, key), p.expert
+        state, steps = begin(solver, p, key), p.expert
         h = lambda s: networks.mlp(state.extra.h, p.standard(s))[:, 0]  # noqa: E731
         exact = (
             p.rewards(state.x, steps)
@@ -283,7 +294,7 @@ class TestDirections:
         given = irl.Demonstrations.of(np.eye(2)[states], actions, last=np.eye(2)[[1]], terminated=[False])
         p = irl.to_control(world, given, agent=irl.SAC(hidden=(), learning_rate=0.004, batch_size=300))
         solver = irl.BC(num_lower_steps=600, num_env_steps=100, block=50)
-        state, _ = jax.jit(solver.lower)(p, solver.init(p, key), key)
+        state, _ = jax.jit(solver.lower)(p, begin(solver, p, key), key)
         pi = np.exp(p.agent.log_policy(state.y, jnp.eye(2)))
         np.testing.assert_allclose(pi[0], [0.25, 0.75], atol=0.03)
         assert pi[1, 0] > 0.95
@@ -292,7 +303,7 @@ class TestDirections:
     def test_inverse_soft_q_learning_is_the_formula(self, use_memory, key):
         p = problem()
         solver = irl.IQLearn(upper_step_size=1.0, use_memory=use_memory, **SHORT)
-        state = solver.init(p, key)
+        state = begin(solver, p, key)
         state = state._replace(y=state.y._replace(targets=jax.tree.map(lambda leaf: 0.5 * leaf, state.y.critics)))
         learner = sac.Learner(state.y, *state.moments)
         _, losses = jax.jit(solver.update)(p, state, learner, key)
