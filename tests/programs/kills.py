@@ -129,7 +129,8 @@ def kill_solves(length):
     assert (WHOLE / "end.json").read_bytes() == (BROKEN / "end.json").read_bytes()
 
 
-finish(WHOLE)
-shutil.rmtree(WHOLE)
-length = finish(WHOLE)  # the second time with a warm compilation cache, as all the others
+if WORK != "sweep":  # whose programs are those of the run, which is killed first
+    finish(WHOLE)
+    shutil.rmtree(WHOLE)
+length = finish(WHOLE)  # with a warm compilation cache, as all the others
 (kill_solves if WORK == "checkpoint" else kill_studies)(length)
