@@ -13,7 +13,6 @@ import irl
 from bilevel.struct import static, struct
 from irl.deep import control, environments, networks, rollouts, sac
 from irl.deep.imitation import gradient_penalty
-from irl.tabular.diagnostics import epic_distance
 
 TINY = irl.SAC(hidden=(8,), batch_size=16, discount=0.9)
 SHORT = {"num_env_steps": 20, "num_lower_steps": 20, "num_rollouts": 3, "block": 10, "capacity": 100, "num_random": 10}
@@ -389,21 +388,3 @@ class TestRuns:
         errors = -0.9 * V * np.where(ended, 0, 1) * np.asarray(p.expert.inside)
         a = np.asarray(p.expert.action)
         np.testing.assert_allclose(residual, -(errors @ a) / len(errors), rtol=1e-10)
-
-
-def test_epic_distance_sees_no_shaping_and_is_the_definition():
-    """Against loops over all (s, a, s'); 0 under shaping and scale, 1 for the opposite."""
-    rng = np.random.default_rng(0)
-    first, second, phi, gamma = rng.normal(size=(3, 2)), rng.normal(size=(3, 2, 3)), rng.normal(size=3), 0.9
-
-    def canonical(R):
-        r = (lambda s, a, t: R[s, a]) if R.ndim == 2 else (lambda s, a, t: R[s, a, t])
-        mean = [np.mean([r(s, a, t) for a in range(2) for t in range(3)]) for s in range(3)]
-        every = [(s, a, t) for s in range(3) for a in range(2) for t in range(3)]
-        return [r(s, a, t) + gamma * mean[t] - mean[s] - gamma * np.mean(mean) for s, a, t in every]
-
-    rho = np.corrcoef(canonical(first), canonical(second))[0, 1]
-    np.testing.assert_allclose(epic_distance(first, second, gamma), np.sqrt((1 - rho) / 2), rtol=1e-12)
-    shaped = 3 * (second + gamma * phi[None, None, :] - phi[:, None, None]) + 7
-    assert epic_distance(second, shaped, gamma) < 1e-7
-    np.testing.assert_allclose(epic_distance(second, -shaped, gamma), 1, rtol=1e-7)

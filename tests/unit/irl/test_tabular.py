@@ -16,6 +16,7 @@ import irl
 import problems
 from bilevel import InvalidInput
 from irl.tabular import soft
+from irl.tabular.diagnostics import epic_distance
 from irl.tabular.spec import lower_map, upper_of_trajectories
 
 S, A, K, F = 6, 3, 2, 3
@@ -371,3 +372,21 @@ PAIR = ([[0, 1]], [[0, 1]])
 def test_bad_input_is_named(build, words):
     with pytest.raises(InvalidInput, match=words):
         build()
+
+
+def test_epic_distance_sees_no_shaping_and_is_the_definition():
+    """Against loops over all (s, a, s'); 0 under shaping and scale, 1 for the opposite."""
+    rng = np.random.default_rng(0)
+    first, second, phi, gamma = rng.normal(size=(3, 2)), rng.normal(size=(3, 2, 3)), rng.normal(size=3), 0.9
+
+    def canonical(R):
+        r = (lambda s, a, t: R[s, a]) if R.ndim == 2 else (lambda s, a, t: R[s, a, t])
+        mean = [np.mean([r(s, a, t) for a in range(2) for t in range(3)]) for s in range(3)]
+        every = [(s, a, t) for s in range(3) for a in range(2) for t in range(3)]
+        return [r(s, a, t) + gamma * mean[t] - mean[s] - gamma * np.mean(mean) for s, a, t in every]
+
+    rho = np.corrcoef(canonical(first), canonical(second))[0, 1]
+    np.testing.assert_allclose(epic_distance(first, second, gamma), np.sqrt((1 - rho) / 2), rtol=1e-12)
+    shaped = 3 * (second + gamma * phi[None, None, :] - phi[:, None, None]) + 7
+    assert epic_distance(second, shaped, gamma) < 1e-7
+    np.testing.assert_allclose(epic_distance(second, -shaped, gamma), 1, rtol=1e-7)
