@@ -16,15 +16,15 @@ from problems.nonconvex_scaled import soft_threshold, weighted_l1
 measure = jax.jit(measure_global)
 
 
+@jax.jit
+def run(problem, solver, key, steps):
+    state, _ = bilevel.advance(problem, solver, solver.init(problem, key), key, 0, steps)
+    return solver.output(problem, state)
+
+
 def end(instance, solver, steps, seed=0):
     """(x, y) after `steps`."""
-
-    @jax.jit
-    def run(problem, key):
-        state, _ = bilevel.advance(problem, solver, solver.init(problem, key), key, 0, steps)
-        return solver.output(problem, state)
-
-    return run(instance.problem, jax.random.key(seed))
+    return run(instance.problem, solver, jax.random.key(seed), steps)
 
 
 def assert_solved(instance, x, y, tol=0.02, gap=1e-3, violation=1e-6):

@@ -43,8 +43,12 @@ def used(x, y, batch):
     return jnp.sum(x**2) + jnp.sum(y**2)
 
 
+def start(key):
+    return jnp.ones(1), jnp.zeros(N)
+
+
 def problem_of(g, f=used):
-    return bilevel.BilevelProblem(f, bilevel.Minimize(g), init=lambda key: (jnp.ones(1), jnp.zeros(N)))
+    return bilevel.BilevelProblem(f, bilevel.Minimize(g), init=start)
 
 
 CASES = {  # what the lower level ends as: (g, its method)
