@@ -20,7 +20,7 @@ from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCouplin
 from bilevel.record import OracleCount, Record, Row, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
-from bilevel.sets import Ball, Box, Polyhedron, Product, Reals, Simplex
+from bilevel.sets import Ball, Box, Intersection, Polyhedron, Product, Reals, Simplex, SmoothSet
 from bilevel.solution import Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.solvers.coupled.bicgaffa import BiCGAFFA
@@ -89,6 +89,7 @@ __all__ = [
     "FixedPoint",
     "Full",
     "Hypergradient",
+    "Intersection",
     "InvalidInput",
     "LinearCoupling",
     "Minibatch",
@@ -109,6 +110,7 @@ __all__ = [
     "Separable",
     "Simplex",
     "SmoothCoupling",
+    "SmoothSet",
     "Solution",
     "SolveError",
     "Solver",

@@ -133,13 +133,24 @@ class LinearCoupling:
 
 @struct
 class SmoothCoupling:
-    """Constraints h(x, y) <= 0 of the lower level, in every row.
+    """Constraints h(x, y) <= 0 of the lower level, in every row, and equality(x, y) = 0; one of them may be left out.
 
     Args:
-        h: (x, y) -> [rows], differentiable.
+        h: (x, y) -> [rows], or [] for one row, differentiable; (x, y, data) -> the same where data are given.
+        equality: likewise.
+        data: arrays that both take, leaves: with module-level functions another instance compiles nothing. Default:
+            None, they take x and y alone.
     """
 
-    h: Callable[[PyTree, PyTree], Array] = static()
+    h: Callable[..., Array] | None = static(default=None)
+    equality: Callable[..., Array] | None = static(default=None)
+    data: PyTree = None
+
+    def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
+        """h and equality at (x, y), shapes [rows]; None for one that was left out."""
+        args = (x, y) if self.data is None else (x, y, self.data)
+        h, equality = (None if part is None else jnp.atleast_1d(part(*args)) for part in (self.h, self.equality))
+        return h, equality
 
 
 def _no_init(key: Array) -> tuple[PyTree, PyTree]:
@@ -284,11 +295,8 @@ def _check_kinds(problem: BilevelProblem) -> None:
     for name, kind in (("x_set", Set), ("y_set", Set), ("upper_data", Source), ("lower_data", Source)):
         value = getattr(problem, name)
         if not isinstance(value, kind):
-            do = (
-                "Use one of bilevel.Reals, Box, Ball, Simplex, Polyhedron, Product."
-                if kind is Set
-                else "Wrap the arrays: Full(arrays)."
-            )
+            sets = "Use one of bilevel.Reals, Box, Ball, Simplex, Polyhedron, Product, Intersection, SmoothSet."
+            do = sets if kind is Set else "Wrap the arrays: Full(arrays)."
             invalid(name, type(value).__name__, f"a {kind.__name__.lower()}", do)
     if not isinstance(problem.coupling, LinearCoupling | SmoothCoupling | None):
         got = type(problem.coupling).__name__
@@ -324,11 +332,7 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
     if coupling is None:
         return
     if isinstance(coupling, SmoothCoupling):
-        check_callable("coupling (SmoothCoupling)", coupling.h, "h(x, y) -> [rows]")
-        out = shape_of("coupling (SmoothCoupling)", coupling.h, x, y)
-        if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) != 1:
-            got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
-            invalid("coupling (SmoothCoupling)", got, "h(x, y) of shape [rows]", "Stack the constraints in one vector.")
+        _check_smooth(coupling, x, y)
         return
     if all(part is None for part in vars(coupling).values()):
         invalid("coupling (LinearCoupling)", "nothing", "A and b, or A_eq and b_eq", "Leave the coupling out: None.")
@@ -342,6 +346,20 @@ def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree,
         rows = rows or ()
         for name, part, like in (("A", A, y), ("B", B, x)):
             check_columns(label % name, part, like, rows, optional=name == "B")
+
+
+def _check_smooth(coupling: SmoothCoupling, x: PyTree, y: PyTree) -> None:
+    given = {name: getattr(coupling, name) for name in ("h", "equality") if getattr(coupling, name) is not None}
+    if not given:
+        invalid("coupling (SmoothCoupling)", "nothing", "h, or equality", "Leave the coupling out: None.")
+    for name, function in given.items():
+        text = f"coupling{'' if name == 'h' else '.equality'} (SmoothCoupling)"
+        check_callable(text, function, f"{name}(x, y) -> [rows]")
+        args = (x, y) if coupling.data is None else (x, y, coupling.data)
+        out = shape_of(text, function, *args)
+        if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) > 1:
+            got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
+            invalid(text, got, f"{name}(x, y) of shape [rows] or []", "Stack the constraints in one vector.")
 
 
 def check_problem(problem: object) -> None:

@@ -144,7 +144,7 @@ def penalty_by_sample(
 
 
 def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:
-    """(c, e) of the coupling c <= 0, e = 0: A y + B x - b or h(x, y), and A_eq y + B_eq x - b_eq; shapes [rows] each.
+    """(c, e) of the coupling c <= 0, e = 0: A y + B x - b or h(x, y), and the equalities; shapes [rows] each.
 
     Not counted: a coupling is no objective.
     """
@@ -154,7 +154,8 @@ def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Arra
     if coupling is None:
         return none, none
     if isinstance(coupling, SmoothCoupling):
-        return coupling.h(x, y), none
+        c, e = coupling.values(x, y)
+        return none if c is None else c, none if e is None else e
 
     def affine(*parts: PyTree) -> Array:
         A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
