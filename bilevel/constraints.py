@@ -56,9 +56,11 @@ def rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:
     return Rows(C, lo, hi, B)
 
 
-def project_on(limits: Rows, u: Array, soft: Array | None = None) -> Projection:
-    """The point of lo <= C y <= hi nearest to u [n]; soft: rows [m] that give way where the set is empty."""
-    return Region.of(limits).project(u, soft)
+def project_on(limits: Rows, u: Array, soft: Array | None = None, held: Array | None = None) -> Projection:
+    """The point of lo <= C y <= hi nearest to u [n]. soft: rows [m] that give way where the set is empty; held: rows
+    [m] that are equalities, 1 at hi and -1 at lo, where the set has such points.
+    """
+    return Region.of(limits).project(u, soft, held)
 
 
 def joint_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> Rows:

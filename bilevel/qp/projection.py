@@ -30,7 +30,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm, row_norms
 from bilevel.qp.active_set import Rows
 
@@ -60,9 +59,9 @@ class Region(NamedTuple):
         W = d[:, None] * limits.C
         return cls(W, W @ W.T, d * limits.lo, d * limits.hi, d)
 
-    def project(self, u: Array, soft: Array | None = None) -> "Projection":
+    def project(self, u: Array, soft: Array | None = None, held: Array | None = None) -> "Projection":
         """The point nearest to u [n]: `project`."""
-        return project(self, u, soft)
+        return project(self, u, soft, held)
 
 
 class Projection(NamedTuple):
@@ -113,23 +112,44 @@ class _Program(NamedTuple):
     """[m], by how much rows give way for each unit of their multipliers: 0, or `SOFT`."""
 
 
-def project(region: Region, u: Array, soft: Array | None = None) -> Projection:
+def project(region: Region, u: Array, soft: Array | None = None, held: Array | None = None) -> Projection:
     """The point nearest to u [n]. Static shapes: jit, vmap over u, and over the polyhedron.
 
-    soft: [m], rows that give way where all rows together contradict each other; y then has the least
-    |y - u|^2 + |r|^2/SOFT, r their violations. Without it, or where the others alone contradict each other, y is where
-    the search stopped.
+    Args:
+        region: the polyhedron.
+        u: [n].
+        soft: [m], rows that give way where all rows together contradict each other: y then has the least
+            |y - u|^2 + |r|^2/SOFT, r their violations. Without it, or where the others alone contradict each other, y
+            is where the search stopped.
+        held: [m], rows that are equalities, 1 at hi and -1 at lo, where the polyhedron has such points; 0 for others.
     """
     chex.assert_shape([region.W, region.S], [(len(region.d), u.size), (len(region.d), len(region.d))])
-    hard = _search(region, u, jnp.zeros_like(region.d))
-    if soft is None:
-        return hard
+    if soft is None and held is None:
+        return _search(region, u, jnp.zeros_like(region.d))
+    ridge = jnp.zeros_like(region.d) if soft is None else jnp.where(soft, SOFT, 0).astype(u.dtype)
+    on = jnp.zeros_like(region.d) if held is None else held
+    stay = region._replace(lo=jnp.where(on > 0, region.hi, region.lo), hi=jnp.where(on < 0, region.lo, region.hi))
 
-    def again(_: Projection) -> Projection:
-        elastic = _search(region, u, jnp.where(soft, SOFT, 0).astype(u.dtype))
-        return elastic._replace(empty=jnp.ones_like(hard.empty), exact=jnp.zeros_like(hard.exact))
+    def again(at: _Tries) -> _Tries:
+        """With rows held, then with none, then with soft ones."""
+        now = jax.tree.map(lambda kept, all: jnp.where(at.count == 0, kept, all), stay, region)
+        found = _search(now, u, jnp.where(at.count == 2, ridge, 0))
+        elastic = found._replace(empty=jnp.ones_like(found.empty), exact=jnp.zeros_like(found.exact))
+        return _Tries(jax.tree.map(lambda a, b: jnp.where(at.count == 2, a, b), elastic, found), at.count + 1)
 
-    return once_if(hard.empty, again, hard)
+    m, no = len(region.d), jnp.array(False)
+    nothing = Projection(u, 0 * region.d, 0 * region.d, jnp.zeros((m, m), u.dtype), ~no, no)
+    first, last = 0 if held is not None else 1, 3 if soft is not None else 2
+    return jax.lax.while_loop(
+        lambda at: at.found.empty & (at.count < last), again, _Tries(nothing, jnp.array(first))
+    ).found
+
+
+class _Tries(NamedTuple):
+    """Carry of searches, one after the other where rows contradict each other."""
+
+    found: Projection
+    count: Array
 
 
 def _search(region: Region, u: Array, ridge: Array) -> Projection:

@@ -82,6 +82,10 @@ class Blocks:
         """The coupling at y, linearised in the raveled y."""
         return sample_oracles.coupling_rows(self.problem, x, self.unpack(y))
 
+    def coupling_derivative(self, x: PyTree, y: Array) -> Array:
+        """The derivative of the coupling's rows (c, e) in the raveled (x, y), shape [rows, dim x + m]."""
+        return oracles.coupling_derivative(self.problem, x, self.unpack(y))
+
     def coupling_pull(self, x: PyTree, ys: Array, weights: Array) -> tuple[PyTree, Array]:
         """Gradients in x and in ys [N, n, m] of sum_i weights_i' (c, e)(x, y_i), weights [N, rows]."""
         by_x, by_y = sample_oracles.coupling_pull(self.problem, x, self.stack(ys), weights)

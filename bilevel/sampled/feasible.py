@@ -1,27 +1,36 @@
-"""Points moved into the follower's set Y(x): exactly where its rows are affine, else by Newton's steps on them.
+"""Points moved into the follower's set Y(x), and how they move with x.
 
-Affine: with LinearCoupling and a Y that is described by rows, the nearest point of Y(x) (`qp.projection`). Else the
-rows of the coupling are linearised at y, a Y that is no polyhedron has its supporting half-space at its point nearest
-to y, and y moves to the nearest point of both, again and again. For convex rows every such step comes nearer to all
-points of Y(x) at once, and the steps end quadratically; for others they may end at a local minimum of the violation,
-and `restore_all` starts again from between there and points that are in Y(x).
+Affine rows: with LinearCoupling and a Y that is described by rows, a point goes to the nearest one of Y(x)
+(`qp.projection`). Else the rows of the coupling are linearised at y, a Y that is no polyhedron has its supporting
+half-space at its point nearest to y, and y moves to the nearest point of both, again and again. For convex rows every
+such step comes nearer to all points of Y(x) at once, and the steps end quadratically; for others they may end at a
+local minimum of the violation, and `restore_all` starts again from between there and points that are in Y(x).
+
+As x moves, a point y that rows hold, c_a(x, y) = 0, goes the shortest way that keeps them: c_y dy + c_x dx = 0. So a
+function of y with the gradient G changes at the rate lam' c_x, where lam solves min |G + c_y' lam| over the rows that
+hold y (`Motion`). Which do: those onto which it was moved, and those that it is on and would be pushed against by
+a descent on one of its objectives (`pressed`); for a minimiser lam is then its multiplier, and the rate that of the
+envelope theorem.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints
-from bilevel.constraints import Projection, Rows
+from bilevel.constraints import Region, Rows
 from bilevel.problem import LinearCoupling
 from bilevel.sampled.blocks import Blocks
+from bilevel.sets import Set
 
 PyTree = Any
 STEPS = 30  # of Newton's, at most
 RESTARTS = 3
+NEAR = 1e-9  # how near to a row of length one, times 1 + |y|, a point is on it; in float32 at least 100 eps
 
 
 class Feasible(NamedTuple):
@@ -31,17 +40,25 @@ class Feasible(NamedTuple):
     """Shape [n, m]; where no point of Y(x) was found, one of little violation."""
     failed: Array
     """Whether none was found, shape []: rows contradict each other, or Newton's steps ended outside."""
-    projection: Projection
-    """Of the last step: its active rows hold y. The rows are those of the coupling, inequalities after equalities where
-    they are affine and before them else, and then those of Y.
+    held: Array
+    """The rows onto which y was moved, 1 at the upper bound and -1 at the lower, 0 for others; independent. Shape
+    [n, rows]: rows of the coupling, inequalities first, then those of Y.
     """
+
+
+class Local(NamedTuple):
+    """The rows that describe Y(x) at a point, to first order."""
+
+    limits: Rows
+    """On the raveled y: those of the coupling, inequalities first, then those of Y."""
+    soft: Array
+    """Which rows are the coupling's, shape [rows]."""
 
 
 def is_affine(view: Blocks) -> bool:
     """Whether Y(x) is a polyhedron with affine rows."""
     problem = view.problem
-    sets = all(one.polyhedral for one in problem.y_set.simple())
-    return sets and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
+    return _are_rows(problem.y_set) and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
 
 
 def affine_rows(view: Blocks, x: PyTree, y: Array) -> Rows:
@@ -51,62 +68,65 @@ def affine_rows(view: Blocks, x: PyTree, y: Array) -> Rows:
 
 def restore(view: Blocks, x: PyTree, y: Array) -> Array:
     """The point y [n, m] moved into Y(x): `to_feasible` without what it found out."""
-    return view.project(y) if view.problem.coupling is None else to_feasible(view, x, y).y
+    return to_feasible(view, x, y).y
 
 
-def to_feasible(view: Blocks, x: PyTree, y: Array) -> Feasible:
-    """The point of a coupled Y(x) that y [1, m] is moved to: see the module's docstring. For vmap over y at one x.
+def to_feasible(view: Blocks, x: PyTree, y: Array, held: Array | None = None) -> Feasible:
+    """The point of Y(x) that y [n, m] is moved to: see the module's docstring. For vmap over y at one x.
 
     Affine rows hold to 1e-9 in float64 and 1e-5 in float32, relative to their lengths times 1 + |y| and to |b|; others
-    to 1e3 eps times the same, or `failed` says that they do not.
+    to 1e3 eps times the same, or `failed` says that they do not. held: as `Feasible.held`, rows that y shall stay on.
     """
-    return _nearest(view, x, y) if is_affine(view) else _by_newton(view, x, y)
+    if view.problem.coupling is None:
+        return Feasible(view.project(y), jnp.array(False), jnp.zeros((view.n, 0), y.dtype))
+    held = None if held is None else held[0]
+    if not is_affine(view):
+        return _by_newton(view, x, y, held)
+    limits, soft = local(view, x, y)
+    found = constraints.project_on(limits, y[0], soft, held)
+    return Feasible(found.y[None], ~found.exact, found.active[None])
 
 
-def restore_all(view: Blocks, x: PyTree, ys: Array) -> tuple[Array, Array]:
-    """(points [N, n, m] moved into Y(x); which of them failed, [N]).
+def restore_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> Feasible:
+    """The points ys [N, n, m] moved into Y(x), stacked; held: as `Feasible.held`, stacked, rows that they stay on.
 
     Of rows that are not affine, a point that failed starts again from half of the way to the nearest point that did
     not, up to `RESTARTS` times, and is that point in the end. So one fails only where all do: Y(x) is empty as far as N
     starts can tell.
     """
-    found = jax.vmap(lambda y: to_feasible(view, x, y))
-    if is_affine(view):
-        first = found(ys)
-        return first.y, first.failed
+    first = jax.vmap(lambda y, held: to_feasible(view, x, y, held), (0, None if held is None else 0))(ys, held)
+    if view.problem.coupling is None or is_affine(view):
+        return first
 
-    def again(at: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        points, failed, count = at
-        near = _nearest_good(ys, points, failed)
-        start = jnp.where(failed[:, None, None] & (count > 0), (points + near) / 2, points)
-        tried = found(start)
-        moved = jnp.where(failed[:, None, None], tried.y, points)
-        return moved, failed & tried.failed, count + 1
+    def again(at: tuple[Feasible, Array]) -> tuple[Feasible, Array]:
+        points, count = at
+        near = _nearest_good(ys, points)
+        start = jnp.where(points.failed[:, None, None], (points.y + near.y) / 2, points.y)
+        tried = jax.vmap(lambda y: to_feasible(view, x, y))(start)
+        return _where(points.failed, tried, points)._replace(failed=points.failed & tried.failed), count + 1
 
-    def wanted(at: tuple[Array, Array, Array]) -> Array:
-        _, failed, count = at
-        return jnp.any(failed) & (count < RESTARTS) & ((count == 0) | ~jnp.all(failed))
+    def wanted(at: tuple[Feasible, Array]) -> Array:
+        failed, count = at[0].failed, at[1]
+        return jnp.any(failed) & ~jnp.all(failed) & (count < RESTARTS)
 
-    points, failed, _ = lax.while_loop(wanted, again, (ys, jnp.ones(len(ys), bool), jnp.zeros((), int)))
-    points = jnp.where(failed[:, None, None] & ~jnp.all(failed), _nearest_good(ys, points, failed), points)
-    return points, failed & jnp.all(failed)
+    points, _ = lax.while_loop(wanted, again, (first, jnp.zeros((), int)))
+    some = ~jnp.all(points.failed)
+    filled = _where(points.failed & some, _nearest_good(ys, points), points)
+    return filled._replace(failed=points.failed & ~some)
 
 
-def _nearest_good(ys: Array, points: Array, failed: Array) -> Array:
-    """For each of ys [N, n, m] the nearest of the points [N, n, m] that did not fail."""
-    flat, goals = ys.reshape(len(ys), -1), points.reshape(len(ys), -1)
+def _where(chosen: Array, there: Feasible, here: Feasible) -> Feasible:
+    """Of two stacks the first where it is chosen [N]."""
+    pick = lambda a, b: jnp.where(chosen.reshape(-1, *(1,) * (a.ndim - 1)), a, b)  # noqa: E731
+    return jax.tree.map(pick, there, here)
+
+
+def _nearest_good(ys: Array, points: Feasible) -> Feasible:
+    """For each of ys [N, n, m] the nearest of the points that did not fail."""
+    flat, goals = ys.reshape(len(ys), -1), points.y.reshape(len(ys), -1)
     square = jnp.sum((flat[:, None] - goals[None]) ** 2, axis=2)
-    return points[jnp.argmin(jnp.where(failed[None], jnp.inf, square), axis=1)]
-
-
-def _nearest(view: Blocks, x: PyTree, y: Array) -> Feasible:
-    """The nearest point of a polyhedron."""
-    limits = affine_rows(view, x, y)
-    coupling = view.problem.coupling
-    linear = isinstance(coupling, LinearCoupling)
-    num = coupling.num_inequalities + coupling.num_equalities if linear else 0
-    found = constraints.project_on(limits, y[0], jnp.arange(len(limits.lo)) < num)
-    return Feasible(found.y[None], ~found.exact, found)
+    nearest = jnp.argmin(jnp.where(points.failed[None], jnp.inf, square), axis=1)
+    return jax.tree.map(lambda leaf: leaf[nearest], points)
 
 
 class _Newton(NamedTuple):
@@ -114,51 +134,165 @@ class _Newton(NamedTuple):
 
     y: Array
     outside: Array
-    """[], whether a row is violated beyond rounding."""
-    last: Projection
+    """[], whether a row is violated beyond rounding, or a row that is held is not met."""
+    active: Array
+    """[rows], of the last step."""
     count: Array
 
 
-def _by_newton(view: Blocks, x: PyTree, y: Array) -> Feasible:
+def _by_newton(view: Blocks, x: PyTree, y: Array, held: Array | None) -> Feasible:
     """Projections on the rows linearised at y."""
 
-    def look(y: Array) -> tuple[Rows, Array, Array]:
-        """(the rows at y, which of them are the coupling's, whether one is violated)."""
-        limits, soft = _linearised(view, x, y)
+    def outside(y: Array) -> Array:
+        limits, on = local(view, x, y).limits, jnp.zeros(()) if held is None else held
         at = limits.C @ y[0]
         beyond = jnp.maximum(at - limits.hi, limits.lo - at)
+        beyond = jnp.maximum(beyond, jnp.where(on > 0, limits.hi - at, jnp.where(on < 0, at - limits.lo, -jnp.inf)))
         scale = jnp.linalg.norm(limits.C, axis=1) * (1 + jnp.max(jnp.abs(y)))
-        return limits, soft, jnp.any(beyond > 1e3 * float(jnp.finfo(y.dtype).eps) * scale)
+        return jnp.any(beyond > 1e3 * float(jnp.finfo(y.dtype).eps) * scale)
 
     def step(c: _Newton) -> _Newton:
-        limits, soft, _ = look(c.y)
-        found = constraints.project_on(limits, c.y[0], soft)
+        limits, soft = local(view, x, c.y)
+        late = c.count > STEPS // 2  # where rows cannot be kept they are let go
+        found = constraints.project_on(limits, c.y[0], soft, None if held is None else jnp.where(late, 0, held))
         y = view.project(found.y[None])
-        return _Newton(y, look(y)[2], found, c.count + 1)
+        return _Newton(y, outside(y), found.active, c.count + 1)
 
     y = view.project(y)
-    limits, _, outside = look(y)
-    m, nothing = len(limits.lo), jnp.zeros_like(limits.lo)
-    none = Projection(y[0], nothing, nothing, jnp.zeros((m, m), y.dtype), jnp.array(False), jnp.array(True))
-    end = lax.while_loop(lambda c: c.outside & (c.count < STEPS), step, _Newton(y, outside, none, jnp.zeros((), int)))
-    return Feasible(end.y, end.outside | ~jnp.all(jnp.isfinite(end.y)), end.last._replace(y=end.y[0]))
+    nothing = jnp.zeros_like(local(view, x, y).limits.lo) if held is None else held
+    begin = _Newton(y, outside(y), nothing, jnp.zeros((), int))
+    end = lax.while_loop(lambda c: c.outside & (c.count < STEPS), step, begin)
+    below, above = _is_on(local(view, x, end.y).limits, end.y)  # a step across a row that bends ends beyond it
+    active = jnp.where(jnp.where(end.active > 0, above, below), end.active, 0)
+    return Feasible(end.y, end.outside | ~jnp.all(jnp.isfinite(end.y)), active[None])
 
 
-def _linearised(view: Blocks, x: PyTree, y: Array) -> tuple[Rows, Array]:
-    """(the rows of the coupling, linearised at y [1, m], and those of Y; which are the coupling's)."""
+def _is_on(limits: Rows, y: Array) -> tuple[Array, Array]:
+    """Which rows y [1, m] is on: (at their lower bounds, at their upper ones), shapes [rows]."""
+    near = max(NEAR, 100 * float(jnp.finfo(y.dtype).eps)) * (1 + jnp.max(jnp.abs(y)))
+    at, reach = limits.C @ y[0], near * jnp.linalg.norm(limits.C, axis=1)
+    return at - limits.lo <= reach, limits.hi - at <= reach
+
+
+def local(view: Blocks, x: PyTree, y: Array) -> Local:
+    """The rows at y [1, m], the coupling's linearised there; affine ones do not depend on y."""
+    y = jnp.zeros_like(y) if is_affine(view) else y
     c, J, equality = view.coupling_rows(x, y)
     hi = J @ y[0] - c
     lo = jnp.where(equality, hi, -jnp.inf)
     blocks = [(J, lo, hi), *_set_rows(view, y)]
     C, lo, hi = (jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return Rows(C, lo, hi, jnp.zeros((len(lo), 0), y.dtype)), jnp.arange(len(lo)) < len(c)
+    return Local(Rows(C, lo, hi, jnp.zeros((len(lo), 0), y.dtype)), jnp.arange(len(lo)) < len(c))
 
 
 def _set_rows(view: Blocks, y: Array) -> list[tuple[Array, Array, Array]]:
-    """The rows of Y; of a Y that is no polyhedron the half-space that supports it at its point nearest to y."""
-    y_set, point = view.problem.y_set, view.unpack(y)
-    if all(one.polyhedral for one in y_set.simple()):
-        return y_set.rows(point)
-    nearest = ravel_pytree(y_set.project(point))[0]
-    normal = y[0] - nearest
-    return [(normal[None], jnp.full(1, -jnp.inf, y.dtype), (normal @ nearest)[None])]
+    """The rows of Y at y [1, m]."""
+    return set_rows(view.problem.y_set, view.unpack(y))
+
+
+def _are_rows(a_set: Set) -> bool:
+    return all(one.polyhedral for one in a_set.simple())
+
+
+def set_rows(a_set: Set, z: PyTree) -> list[tuple[Array, Array, Array]]:
+    """The rows of a set; of one that is no polyhedron the half-space that supports it at its point nearest to z."""
+    if _are_rows(a_set):
+        return a_set.rows(z)
+    flat, nearest = ravel_pytree(z)[0], ravel_pytree(a_set.project(z))[0]
+    normal = flat - nearest
+    return [(normal[None], jnp.full(1, -jnp.inf, flat.dtype), (normal @ nearest)[None])]
+
+
+def pressed(view: Blocks, x: PyTree, y: Array, held: Array, gradients: Array) -> Array:
+    """`held` [1, rows] with the rows that y [1, m] is on and one of the directions -`gradients` [K, m] leads across.
+
+    The part of a direction along which y may go is its projection on the cone of these rows, those that hold y being
+    equalities; the rows with a multiplier in it are the ones in its way.
+    """
+    limits, _ = local(view, x, y)
+    (below, above), on = _is_on(limits, y), held[0]
+    lo, hi = jnp.where(below | (on > 0), 0, -jnp.inf), jnp.where(above | (on < 0), 0, jnp.inf)
+    cone = Rows(limits.C, lo, hi, limits.B)
+    ways = jax.vmap(lambda G: constraints.project_on(cone, -G).active)(gradients)
+    found = jnp.where(jnp.any(ways > 0, axis=0), 1, jnp.where(jnp.any(ways < 0, axis=0), -1, 0))
+    return jnp.where(on != 0, on, found.astype(on.dtype))[None]
+
+
+class Motion(NamedTuple):
+    """How a point moves with the bounds of the rows that hold it."""
+
+    held: Array
+    """Shape [n, rows], as `Feasible.held`."""
+    lift: Array
+    """What a change of the rows' bounds adds to y, shape [rows, n m]: zero for rows that do not hold it."""
+
+    def multipliers(self, G: Array) -> Array:
+        """Those of a gradient G [m] on the rows, shape [rows]."""
+        return -self.lift @ G
+
+
+def motion(view: Blocks, x: PyTree, y: Array, held: Array) -> Motion:
+    """How y [1, m] moves that the rows `held` [1, rows] hold, by an independent part of them: on a shift of y by z, of
+    which no held row is a tangent, all of them have a multiplier.
+    """
+    limits = local(view, x, y).limits
+    z = jnp.asarray(np.sqrt(2.0 + np.arange(view.m)), y.dtype)
+    bound = limits.C @ z
+    on = held[0] != 0
+    rows = Rows(limits.C, jnp.where(on, bound, -jnp.inf), jnp.where(on, bound, jnp.inf), limits.B)
+    region = Region.of(rows)
+    found = region.project(jnp.zeros_like(z))
+    return Motion(held, region.d[:, None] * (found.inverse @ region.W))
+
+
+def moved(view: Blocks, x: PyTree, y: Array, motion: Motion) -> tuple[Array, Array]:
+    """(where the point y [1, m] of another x moves on affine rows; whether that is in Y(x), [])."""
+    limits, on = local(view, x, y).limits, motion.held[0]
+    bound = jnp.where(on > 0, limits.hi, jnp.where(on < 0, limits.lo, 0))
+    y = y + (jnp.where(on != 0, bound - limits.C @ y[0], 0) @ motion.lift)[None]
+    at, size = limits.C @ y[0], jnp.linalg.norm(limits.C, axis=1)
+    reach = NEAR / 10 if y.dtype == jnp.float64 else 1e-5
+    reach = reach * size * (1 + jnp.max(jnp.abs(y)))
+    return y, jnp.all((at <= limits.hi + reach) & (at >= limits.lo - reach))
+
+
+def joint_step(view: Blocks, x: PyTree, y: Array) -> PyTree:
+    """x of X, moved to where Y(x) is not empty: on affine rows exactly, else by a step of Newton's.
+
+    The nearest (x, y) on all rows of the coupling, of X and of Y, linearised, a little inside of the coupling's
+    inequalities, in |x|^2 + |s y|^2 with a small s: x moves as little as it must.
+    """
+    (flat, unravel), eps = ravel_pytree(x), float(jnp.finfo(y.dtype).eps)
+    c, _, equality = view.coupling_rows(x, y)
+    J = view.coupling_derivative(x, y)
+    at = jnp.concatenate([flat, y[0]])
+    inside = 1e3 * eps * jnp.linalg.norm(J, axis=1) * (1 + jnp.max(jnp.abs(at)))
+    hi = J @ at - c - jnp.where(equality, 0, inside)
+    blocks = [(J, jnp.where(equality, hi, -jnp.inf), hi)]
+    of_x, of_y = set_rows(view.problem.x_set, x), _set_rows(view, y)
+    blocks += [(jnp.pad(C, ((0, 0), (0, y.size))), lo, hi) for C, lo, hi in of_x]
+    blocks += [(jnp.pad(C, ((0, 0), (flat.size, 0))), lo, hi) for C, lo, hi in of_y]
+    C, lo, hi = (jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
+    unit = jnp.where(jnp.arange(at.size) < flat.size, 1, eps ** (1 / 6)).astype(y.dtype)
+    limits = Rows(C / unit[None], lo, hi, jnp.zeros((len(lo), 0), y.dtype))
+    z = constraints.project_on(limits, unit * at, jnp.arange(len(lo)) < len(c)).y / unit
+    return view.problem.x_set.project(unravel(z[: flat.size]))
+
+
+def into_domain(view: Blocks, x: PyTree, y: Array) -> PyTree:
+    """x of X, moved to where Y(x) is not empty by steps of `joint_step`; not at all where a point of Y(x) is found from
+    y [n, m].
+    """
+    first = to_feasible(view, x, y)
+
+    def step(at: tuple[PyTree, Feasible, Array]) -> tuple[PyTree, Feasible, Array]:
+        x = joint_step(view, at[0], at[1].y)
+        return x, to_feasible(view, x, at[1].y), at[2] + 1
+
+    begin = x, first, jnp.zeros((), int)
+    return lax.while_loop(lambda at: at[1].failed & (at[2] < most_steps(view)), step, begin)[0]
+
+
+def most_steps(view: Blocks) -> int:
+    """How many times `joint_step` is done, at most."""
+    return 1 if is_affine(view) and _are_rows(view.problem.x_set) else STEPS

@@ -1,19 +1,21 @@
 """The line search of a penalised objective whose samples follow x: of lengths tried all at once, the best is taken.
 
 Only the samples near the minimisers at the old x would be near those at a new one by chance: in each trial the best
-sample of either kind takes a few truncated Newton steps at the new x first.
+sample of either kind takes a few truncated Newton steps at the new x first. Where Y(x) moves with x, all samples move
+with it, on the rows that hold them, and x is moved to where Y(x) is not empty (`arrive`).
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, take
-from bilevel.sampled.feasible import restore
+from bilevel.sampled.feasible import Feasible, is_affine, joint_step, most_steps, moved, restore_all
 from bilevel.sampled.penalised import Direction, Penalised
 from bilevel.sampled.refine import improve
 
@@ -31,13 +33,16 @@ class Place(NamedTuple):
     """The samples, shape [N, n, m]; of the joint form the last one is y."""
 
     f: Array
-    """Of the samples, shape [N, n]."""
+    """Of the samples, shape [N, n]; infinite, like g, for those that were left out."""
 
     g: Array
     """Likewise."""
 
     value: Array
-    """P, shape []; infinite where it is not finite."""
+    """P, shape []; infinite where it is not finite, and where Y(x) is empty unless it was so before."""
+
+    outside: Array
+    """Whether Y(x) is empty as far as the samples can tell, shape []."""
 
 
 class Found(NamedTuple):
@@ -49,22 +54,73 @@ class Found(NamedTuple):
     """The length that the next search starts from, shape []."""
 
 
-def project(P: Penalised, x: PyTree, last: Array) -> tuple[PyTree, Array]:
-    """(x in X, the last sample in Y(x) where it is a variable)."""
-    x = P.view.problem.x_set.project(x)
-    return x, restore(P.view, x, last) if P.form.joint else last
+class Arrival(NamedTuple):
+    """The samples at another x."""
+
+    x: PyTree
+    """In X, and where Y(x) is not empty if such an x was found."""
+    points: Array
+    """Shape [N, n, m]; of the joint form the last one is y."""
+    fits: Array
+    """Which of them are in Y(x), shape [N, 1]."""
+    outside: Array
+    """Whether Y(x) is empty as far as can be told, shape []."""
+
+
+def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Array, slots: int) -> Arrival:
+    """The samples at x, and x in X. last: the last sample there, where it is a variable.
+
+    Of a coupled set all samples move on the rows that hold them, and the last `slots` are moved into Y(x) exactly, or
+    x is where Y(x) would be empty. Those that come to be outside on affine rows are left out.
+    """
+    view = P.view
+    x = view.problem.x_set.project(x)
+    if direction.motion is None:
+        points = here.points.at[-1].set(view.project(last)) if P.form.joint else here.points
+        return Arrival(x, points, jnp.ones((len(points), 1), bool), jnp.array(False))
+    start = here.points.at[-1].set(last) if P.form.joint else here.points
+    own = direction.motion.held[-slots:]
+    own = own.at[-1].set(0) if P.form.joint else own
+
+    def settle(at: _Settling) -> _Settling:
+        x = jax.tree.map(partial(jnp.where, at.count > 0), joint_step(view, at.x, at.slots.y[-1]), at.x)
+        return _Settling(x, restore_all(view, x, start[-slots:], own), at.count + 1)
+
+    begin = Feasible(start[-slots:], jnp.ones(slots, bool), own)
+    end = lax.while_loop(
+        lambda at: jnp.all(at.slots.failed) & (at.count <= most_steps(view)),
+        settle,
+        _Settling(x, begin, jnp.zeros((), int)),
+    )
+    others, motion = start[:-slots], jax.tree.map(lambda leaf: leaf[:-slots], direction.motion)
+    if is_affine(view):
+        others, fits = jax.vmap(lambda y, motion: moved(view, end.x, y, motion))(others, motion)
+    else:
+        others, failed, _ = restore_all(view, end.x, others, motion.held)
+        fits = ~failed
+    points, outside = jnp.concatenate([others, end.slots.y]), jnp.all(end.slots.failed)
+    fits = jnp.concatenate([fits, ~end.slots.failed]) | (outside & here.outside)
+    return Arrival(end.x, points, fits[:, None], outside)
+
+
+class _Settling(NamedTuple):
+    """Carry of a search for an x with a follower."""
+
+    x: PyTree
+    slots: Feasible
+    count: Array
 
 
 def attempt(P: Penalised, here: Place, direction: Direction, sizes: Array, length: Array) -> Place:
     """Where `length` along -`direction` leads. sizes [K, n]: the step lengths of the last K samples, the slots."""
-    at = here.x, here.points[-1]
-    x, last = project(P, *jax.tree.map(lambda p, d: p - length * d, at, tuple(direction)))
-    points = here.points.at[-1].set(last) if P.form.joint else here.points
+    step = jax.tree.map(lambda p, d: p - length * d, (here.x, here.points[-1]), (direction.x, direction.last))
+    x, points, fits, outside = arrive(P, here, direction, step[0], step[1], len(sizes))
     if not P.form.frozen:
         points = _follow(P, x, points, sizes)
-    f, g = P.view.values(x, points, P.chunk)
+    f, g = (jnp.where(fits, part, jnp.inf) for part in P.view.values(x, points, P.chunk))
     value = P.at(f, g).value
-    return Place(x, points, f, g, jnp.where(jnp.isfinite(value), value, jnp.inf))
+    good = jnp.isfinite(value) & (here.outside | ~outside)
+    return Place(x, points, f, g, jnp.where(good, value, jnp.inf), outside)
 
 
 def _follow(P: Penalised, x: PyTree, points: Array, sizes: Array) -> Array:
@@ -81,7 +137,7 @@ def search(P: Penalised, here: Place, direction: Direction, sizes: Array, size: 
 
     size: the last length, 0 where none is known. No length is beyond (1 + |x|)/|direction|.
     """
-    steep = norm(tuple(direction))
+    steep = norm((direction.x, direction.last))
     reach = (1 + norm(here.x)) / jnp.where(steep > 0, steep, 1)
     tries = jnp.where(size > 0, size, reach / 80) * jnp.asarray(LENGTHS, size.dtype)
     tries = jnp.concatenate([reach * 10 ** (-6 * chance), tries])

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 
 from bilevel.sampled.blocks import Blocks
-from bilevel.sampled.refine import multipliers
+from bilevel.sampled.feasible import Motion, motion, pressed
 from bilevel.sampled.smoothing import SmoothMin, smooth_min
 
 PyTree = Any
-HEAVY = 16  # samples of a coupled set, those of largest weight, whose multipliers P's gradient has
 
 
 class Form(NamedTuple):
@@ -73,6 +72,9 @@ class Direction(NamedTuple):
     last: Array
     """In the last sample, shape [n, m]: 0 for the lifted form."""
 
+    motion: Motion | None
+    """How the samples of a coupled set move with x, stacked; None without a coupling."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Penalised:
@@ -99,27 +101,31 @@ class Penalised:
         u = least(f + rho * g, smooth)
         return Value(jnp.sum(u.value - rho * v.value), u.weights, v.weights)
 
-    def gradient(self, x: PyTree, points: Array, weights: Value) -> Direction:
-        """The gradient of P at the samples `points` [N, n, m], in x, and in y where it is joint (Danskin)."""
+    def gradient(self, x: PyTree, points: Array, held: Array, weights: Value, slots: int) -> Direction:
+        """The gradient of P at the samples `points` [N, n, m] that the rows `held` [N, n, rows] hold, in x, and in y
+        where it is joint (Danskin). The last `slots` of them were not moved onto their rows at this x: see `pressed`.
+        """
         a, b, rho = weights.upper, weights.lower, self.rho
         if self.view.problem.coupling is None:
             by_x, by_y = self.view.gradients(x, points, a, rho * (a - b), self.chunk)
         else:
-            by_x, by_y = self._coupled_gradient(x, points, a, b)
-        return Direction(by_x, by_y[-1] if self.form.joint else jnp.zeros_like(by_y[-1]))
+            return self._coupled_gradient(x, points, held, weights, slots)
+        return Direction(by_x, self._last(by_y), None)
 
-    def _coupled_gradient(self, x: PyTree, points: Array, a: Array, b: Array) -> tuple[PyTree, Array]:
-        """The same with the multipliers of the samples of largest weight.
+    def _last(self, by_y: Array) -> Array:
+        """The gradient in the last sample, where it is a variable."""
+        return by_y[-1] if self.form.joint else jnp.zeros_like(by_y[-1])
 
-        As x moves, a sample at active rows c(x, y_i) = 0 moves with them: its a f + b g changes at the rate of its
-        Lagrangian, a f_x + b g_x + lam' c_x.
-        """
-        view, rho = self.view, self.rho
+    def _coupled_gradient(self, x: PyTree, points: Array, held: Array, weights: Value, slots: int) -> Direction:
+        """The same with the motion of every sample: see `feasible`."""
+        view, rho, a, b = self.view, self.rho, weights.upper, weights.lower
         by_x, by_y = view.gradients(x, points, a, rho * a, self.chunk)
         minus, low = view.gradients(x, points, jnp.zeros_like(b), rho * b, self.chunk)
-        heavy = lax.top_k(jnp.max(jnp.maximum(a, b), axis=1), min(HEAVY, len(a)))[1]
-        ys = points[heavy]
-        look = lambda y, plus, minus: multipliers(view, x, y, jnp.stack([plus[0], minus[0]]))  # noqa: E731
-        lam = jax.vmap(look)(ys, by_y[heavy], low[heavy])
-        pull = view.coupling_pull(x, ys, lam[:, 0] - lam[:, 1])[0]
-        return jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull), by_y
+        both = jnp.concatenate([by_y, low], axis=1)[-slots:]
+        now = jax.vmap(lambda y, held, G: pressed(view, x, y, held, G))(points[-slots:], held[-slots:], both)
+        motions = jax.vmap(lambda y, held: motion(view, x, y, held))(points, held.at[-slots:].set(now))
+        lam = jax.vmap(lambda motion, G: motion.multipliers(G[0]))(motions, by_y - low)
+        num = len(view.coupling_rows(x, points[0]).values)
+        pull = view.coupling_pull(x, points, lam[:, :num])[0]
+        slope = jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull)
+        return Direction(slope, self._last(by_y), motions)

@@ -15,7 +15,7 @@ from jax import Array
 from bilevel.backend.tree import join
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks, near
-from bilevel.sampled.feasible import restore
+from bilevel.sampled.feasible import restore_all
 from bilevel.sampled.nets import shifted
 
 PyTree = Any
@@ -32,6 +32,9 @@ class Samples(NamedTuple):
 
     g: Array
     """Likewise."""
+
+    held: Array
+    """The rows of a coupled set that hold them, shape [N, n, rows]: `feasible.Feasible.held`."""
 
 
 class Slots(NamedTuple):
@@ -52,6 +55,9 @@ class Renewed(NamedTuple):
 
     sizes: Array
     """The lengths of the slots' next steps, shape [K, n]."""
+
+    outside: Array
+    """Whether Y(x) is empty as far as the samples can tell, shape []."""
 
 
 class Goal(NamedTuple):
@@ -83,15 +89,15 @@ def renew(
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
     sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
     parts = [points, near(view, u, slots.points, points), trial, slots.points]
-    points = jax.vmap(lambda y: restore(view, x, y))(jnp.concatenate(parts))
+    points, failed, held = restore_all(view, x, jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
-    all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk)))
+    all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk), held))
     new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))
     # so that rounding decides nothing
     margin = -1e3 * jnp.finfo(here.f.dtype).eps * (jnp.abs(goal.a * here.f) + jnp.abs(goal.b * here.g))
     here, sizes = _keep_lower(here, trial, sizes, goal, margin)
     here, sizes = _challenge(here, new, sizes, goal, jnp.where(fixed, -jnp.inf, margin))
-    return Renewed(join(new, here), sizes)
+    return Renewed(join(new, here), sizes, jnp.all(failed) & (view.problem.coupling is not None))
 
 
 def _gradient_step(
@@ -117,7 +123,7 @@ def _challenge(here: Samples, new: Samples, sizes: Array, goal: Goal, margin: Ar
     """(the slots, slot j at the best of the new points j, j + K, … where that is lower; their sizes, 0 after it)."""
     count = len(here.f)
     share = len(new.f) // count * count
-    rivals = jax.tree.map(lambda part: part[:share].reshape(-1, count, *part.shape[1:]), new)
+    rivals = jax.tree.map(lambda part: part[:share].reshape(share // count, count, *part.shape[1:]), new)
     score = goal.a[None] * rivals.f + goal.b[None] * rivals.g
     wins = jnp.min(score, axis=0) - goal.a * here.f - goal.b * here.g < margin
     best = jnp.argmin(score, axis=0) * count + jnp.arange(count)[:, None]
@@ -126,5 +132,9 @@ def _challenge(here: Samples, new: Samples, sizes: Array, goal: Goal, margin: Ar
 
 def _where(chosen: Array, there: Samples, here: Samples) -> Samples:
     """Of two samples the first, for each slot and block that is `chosen` [K, n]."""
-    points = jnp.where(chosen[:, :, None], there.points, here.points)
-    return Samples(points, jnp.where(chosen, there.f, here.f), jnp.where(chosen, there.g, here.g))
+    by_row = lambda there, here: jnp.where(chosen[:, :, None], there, here)  # noqa: E731
+    by_block = lambda there, here: jnp.where(chosen, there, here)  # noqa: E731
+    return Samples(
+        by_row(there.points, here.points), by_block(there.f, here.f), by_block(there.g, here.g),
+        by_row(there.held, here.held),
+    )  # fmt: skip

@@ -16,7 +16,7 @@ from bilevel.record import OracleCount, Referee
 from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
-from bilevel.sampled.feasible import restore
+from bilevel.sampled.feasible import into_domain
 from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
@@ -120,9 +120,8 @@ class SampledPenalty(Solver):
     slots. Half of the slots descend g(x, .), half f + rho g, y among them; each moves to the best of its share of the
     new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
     Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
-    of a coupled Y(x) are moved into it at each x, and P's gradient has their multipliers; where Y(x) is empty, f grows
-    by the squared violation that is left. The iterate y is moved into Y(x) once more after x. Frozen samples have no
-    coupling.
+    of a coupled Y(x) are in it at each x that is looked at, and P's gradient has their motion (`sampled.feasible`);
+    where Y(x) is empty, x is moved to where it is not. Frozen samples have no coupling.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
@@ -243,6 +242,7 @@ class SampledPenalty(Solver):
         view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
         x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
+        x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x) if problem.coupling is not None else x
         samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
@@ -316,14 +316,15 @@ class SampledPenalty(Solver):
         """One lane's step: samples, the gradient of P over them, x, y. scales: of f and g; fresh: points of Y."""
         view = Blocks.of(uncoupled(problem, rung.weight * scales[0], scales[1]), lane.y)
         P = Penalised(view, self._form, rung.rho, rung.smooth, self.chunk)
-        (points, f, g), sizes = self._samples(P, lane, fresh, noise)
+        (points, f, g, held), sizes, outside = self._samples(P, lane, fresh, noise)
         found = P.at(f, g)
-        here, direction = Place(lane.x, points, f, g, found.value), P.gradient(lane.x, points, found)
+        direction = P.gradient(lane.x, points, held, found, len(sizes))
+        here = Place(lane.x, points, f, g, found.value, outside)
         if self.upper_step_size is None:
             here, size = line_search.search(P, here, direction, sizes, lane.size, noise.length)
             lane = lane._replace(size=size)
         else:
-            here, rule = self._move(P, here, direction, lane.rule)
+            here, rule = self._move(P, here, direction, lane)
             lane = lane._replace(rule=rule)
         y, gap = self._settle(P, here)
         points = here.points.at[-1].set(y) if self._movable else here.points
@@ -334,34 +335,33 @@ class SampledPenalty(Solver):
         """The samples at x. The first slot becomes the least of g, the last one that of f + rho g or the variable y."""
         slots = renewal.Slots(lane.samples[-len(lane.sizes) :], lane.sizes)
         if fresh is None:
-            samples = renewal.Samples(lane.samples, *P.view.values(lane.x, lane.samples, self.chunk))
-            return renewal.Renewed(samples, lane.sizes)
-        samples, sizes = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, P.form.joint, self.chunk)
+            f, g = P.view.values(lane.x, lane.samples, self.chunk)
+            none = lane.samples[..., :0]
+            return renewal.Renewed(renewal.Samples(lane.samples, f, g, none), lane.sizes, jnp.array(False))
+        samples, sizes, outside = renewal.renew(
+            P.view, lane.x, slots, P.rho, fresh, noise.near, P.form.joint, self.chunk
+        )
         up = jnp.argmin(samples.f + P.rho * samples.g, axis=0)
         last = jnp.full_like(up, len(samples.f) - 1) if P.form.joint else up
         ends = jnp.stack([jnp.argmin(samples.g, axis=0), last])
         put = lambda part: part.at[np.array([-len(sizes), -1])].set(pick(part, ends))  # noqa: E731
-        return renewal.Renewed(renewal.Samples(*map(put, samples)), sizes)
+        return renewal.Renewed(renewal.Samples(*map(put, samples)), sizes, outside)
 
-    def _move(self, P: Penalised, here: Place, direction: Direction, rule: PyTree) -> tuple[Place, PyTree]:
+    def _move(self, P: Penalised, here: Place, direction: Direction, lane: Lane) -> tuple[Place, PyTree]:
         """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
         assert self.upper_step_size is not None
         view = P.view
         pairs = (here.x, view.unpack(here.points[-1])), (direction.x, view.unpack(direction.last))
-        (x, moved), rule = as_step(self.upper_step_size).apply(*pairs, rule)
-        x, last = line_search.project(P, x, view.pack(moved))
-        points = here.points.at[-1].set(last) if P.form.joint else here.points
-        return here._replace(x=x, points=points), rule
+        (x, moved), rule = as_step(self.upper_step_size).apply(*pairs, lane.rule)
+        x, points, fits, outside = line_search.arrive(P, here, direction, x, view.pack(moved), len(lane.sizes))
+        f, g = (jnp.where(fits, part, jnp.inf) for part in (here.f, here.g))
+        return here._replace(x=x, points=points, f=f, g=g, outside=outside), rule
 
     def _settle(self, P: Penalised, here: Place) -> tuple[Array, Array]:
-        """(y [n, m]: the variable, or the best sample of f + rho g, moved into Y(x); its g less the least sample's)."""
+        """(y [n, m]: the variable, or the best sample of f + rho g; its g less the least sample's)."""
         best = jnp.argmin(here.f + P.rho * here.g, axis=0)
-        joint = P.form.joint
-        gap = jnp.sum((here.g[-1] if joint else pick(here.g, best)) - jnp.min(here.g, axis=0))
-        y = here.points[-1] if joint else pick(here.points, best)
-        if self.refresh:
-            y = restore(P.view, here.x, y)  # the samples were moved into Y(x) before x moved
-        return y, gap
+        y, g = (part[-1] if P.form.joint else pick(part, best) for part in (here.points, here.g))
+        return y, jnp.sum(g - jnp.min(here.g, axis=0))
 
     @property
     def _form(self) -> Form:
