@@ -55,7 +55,8 @@ C = np.array([0.3, -1.2, 0.5])
     ids=["ball", "simplex", "polyhedron"],
 )
 def test_linear_functions_over_sets(y_set, least):
-    found = lower_gap(over(y_set, C), jnp.zeros(1), y_set.project(jnp.ones(3)), num_points=256)
+    y = jax.jit(type(y_set).project)(y_set, jnp.ones(3))
+    found = jax.jit(lower_gap, static_argnames="num_points")(over(y_set, C), jnp.zeros(1), y, num_points=256)
     np.testing.assert_allclose(found.value, least, rtol=1e-8)
 
 
@@ -73,7 +74,7 @@ def test_many_wells_in_six_dimensions():
 def test_blocks_of_a_separable_problem_are_minimised_apart():
     problem = problems.make("nonconvex_scaled", n=50).problem
     x, y = jnp.array([0.7]), jnp.zeros(50)
-    found = lower_gap(problem, x, y, num_points=64, num_starts=4)
+    found = jax.jit(lower_gap, static_argnames=("num_points", "num_starts"))(problem, x, y, num_points=64, num_starts=4)
     np.testing.assert_allclose(found.value, -50, rtol=1e-12)
     np.testing.assert_allclose(found.gap, 50 * np.sin(0.7 - 2) + 50, rtol=1e-9)
 
@@ -107,7 +108,7 @@ def test_equality_coupling():
     """With 1'(x + y + z) = 0 the least of |y|^2/2 - x'y + 1'z is -|x + 1|^2/2 - 1'x, and z is free on a plane."""
     problem = problems.make("nonconvex_scaled", case="lvhba_llc", n=2).problem
     x, y = jnp.array([0.2, -0.7]), jnp.array([1.2, 0.3, -0.5, -0.5])
-    found = lower_gap(problem, x, y)
+    found = jax.jit(lower_gap)(problem, x, y)
     np.testing.assert_allclose(reference.least_lower_value(problem, x, y, num_starts=2), found.value, rtol=1e-7)
     np.testing.assert_allclose(found.value, -np.sum((x + 1) ** 2) / 2 - np.sum(x), rtol=1e-7)
     np.testing.assert_allclose(found.gap, 0, atol=1e-7)

@@ -77,7 +77,7 @@ def test_the_smoothed_estimate_is_small_at_the_smoothed_minimiser(key):
     estimate = jax.jit(smoothed_goldstein, static_argnames=("samples", "num_perturbations"))
     smoothed = estimate(problem, x, 1e-3, samples=4, key=key, sigma=0.05, num_perturbations=2000)
     assert smoothed <= 0.05
-    plain = diagnostics.goldstein(problem, x, 1e-3, 4, key).distance
+    plain = jax.jit(diagnostics.goldstein, static_argnames="samples")(problem, x, 1e-3, samples=4, key=key).distance
     np.testing.assert_allclose(plain, 0.305, atol=1e-3)
 
 
