@@ -134,7 +134,7 @@ BAD = {
     "b's shape": ({"coupling": LinearCoupling(A, B, 1.0)}, "coupling.b", "()", "(rows,)"),
     "NaN coupling": ({"coupling": LinearCoupling(A, B, b * np.nan)}, "coupling.b", "non-finite", "finite numbers"),
     "half of the equalities": ({"coupling": LinearCoupling(A, B, b, A)}, "coupling.b_eq", "None", "(rows,)"),
-    "scalar coupling": ({"coupling": SmoothCoupling(lambda x, y: y[0])}, "coupling", "[]", "of shape [rows]"),
+    "table coupling": ({"coupling": SmoothCoupling(lambda x, y: y[:, None])}, "coupling", "[3, 1]", "of shape [rows]"),
     "coupling fails": ({"coupling": SmoothCoupling(lambda x, y: x + y)}, "coupling", "TypeError", "float64[3]"),
     "coupling of a number": ({"coupling": SmoothCoupling(2.0)}, "coupling", "float", "a function h(x, y)"),
 }  # fmt: skip

@@ -11,7 +11,7 @@ from scipy.optimize import linprog, nnls
 from scipy.stats import beta, kstest
 
 from bilevel import Ball, Box, InvalidInput, Polyhedron, Product, Reals, Simplex
-from bilevel.sets import least_distance
+from bilevel.qp.least_distance import least_distance
 
 N = 5  # one size: each set compiles once
 TOL = 1e-10
