@@ -65,9 +65,12 @@ def peers(
     as_json: Json = False,
 ) -> None:
     """Compare hypergradients with other libraries': the same problem, data, precision and thread; error and time."""
-    for name, value in (("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"),
-                        ("OMP_NUM_THREADS", "1")):  # fmt: skip
-        os.environ.setdefault(name, value)
+    from bilevel.backend.compilation import set_variable  # other interpreters get the user's own XLA_FLAGS back
+
+    flags, one_thread = os.environ.get("XLA_FLAGS", ""), "xla_cpu_multi_thread_eigen"
+    if one_thread not in flags:
+        set_variable("XLA_FLAGS", f"{flags} --{one_thread}=false".strip())
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of other interpreters, too: one thread for everybody
     from benchmarks.peers import table
 
     found = table.run(repeats, python or ())

@@ -6,6 +6,7 @@ switches them off. XLA reads `XLA_FLAGS` when its first backend starts, after `i
 library is early enough, unless a backend is up already.
 """
 
+import itertools
 import os
 import warnings
 from typing import Any
@@ -49,6 +50,13 @@ def user_environment() -> dict[str, str]:
     return environment
 
 
+def _read(flags: str) -> list[str]:
+    """The words of `XLA_FLAGS` that XLA reads: it stops at the first one without dashes, as in
+    `--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1`.
+    """
+    return list(itertools.takewhile(lambda word: word.startswith("--"), flags.split()))
+
+
 def protect() -> dict[str, str] | None:
     """Switch the faulty fusions off; called by `import bilevel`.
 
@@ -58,15 +66,20 @@ def protect() -> dict[str, str] | None:
     """
     version = jax.__version_info__[:3]
     flags = os.environ.get("XLA_FLAGS", "")
-    if version < KNOWN or FLAG in flags or os.environ.get(SWITCH, "") == "off":
+    own = any(word.startswith(f"--{FLAG}=") for word in _read(flags))
+    if version < KNOWN or own or os.environ.get(SWITCH, "") == "off":
         return None
-    if not _backend_is_up():
-        set_variable("XLA_FLAGS", f"{flags} --{FLAG}=".strip())
+    in_file = flags.strip() != "" and not flags.strip().startswith("-")  # XLA takes such a value for a file's name
+    if not _backend_is_up() and not in_file:
+        set_variable("XLA_FLAGS", f"--{FLAG}= {flags}".strip())  # first, where XLA surely reads it
         return None
     if version >= AFFECTED:
+        cause = "XLA_FLAGS names a file" if in_file else "JAX runs already"
+        before = "Import bilevel before the first computation, or set XLA_FLAGS="
+        cure = f"Add --{FLAG}= to it" if in_file else f"{before}--{FLAG}="
         warnings.warn(
-            f"bilevel: jaxlib {jax.__version__} may compile wrong code for the CPU, and JAX runs already. "
-            f"Import bilevel before the first computation, or set XLA_FLAGS=--{FLAG}= "
+            f"bilevel: jaxlib {jax.__version__} may compile wrong code for the CPU, and {cause}. "
+            f"{cure} "
             f"({SWITCH}=off silences this; `bilevax doctor` tells more).",
             RuntimeWarning,
             stacklevel=3,
@@ -77,7 +90,7 @@ def protect() -> dict[str, str] | None:
 
 def safe() -> bool:
     """Whether the fusions are off in this process, or were never made."""
-    return jax.__version_info__[:3] < AFFECTED or f"--{FLAG}=" in os.environ.get("XLA_FLAGS", "").split()
+    return jax.__version_info__[:3] < AFFECTED or f"--{FLAG}=" in _read(os.environ.get("XLA_FLAGS", ""))
 
 
 COMPILER_OPTIONS = protect()

@@ -5,37 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend.norms import norms
+
 PyTree = Any
-
-
-def unit(z: Array, axis: int | None = None) -> Array:
-    """A power of two near the largest |entry| of z along `axis`, or of all; 1 where that is 0, infinite or NaN.
-
-    Squares of z/unit neither overflow nor underflow where it matters, and a power of two changes no bits of the rest.
-    """
-    info = jnp.finfo(z.dtype)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(z), axis=axis, initial=0))
-    power = lax.reduce_precision(largest, exponent_bits=info.nexp, mantissa_bits=0)
-    safe = (largest > 0) & (largest < jnp.inf)
-    return jnp.where(safe, jnp.minimum(power, float(2 ** (info.maxexp - 2))), 1).astype(z.dtype)
 
 
 def norm(tree: PyTree) -> Array:
     """The 2-norm of all leaves together, shape [], right for entries of any size."""
     flat = ravel_pytree(tree)[0]
-    if not jnp.issubdtype(flat.dtype, jnp.floating):
-        return jnp.linalg.norm(flat)
-    size = unit(flat)
-    return jnp.linalg.norm(flat / size) * size
-
-
-def row_norms(rows: Array) -> Array:
-    """The 2-norm of each row of a matrix [m, n], shape [m], right for entries of any size."""
-    size = unit(rows, 1)
-    return jnp.linalg.norm(rows / size[:, None], axis=1) * size
+    return norms(flat)[0] if jnp.issubdtype(flat.dtype, jnp.floating) else jnp.linalg.norm(flat)
 
 
 def distance(a: PyTree, b: PyTree) -> Array:

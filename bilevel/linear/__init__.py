@@ -1,6 +1,5 @@
 """Linear systems with a known matrix-vector product: CG, MINRES, GMRES, Neumann, dense; and a preconditioner."""
 
-from bilevel.backend.products import gram, norms, products
 from bilevel.linear.default import DENSE_LIMIT, default_solver
 from bilevel.linear.gmres import GMRES
 from bilevel.linear.nystrom import Nystrom, sketch
@@ -32,9 +31,6 @@ __all__ = [
     "Nystrom",
     "default_solver",
     "dense_matrix",
-    "gram",
-    "norms",
-    "products",
     "refine",
     "sketch",
     "verified",

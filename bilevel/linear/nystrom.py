@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.backend.products import gram
+from bilevel.backend.norms import gram
 from bilevel.backend.tree import norm
 from bilevel.linear.solvers import Matvec
 from bilevel.struct import struct

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from bilevel.backend.products import norms
+from bilevel.backend.norms import norms
 from bilevel.backend.tree import norm, poisoned
 from bilevel.struct import static, struct
 
@@ -258,7 +258,7 @@ def refine(matvec: Matvec, inverse: Matvec, b: Array) -> Array:
     def body(c: _Refinement) -> _Refinement:
         trial = c.v + c.step
         r = b - matvec(trial)
-        size = norms(trial, r)[1]
+        (size,) = norms(r)
         better = (size < c.size) | (c.count == 0)
         go_on = (size <= c.size / 2) & (size > 0) & (c.count < 20)
         return _Refinement(

@@ -16,8 +16,9 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.checks import check_like
+from bilevel.backend.norms import norms
 from bilevel.backend.tree import norm
-from bilevel.linear import LinearSolver, default_solver, norms, refine, verified
+from bilevel.linear import LinearSolver, default_solver, refine, verified
 from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerSolution, Solved, Unrolled

@@ -16,8 +16,8 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.norms import norms
 from bilevel.backend.once import in_turn
-from bilevel.backend.tree import norm
 from bilevel.linear import UNSOLVED, LinearSolution, LinearSolver, default_solver
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import LowerSolution
@@ -139,7 +139,7 @@ def _shift(lower_residual: Array, seen: Point, found: Findings) -> tuple[Move, F
 def _compare(seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
     """At (y + d, v + dv): how far everything has moved."""
     at, no = seen.at, jnp.array(False)
-    moved, change = norm(at.cross - found.cross), norm(at.gradient - found.gradient)
+    moved, change = norms(at.cross - found.cross, at.gradient - found.gradient)
     unsolved = found.unsolved | (seen.left > UNSOLVED * found.shifted)
     stay = Move(jnp.zeros_like(seen.y), no, no, jnp.ones_like(moved))
     return stay, found._replace(moved=moved, change=change, unsolved=unsolved), jnp.array(True)

@@ -34,7 +34,7 @@ def directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> 
         1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
         """
         H = jax.vmap(operator(flat))(jnp.eye(n, dtype=dtype))  # symmetric: rows are columns
-        rows = jnp.sum(jnp.abs(H), axis=1)
+        rows = jnp.abs(H) @ jnp.ones_like(like)
 
         zero = jnp.zeros((), dtype)
 

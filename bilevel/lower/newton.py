@@ -9,7 +9,8 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.linear import DENSE_LIMIT, LinearSolver, norms, products
+from bilevel.backend.norms import norms, norms_and_sums
+from bilevel.linear import DENSE_LIMIT, LinearSolver
 from bilevel.lower import adjoint as unconstrained
 from bilevel.lower.directions import directions
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved
@@ -177,10 +178,10 @@ def _step(level: _Level, c: _Search) -> _Search:
     here = here._replace(first_size=jnp.where(first, here.R_size, c.first_size))
     renew = ok | trial.refactor
     here, trusted = _redirect(level, here, renew, trial.refactor)
-    (size, _, length), pairs = products(here.y, here.R, here.d)
+    (size, length), (slope,) = norms_and_sums([here.y, here.d], [here.R * here.d])
     here = here._replace(
         length=length,
-        slope=pairs[1, 2],
+        slope=slope,
         t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
         fresh=jnp.where(renew, trial.refactor, c.fresh),
         safe=~renew & (not level.minimize),
@@ -194,7 +195,7 @@ def _look(level: _Level, c: _Search) -> _Trial:
     eps, first = jnp.finfo(c.y.dtype).eps, c.steps == 0
     y = c.y + c.t * c.d
     g, R = level.evaluate(y)
-    R_size = norms(y, R)[1]
+    (R_size,) = norms(R)
     finite = jnp.isfinite(R_size) & jnp.isfinite(g)
     halved, steady = R_size <= 0.5 * c.R_size, R_size > 0.5 * c.R_size
     if level.minimize:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.backend.tree import norm, unit
+from bilevel.backend.norms import unit
+from bilevel.backend.tree import norm
 
 
 class Face(NamedTuple):

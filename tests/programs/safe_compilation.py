@@ -1,9 +1,9 @@
 """What the environment and the compiled code are like after `import bilevel`: printed as JSON for a test to read.
 
-    python safe_compilation.py [early] [count N] [solve]
+    python safe_compilation.py [early] [count N] [fused] [solve]
 
 early: a computation starts JAX's backend before the import. count N: log_softmax(Z @ 0), compiled N times afresh.
-solve: five steps of AID.
+fused: whether a dot is compiled to one of the faulty fusions. solve: five steps of AID.
 """
 
 import json
@@ -31,6 +31,10 @@ if "count" in sys.argv:
         found = jax.jit(lambda Z: jax.nn.log_softmax(Z @ jnp.zeros((65, 10), Z.dtype)))(Z)
         wrong += not np.allclose(found, -np.log(10), atol=1e-5)
 
+fused = None
+if "fused" in sys.argv:
+    fused = "ynn_fusion" in jax.jit(lambda Z: Z @ Z.T).lower(jnp.ones((3, 100))).compile().as_text()
+
 solved = False
 if "solve" in sys.argv:
     problem = bilevel.BilevelProblem(
@@ -47,6 +51,7 @@ answer = {
     "warned": [str(w.message) for w in caught if issubclass(w.category, RuntimeWarning)],
     "options": compilation.COMPILER_OPTIONS,
     "started_by_import": up,
+    "fused": fused,
     "wrong": wrong,
     "solved": solved,
 }

@@ -39,10 +39,24 @@ def test_the_fusions_are_off_after_the_import():
 
 
 def test_what_the_user_has_set_stays():
-    own = "--xla_cpu_multi_thread_eigen=false"
-    found = run(XLA_FLAGS=own)
-    assert found["flags"] == f"{own} {OFF}"
+    """XLA reads no further than the second word here, so that ours stands before it."""
+    own = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    found = run("fused", XLA_FLAGS=own)
+    assert found["flags"] == f"{OFF} {own}"
     assert found["user"] == own
+    assert not found["fused"]
+
+
+@pytest.mark.skipif(
+    compilation.jax.__version_info__[:3] < compilation.AFFECTED, reason="this jaxlib makes no such fusions"
+)
+def test_flags_in_a_file_are_told_of(tmp_path):
+    file = tmp_path / "flags"
+    file.write_text("--xla_cpu_multi_thread_eigen=false\n")
+    found = run(XLA_FLAGS=str(file))
+    assert "names a file" in found["warned"][0]
+    assert found["flags"] == str(file)
+    assert found["solved"]
 
 
 @pytest.mark.parametrize(

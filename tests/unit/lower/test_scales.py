@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel.backend.tree import norm, row_norms
+from bilevel.backend.norms import norms
+from bilevel.backend.tree import norm
 from bilevel.lower import ActiveSet, Newton, ProjectedNewton
 from bilevel.record import Status
 
@@ -95,14 +96,29 @@ def test_norms_at_any_scale(dtype):
     for scale in SCALES[dtype]:
         one = dtype(scale)
         right = np.linalg.norm(z.astype(np.float64), axis=1) * float(one)
-        np.testing.assert_allclose(row_norms(jnp.asarray(z * one)), right, rtol=1e-6)
+        np.testing.assert_allclose(norms(jnp.asarray(z * one))[0], right, rtol=1e-6)
         np.testing.assert_allclose(norm(jnp.asarray(z[0] * one)), right[0], rtol=1e-6)
     assert norm(jnp.zeros(3)) == 0
     assert norm(jnp.array([jnp.inf, 1.0])) == jnp.inf
     assert jnp.isnan(norm(jnp.array([jnp.nan])))
 
 
-def test_a_power_of_two_changes_no_bits():
-    z = jnp.asarray(np.random.default_rng(1).standard_normal(1000))
-    assert norm(z) == jnp.linalg.norm(z)
-    assert norm(z) * 2.0**400 == norm(z * 2.0**400)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_norm_of_entries_of_all_sizes(dtype):
+    """From the smallest normal number to the largest: those that count, and no unit of another in between."""
+    info = np.finfo(dtype)
+    powers = np.linspace(info.minexp + 1, info.maxexp - 2, 40)
+    sizes = np.array([2.0 ** np.round(power) for power in powers], np.longdouble)
+    for end in range(1, 41):
+        part = sizes[max(0, end - 3) : end]
+        right = float(np.sqrt(np.sum(part**2)))
+        np.testing.assert_allclose(norm(jnp.asarray(part.astype(dtype))), right, rtol=10 * info.eps)
+
+
+def test_a_long_vector_and_its_derivative():
+    """Beyond `ONE_PASS` the norm is taken in two passes: the same, up to the order of the sum."""
+    z = jnp.asarray(np.random.default_rng(1).standard_normal(70_000))
+    np.testing.assert_allclose(norm(z), np.linalg.norm(z), rtol=1e-14)
+    np.testing.assert_allclose(norm(z[:1000]), np.linalg.norm(z[:1000]), rtol=1e-14)
+    np.testing.assert_allclose(jax.grad(norm)(1e200 * z[:9]), z[:9] / np.linalg.norm(z[:9]), rtol=1e-14)
+    assert norm(z[:1000]) * 2.0**400 == norm(z[:1000] * 2.0**400)
