@@ -67,9 +67,7 @@ def main() -> None:
         return
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if options.busy else None
     console, cores = Console(width=120), len(os.sched_getaffinity(0))
-    table = Table(
-        title=f"LAPACK through JAX: one BLAS thread against {cores}, ms{', a busy neighbour' if busy else ''}"
-    )
+    table = Table(title=f"LAPACK, ms: 1 thread | {cores}{', a busy neighbour' if busy else ''}")
     table.add_column("n", justify="right")
     try:
         for n in track(SIZES, description="sizes", console=Console(stderr=True)):
