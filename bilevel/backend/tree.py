@@ -19,6 +19,11 @@ def norm(tree: PyTree) -> Array:
     return norms(flat)[0] if jnp.issubdtype(flat.dtype, jnp.floating) else jnp.linalg.norm(flat)
 
 
+def row_norms(rows: Array) -> Array:
+    """The 2-norm of each row of a matrix [m, n], shape [m], right for entries of any size."""
+    return norms(rows)[0]
+
+
 def distance(a: PyTree, b: PyTree) -> Array:
     """|a - b|_2 over all leaves, shape []."""
     return norm(jax.tree.map(operator.sub, a, b))

@@ -9,7 +9,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.norms import norms
+from bilevel.backend.tree import row_norms
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import MAX_CHANGES, Factor, Model, Rows, factorize
 from bilevel.record import Status
@@ -103,7 +103,7 @@ def guess(limits: Rows, factor: Factor, y: Array, z: Array) -> Array:
     """
     eps = jnp.finfo(y.dtype).eps
     at = limits.C @ y
-    near = 100 * eps * (jnp.abs(limits.C) @ jnp.abs(y) + norms(limits.C)[0])
+    near = 100 * eps * (jnp.abs(limits.C) @ jnp.abs(y) + row_norms(limits.C))
     moved = at - (factor.W @ z) / factor.d
     held_hi = (jnp.abs(at - limits.hi) <= near) & (moved >= limits.hi)
     held_lo = (jnp.abs(at - limits.lo) <= near) & (moved <= limits.lo)

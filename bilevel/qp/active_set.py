@@ -34,9 +34,8 @@ from jax import Array, lax
 from jax.scipy.linalg import solve_triangular
 
 from bilevel.backend.loops import once_if
-from bilevel.backend.norms import norms
 from bilevel.backend.order import after
-from bilevel.backend.tree import norm
+from bilevel.backend.tree import norm, row_norms
 from bilevel.qp.least_distance import nearest
 
 MAX_CHANGES = 200  # passes of the search, after which the dual method takes over
@@ -93,10 +92,10 @@ def factorize(H: Array, C: Array) -> Factor:
 def with_rows(L: Array, trace: Array, C: Array) -> Factor:
     """The factors of H = L L', with its trace, and the rows C [m, n]."""
     W = lax.linalg.triangular_solve(L, C, lower=True, transpose_a=True)
-    length = norms(W)[0]
+    length = row_norms(W)
     d = 1 / jnp.where(length > 0, length, 1)
     W = d[:, None] * W
-    return Factor(L, None, W, W @ W.T, d, d * norms(C)[0], trace)
+    return Factor(L, None, W, W @ W.T, d, d * row_norms(C), trace)
 
 
 def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:

@@ -29,9 +29,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-from bilevel.backend.norms import norms
 from bilevel.backend.order import after
-from bilevel.backend.tree import norm
+from bilevel.backend.tree import norm, row_norms
 
 _SEARCHING, _SOLVED, _EMPTY = range(3)
 _FREE = -1  # no row, in a slot or as p
@@ -150,7 +149,7 @@ def nearest(A: Array, slack: Array, noise: Array | None = None, skip: Array | bo
 
 def _scaled(A: Array, slack: Array, noise: Array | None) -> _Program:
     eps = float(jnp.finfo(A.dtype).eps)
-    length = norms(A)[0]
+    length = row_norms(A)
     length = jnp.where(length > 0, length, 1)
     G, h = A / length[:, None], slack / length
     scale = jnp.max(-h)
