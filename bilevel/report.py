@@ -62,8 +62,8 @@ class Progress:
         self.wanted = sys.stderr.isatty() and find_spec("rich") is not None if wanted is None else wanted
         self.total, self.label, self.begin, self.bar, self.task = total, label, time.monotonic(), None, None
 
-    def update(self, step: int, record: Table) -> None:
-        """Show `step` and what has been measured so far."""
+    def update(self, step: int, record: Table, verdict: str = "") -> None:
+        """Show `step`, what has been measured so far, and what the referee says of the last of it."""
         if not self.wanted or time.monotonic() - self.begin < 2:
             return
         with extra("cli"):
@@ -79,7 +79,8 @@ class Progress:
             self.live = Live(console=Console(stderr=True), transient=True, refresh_per_second=4)
             self.live.start()
         assert self.task is not None
-        self.bar.update(self.task, completed=step)
+        description = f"{self.label}, at step {record.rows[-1]['step']}: {verdict}" if verdict else self.label
+        self.bar.update(self.task, completed=step, description=description)
         self.live.update(Group(self.bar, curves(record)))
 
     def close(self) -> None:

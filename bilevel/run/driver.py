@@ -351,7 +351,8 @@ class Driver:
         target = min(self.arguments.max_steps, (self.at.step // self.every + 1) * self.every)
         while self.at.step < target and not self.over:
             self.call(self.length(target - self.at.step))
-            self.bar.update(self.at.step, self.records[0])
+            rows = self.records[0].rows
+            self.bar.update(self.at.step, self.records[0], Status(rows[-1]["status"]).name if rows else "")
             unfinished = self.at.step < self.arguments.max_steps
             if limit is not None and sharding.agreed(self.clock.solve) >= limit and unfinished:
                 self.ending = Status.TIME_LIMIT

@@ -122,12 +122,12 @@ def test_progress_bar_appears_after_two_seconds_only(capfd, monkeypatch):
     assert bar.bar is None
     bar.begin -= 2000
     bar.update(5, Record([]))  # nothing measured yet: NaN, no error
-    bar.update(6, Record([row(4, Lhat=-2.0, returns=math.nan), row(5, Lhat=3.5, returns=math.nan)]))
+    bar.update(6, Record([row(4, Lhat=-2.0, returns=math.nan), row(5, Lhat=3.5, returns=math.nan)]), "SADDLE")
     assert bar.bar is not None
     bar.close()
     out, err = capfd.readouterr()
     assert out == ""
-    assert "SOBA" in err
+    assert "SOBA, at step 5: SADDLE" in err
     line = next(line for line in err.splitlines() if "Lhat" in line)  # the solver's own columns are curves, too
     assert "3.5" in line
     assert "▁█" in line
