@@ -53,7 +53,7 @@ def test_what_the_user_has_set_stays():
 def test_flags_in_a_file_are_told_of(tmp_path):
     file = tmp_path / "flags"
     file.write_text("--xla_cpu_multi_thread_eigen=false\n")
-    found = run(XLA_FLAGS=str(file))
+    found = run("solve", XLA_FLAGS=str(file))
     assert "names a file" in found["warned"][0]
     assert found["flags"] == str(file)
     assert found["solved"]
