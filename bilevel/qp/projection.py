@@ -35,6 +35,7 @@ from bilevel.qp.active_set import Rows
 
 _SEARCHING, _SOLVED, _EMPTY = range(3)
 _FREE = -1  # no row is coming in
+DEPENDENT = 30  # times a row's rounding error: what a row that depends on active ones may be violated by
 SOFT = 1e-8  # of an elastic projection: how much a row of length one gives way for each unit of its multiplier
 
 
@@ -193,6 +194,8 @@ def _step(program: _Program, c: _Search) -> _Search:
     full = jnp.where(independent, excess[p] / jnp.where(independent, column[p], 1), jnp.inf)
     joins = full <= ratios[leaving]
     t = jnp.maximum(jnp.minimum(full, ratios[leaving]), 0)
+    # sweeps lose digits: rows that depend on active ones are not contradicted by a little more than rounding
+    solved = solved | (fresh & ~jnp.isfinite(t) & (excess[p] <= DEPENDENT * program.noise[p]))
     empty = ~solved & ~jnp.isfinite(t)
     t = jnp.where(solved | empty, 0, t) * side
 
