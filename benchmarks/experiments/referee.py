@@ -116,7 +116,8 @@ def clarabel(numbers: Numbers, x: np.ndarray) -> float:
     y, d = cp.Variable(N), numbers["dy"] + x @ numbers["D"]
     limits = [numbers["A"] @ y <= numbers["b"] - numbers["B"] @ x, y >= 0, y <= TOP]
     program = cp.Problem(cp.Minimize(d @ y + cp.quad_form(y, cp.psd_wrap(numbers["H"])) / 2), limits)
-    return float(program.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11))
+    program.solve(solver=cp.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
+    return float(np.asarray(program.value))
 
 
 Pairs = Iterator[tuple[float, float]]

@@ -63,7 +63,8 @@ def norms_and_sums(vectors: Sequence[Array], terms: Sequence[Array]) -> tuple[tu
     limits = _limits(wide)
     squares = [part**2 for size in sizes for part in _parts(size, limits)]
     found = _sums([*squares, *(term.astype(wide) for term in terms)])
-    joined = (_join(*found[k : k + 3], limits) for k in range(0, len(squares), 3))
+    triples = zip(found[0 : len(squares) : 3], found[1 : len(squares) : 3], found[2 : len(squares) : 3], strict=True)
+    joined = (_join(*triple, limits) for triple in triples)
     return tuple(size.astype(dtype) for size in joined), tuple(part.astype(dtype) for part in found[len(squares) :])
 
 

@@ -25,6 +25,7 @@ from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Measurement, Status
 from bilevel.sampled import covering, nets, refine
 from bilevel.sampled.blocks import Blocks, pick
+from bilevel.sampled.feasible import restore_all
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -174,12 +175,12 @@ def _exact_gap(view: Blocks, x: PyTree, y: PyTree, found: exact.Found, tol: Any)
 
 
 def _cover(view: Blocks, x: PyTree, num_points: int, dtype: Any) -> Array:
-    """Points of Y and of its boundary, shape [num_points, n, m]; those of a coupled set where `restore` takes them."""
+    """Points of Y and of its boundary, shape [num_points, n, m]; those of a coupled set moved into it."""
     uniform = nets.kronecker(num_points, view.m, dtype)
     points = covering.cover_blocks(view, jax.random.key(20), num_points, uniform[:, None])
     if view.problem.coupling is None:
         return points
-    return jax.vmap(lambda y: refine.restore(view, x, y))(points)
+    return restore_all(view, x, points).y
 
 
 def _worth(view: Blocks, x: PyTree, y: Array) -> Worth:

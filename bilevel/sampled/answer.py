@@ -9,11 +9,11 @@ from jax import Array
 from bilevel.backend.tree import take
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks
-from bilevel.sampled.feasible import restore
+from bilevel.sampled.feasible import FEASIBLE, restore_all
 from bilevel.sampled.refine import polish
 
 PyTree = Any
-CHECK, BLOCKS, FEASIBLE = 512, 4, 1e-7  # points of Y where a lower g is looked for; how many of them are polished
+CHECK, BLOCKS = 512, 4  # points of Y where a lower g is looked for; how many of them are polished
 
 
 class Answer(NamedTuple):
@@ -56,7 +56,7 @@ def _look(view: Blocks, x: PyTree, ys: Array, allowed: float, chunk: int) -> tup
 
 def _lowest(view: Blocks, x: PyTree, y: Array, others: Array, chunk: int) -> Array:
     """y and the points of least g of each of BLOCKS interleaved parts of `others` and y, all moved into Y(x)."""
-    points = jax.vmap(lambda y: restore(view, x, y))(jnp.concatenate([others, y[None]]))
+    points = restore_all(view, x, jnp.concatenate([others, y[None]])).y
     g = _look(view, x, points, 1e-3, chunk)[1]
     share = len(g) // BLOCKS * BLOCKS
     best = jnp.argmin(g[:share].reshape(-1, BLOCKS, view.n), axis=0) * BLOCKS + jnp.arange(BLOCKS)[:, None]

@@ -6,6 +6,9 @@ half-space at its point nearest to y, and y moves to the nearest point of both, 
 such step comes nearer to all points of Y(x) at once, and the steps end quadratically; for others they may end at a
 local minimum of the violation, and `restore_all` starts again from between there and points that are in Y(x).
 
+For a step of a solver rows that are not affine are met nearly (`near_all`), and their points move by the multipliers
+of the active ones (`refine.multipliers`). Affine rows are met exactly, and hold:
+
 As x moves, a point y that rows hold, c_a(x, y) = 0, goes the shortest way that keeps them: c_y dy + c_x dx = 0. So a
 function of y with the gradient G changes at the rate lam' c_x, where lam solves min |G + c_y' lam| over the rows that
 hold y (`Motion`). Which do: those onto which it was moved, and those that it is on and would be pushed against by
@@ -25,11 +28,13 @@ from bilevel import constraints
 from bilevel.constraints import Region, Rows
 from bilevel.problem import LinearCoupling
 from bilevel.sampled.blocks import Blocks
+from bilevel.sampled.dual import dual
 from bilevel.sets import Set
 
 PyTree = Any
-STEPS = 30  # of Newton's, at most
+STEPS, FEW = 30, 4  # of Newton's, at most: to be in Y(x), and to be near it
 RESTARTS = 3
+FEASIBLE = 1e-7  # the violation of a point that is said to be in Y(x), where rows are met nearly
 NEAR = 1e-9  # how near to a row of length one, times 1 + |y|, a point is on it; in float32 at least 100 eps
 
 
@@ -113,6 +118,26 @@ def restore_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -
     some = ~jnp.all(points.failed)
     filled = _where(points.failed & some, _nearest_good(ys, points), points)
     return filled._replace(failed=points.failed & ~some)
+
+
+def near_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> Feasible:
+    """`restore_all` for a step of a solver whose objectives have the squared violation: rows that are not affine are
+    met as well as `FEW` projections on them, linearised, and on Y in turn do it. Points that are beyond them by more
+    than `FEASIBLE` have `failed`; none is `held`.
+
+    Newton's steps to rounding would take a hundred times as long where Y(x) is about to be empty: there rows have no
+    gradients that count, and each step only halves the violation.
+    """
+    if view.problem.coupling is None or is_affine(view):
+        return restore_all(view, x, ys, held)
+
+    def step(_: Array, y: Array) -> Array:
+        c, J, equality = view.coupling_rows(x, y)
+        return view.project(y - (dual(J @ J.T, c, equality) @ J)[None])
+
+    points = jax.vmap(lambda y: lax.fori_loop(0, FEW, step, view.project(y)))(ys)
+    failed = jax.vmap(lambda y: view.violation(x, y))(points) > FEASIBLE
+    return Feasible(points, failed, jnp.zeros((len(ys), view.n, 0), ys.dtype))
 
 
 def _where(chosen: Array, there: Feasible, here: Feasible) -> Feasible:

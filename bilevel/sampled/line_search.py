@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, take
-from bilevel.sampled.feasible import Feasible, is_affine, joint_step, most_steps, moved, restore_all
+from bilevel.sampled.feasible import Feasible, joint_step, most_steps, moved, near_all, restore_all
 from bilevel.sampled.penalised import Direction, Penalised
 from bilevel.sampled.refine import improve
 
@@ -71,14 +71,21 @@ def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Arr
     """The samples at x, and x in X. last: the last sample there, where it is a variable.
 
     Of a coupled set all samples move on the rows that hold them, and the last `slots` are moved into Y(x) exactly, or
-    x is where Y(x) would be empty. Those that come to be outside on affine rows are left out.
+    x is where Y(x) would be empty. Those that come to be outside on affine rows are left out; rows that are not affine
+    are met nearly, and x takes one step of `joint_step` where no sample meets them.
     """
-    view = P.view
+    view, everyone = P.view, jnp.ones((len(here.points), 1), bool)
     x = view.problem.x_set.project(x)
-    if direction.motion is None:
-        points = here.points.at[-1].set(view.project(last)) if P.form.joint else here.points
-        return Arrival(x, points, jnp.ones((len(points), 1), bool), jnp.array(False))
     start = here.points.at[-1].set(last) if P.form.joint else here.points
+    if view.problem.coupling is None:
+        points = start.at[-1].set(view.project(last)) if P.form.joint else start
+        return Arrival(x, points, everyone, jnp.array(False))
+    if direction.motion is None:
+        points, failed, _ = near_all(view, x, start)
+        inside = joint_step(view, x, points[-1])
+        x = jax.tree.map(partial(jnp.where, jnp.all(failed)), inside, x)
+        points, failed, _ = near_all(view, x, points)
+        return Arrival(x, points, everyone, jnp.all(failed))
     own = direction.motion.held[-slots:]
     own = own.at[-1].set(0) if P.form.joint else own
 
@@ -93,11 +100,7 @@ def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Arr
         _Settling(x, begin, jnp.zeros((), int)),
     )
     others, motion = start[:-slots], jax.tree.map(lambda leaf: leaf[:-slots], direction.motion)
-    if is_affine(view):
-        others, fits = jax.vmap(lambda y, motion: moved(view, end.x, y, motion))(others, motion)
-    else:
-        others, failed, _ = restore_all(view, end.x, others, motion.held)
-        fits = ~failed
+    others, fits = jax.vmap(lambda y, motion: moved(view, end.x, y, motion))(others, motion)
     points, outside = jnp.concatenate([others, end.slots.y]), jnp.all(end.slots.failed)
     fits = jnp.concatenate([fits, ~end.slots.failed]) | (outside & here.outside)
     return Arrival(end.x, points, fits[:, None], outside)

@@ -5,12 +5,13 @@ With f_i = f(x, y_i), g_i = g(x, y_i) and the smooth minimum M of `smoothing`, a
     lifted:  P(x) = M_{rho t}[f_i + rho g_i](x) - rho M_t[g_i](x)
     joint:   P(x, y) = f(x, y) + rho (g(x, y) - M_t[g_i](x)),       y the last of the samples.
 
-Samples of a coupled set Y(x) are moved into it (`feasible.restore`); both objectives have the squared violation that is
-left where Y(x) is empty (`blocks.uncoupled`). Weights on samples never trade a violation at one against slack at
+Samples of a coupled set Y(x) are moved into it (`feasible.near_all`); both objectives have the squared violation that
+is left (`blocks.uncoupled`). Weights on samples never trade a violation at one against slack at
 another.
 """
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +19,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from bilevel.sampled.blocks import Blocks
-from bilevel.sampled.feasible import Motion, motion, pressed
+from bilevel.sampled.feasible import Motion, is_affine, motion, pressed
+from bilevel.sampled.refine import multipliers
 from bilevel.sampled.smoothing import SmoothMin, smooth_min
 
 PyTree = Any
@@ -73,7 +75,7 @@ class Direction(NamedTuple):
     """In the last sample, shape [n, m]: 0 for the lifted form."""
 
     motion: Motion | None
-    """How the samples of a coupled set move with x, stacked; None without a coupling."""
+    """How the samples of a coupled set with affine rows move with x, stacked; else None."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +107,10 @@ class Penalised:
         """The gradient of P at the samples `points` [N, n, m] that the rows `held` [N, n, rows] hold, in x, and in y
         where it is joint (Danskin). The last `slots` of them were not moved onto their rows at this x: see `pressed`.
         """
-        a, b, rho = weights.upper, weights.lower, self.rho
-        if self.view.problem.coupling is None:
-            by_x, by_y = self.view.gradients(x, points, a, rho * (a - b), self.chunk)
-        else:
+        if self.view.problem.coupling is not None:
             return self._coupled_gradient(x, points, held, weights, slots)
+        a, b, rho = weights.upper, weights.lower, self.rho
+        by_x, by_y = self.view.gradients(x, points, a, rho * (a - b), self.chunk)
         return Direction(by_x, self._last(by_y), None)
 
     def _last(self, by_y: Array) -> Array:
@@ -121,11 +122,15 @@ class Penalised:
         view, rho, a, b = self.view, self.rho, weights.upper, weights.lower
         by_x, by_y = view.gradients(x, points, a, rho * a, self.chunk)
         minus, low = view.gradients(x, points, jnp.zeros_like(b), rho * b, self.chunk)
-        both = jnp.concatenate([by_y, low], axis=1)[-slots:]
-        now = jax.vmap(lambda y, held, G: pressed(view, x, y, held, G))(points[-slots:], held[-slots:], both)
-        motions = jax.vmap(lambda y, held: motion(view, x, y, held))(points, held.at[-slots:].set(now))
-        lam = jax.vmap(lambda motion, G: motion.multipliers(G[0]))(motions, by_y - low)
-        num = len(view.coupling_rows(x, points[0]).values)
-        pull = view.coupling_pull(x, points, lam[:, :num])[0]
+        both = jnp.concatenate([by_y, low], axis=1)
+        if is_affine(view):
+            now = jax.vmap(partial(pressed, view, x))(points[-slots:], held[-slots:], both[-slots:])
+            motions = jax.vmap(partial(motion, view, x))(points, held.at[-slots:].set(now))
+            num = len(view.coupling_rows(x, points[0]).values)
+            lam = jax.vmap(lambda motion, G: motion.multipliers(G[0]))(motions, by_y - low)[:, :num]
+        else:
+            motions, lam = None, jax.vmap(partial(multipliers, view, x))(points, both)
+            lam = lam[:, 0] - lam[:, 1]
+        pull = view.coupling_pull(x, points, lam)[0]
         slope = jax.tree.map(lambda up, low, row: up - low + row, by_x, minus, pull)
         return Direction(slope, self._last(by_y), motions)

@@ -9,80 +9,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from bilevel import oracles
 from bilevel.problem import LinearCoupling
 from bilevel.sampled.blocks import Blocks, Model, Objective, pick
-from bilevel.sampled.feasible import restore
+from bilevel.sampled.dual import MAX_CG, Conjugate, dual, safe
+from bilevel.sampled.feasible import near_all, restore
 
 PyTree = Any
 FEASIBLE = 1e-10
-MAX_CG = 10  # conjugate-gradient steps of a Newton direction; exact for up to so many unknowns
 LENGTHS, SIZES = (1.0, 0.2), (4.0, 1.0, 0.25)  # trials along a Newton direction, and of the gradient's last length
-
-
-class Conjugate(NamedTuple):
-    """Conjugate gradients for A z = b after some of their steps."""
-
-    solution: Array
-    """z so far."""
-
-    residual: Array
-    """b - A z."""
-
-    direction: Array
-    """The next one; 0 once they have ended."""
-
-
-def _safe(number: Array) -> Array:
-    """`number` where it is positive and may divide, else 1."""
-    return jnp.where(number > 0, number, 1)
-
-
-def dual(K: Array, c: Array, equality: np.ndarray, sweeps: int = 4) -> Array:
-    """The multipliers lam [R] of min |d|^2/2 s.t. c + J d <= 0, = 0 where `equality`, with K = J J': d = -J' lam.
-
-    Gauss-Seidel on the dual (Hildreth) finds the rows with lam > 0, conjugate gradients solve their K lam = c. Exact
-    for one row, for rows at right angles, and where the sweeps have found the rows. Rows without a gradient get 0.
-    """
-    some = jnp.diagonal(K) > 0
-    lam = _hildreth(K, c, equality, sweeps if len(c) > 1 else 1)
-    if len(c) == 1:
-        return lam
-    lam = _solve_rows(K, c, some & (equality | (lam > 0)), lam)
-    return jnp.where(equality, lam, jnp.maximum(lam, 0))
-
-
-def _hildreth(K: Array, c: Array, equality: np.ndarray, sweeps: int) -> Array:
-    """`dual` by sweeps over the rows, each of which makes one row right for the multipliers of the others."""
-    size, num, free = jnp.diagonal(K), len(c), jnp.asarray(equality)
-    some = size > 0
-
-    def update(t: Array, lam: Array) -> Array:
-        k = t % num
-        new = lam[k] + (c[k] - K[k] @ lam) / jnp.where(some[k], size[k], 1)
-        new = jnp.where(free[k], new, jnp.maximum(new, 0))
-        return lam.at[k].set(jnp.where(some[k], new, lam[k]))
-
-    return lax.fori_loop(0, sweeps * num, update, jnp.zeros_like(c))
-
-
-def _solve_rows(K: Array, c: Array, on: Array, lam: Array) -> Array:
-    """K lam = c on the rows `on`, by conjugate gradients from lam, whose other entries stay."""
-
-    def step(at: Conjugate, _: None) -> tuple[Conjugate, None]:
-        p, r = at.direction, at.residual
-        Kp = jnp.where(on, K @ p, 0)
-        bend, rr = p @ Kp, r @ r
-        goes = bend > 1e-14 * jnp.max(jnp.diagonal(K)) * (p @ p)
-        length = jnp.where(goes, rr / jnp.where(goes, bend, 1), 0)
-        lam, r = at.solution + length * p, r - length * Kp
-        return Conjugate(lam, r, jnp.where(goes, r + r @ r / _safe(rr) * p, 0)), None
-
-    r = jnp.where(on, c - K @ lam, 0)
-    return lax.scan(step, Conjugate(lam, r, r), length=min(len(c), MAX_CG))[0].solution
 
 
 def multipliers(view: Blocks, x: PyTree, y: Array, gradients: Array) -> Array:
@@ -110,7 +47,7 @@ class Tangent(NamedTuple):
 def tangent(view: Blocks, x: PyTree, y: Array, G: Array) -> Tangent:
     """The tangent space of the faces and rows that a step from y [n, m] along -G would meet, G [n, m] a gradient."""
     steep = jnp.linalg.norm(G, axis=1, keepdims=True)
-    h = 1e-6 * (1 + jnp.linalg.norm(y, axis=1, keepdims=True)) / _safe(steep)
+    h = 1e-6 * (1 + jnp.linalg.norm(y, axis=1, keepdims=True)) / safe(steep)
     probe = y - h * G
     free = jnp.abs(view.project(probe) - probe) <= h * (0.1 * jnp.abs(G) + 1e-3 * steep)
     if view.problem.coupling is None:
@@ -165,10 +102,10 @@ def _descend(objective: Objective, at: Descent) -> Descent:
     G = model.gradient
     d = _newton(model, tangent(view, x, y, G), view.m)
     steep = jnp.linalg.norm(G, axis=1)
-    size = jnp.where(at.size > 0, at.size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / _safe(steep))
+    size = jnp.where(at.size > 0, at.size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / safe(steep))
     lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
     moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
-    trials = jax.vmap(lambda y: restore(view, x, y))(y[None] + jnp.concatenate(moves))
+    trials = near_all(view, x, y[None] + jnp.concatenate(moves)).y
     k = jnp.argmin(_judge(objective, model, trials), axis=0)
     factors = jnp.asarray((1.0,) * len(LENGTHS) + SIZES + (1 / 16,), y.dtype)
     return Descent(pick(trials, k), size * factors[k])
@@ -185,9 +122,9 @@ def _newton(model: Model, along: Tangent, m: int) -> Array:
         Hp = along.part(model.product(p) + along.bend(p))
         curvature, rr = rows(p, Hp), rows(r, r)
         goes = (curvature > 0) & (rr > 1e-24 * first)
-        length = jnp.where(goes, rr / _safe(curvature), 0)
+        length = jnp.where(goes, rr / safe(curvature), 0)
         d, r = at.solution + length * p, r - length * Hp
-        return Conjugate(d, r, jnp.where(goes, r + rows(r, r) / _safe(rr) * p, 0)), None
+        return Conjugate(d, r, jnp.where(goes, r + rows(r, r) / safe(rr) * p, 0)), None
 
     begin = Conjugate(jnp.zeros_like(start), start, start)
     return lax.scan(step, begin, length=min(m, MAX_CG))[0].solution

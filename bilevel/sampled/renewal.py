@@ -15,7 +15,7 @@ from jax import Array
 from bilevel.backend.tree import join
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks, near
-from bilevel.sampled.feasible import restore_all
+from bilevel.sampled.feasible import near_all
 from bilevel.sampled.nets import shifted
 
 PyTree = Any
@@ -89,7 +89,7 @@ def renew(
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
     sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
     parts = [points, near(view, u, slots.points, points), trial, slots.points]
-    points, failed, held = restore_all(view, x, jnp.concatenate(parts))
+    points, failed, held = near_all(view, x, jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
     all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk), held))
     new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))

@@ -115,7 +115,7 @@ def penalised(form, smoothing):
         P = Penalised(view, Form(form == "joint", smoothing == "entropic", frozen=False), rho, rho * t, chunk=8)
         ys = (samples.at[-1].set(y) if form == "joint" else samples)[:, None]
         found = P.at(*view.values(x, ys, 8))
-        direction = P.gradient(x, ys, found)
+        direction = P.gradient(x, ys, ys[..., :0], found, 0)
         return found.value, direction.x, direction.last[0]
 
     return look

@@ -16,7 +16,8 @@ from bilevel.record import OracleCount, Referee
 from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
-from bilevel.sampled.feasible import into_domain
+from bilevel.sampled.dual import MAX_CG
+from bilevel.sampled.feasible import into_domain, is_affine, restore
 from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
@@ -121,7 +122,8 @@ class SampledPenalty(Solver):
     new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
     Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
     of a coupled Y(x) are in it at each x that is looked at, and P's gradient has their motion (`sampled.feasible`);
-    where Y(x) is empty, x is moved to where it is not. Frozen samples have no coupling.
+    where affine rows leave Y(x) empty, x is moved to where it is not. Rows that are not affine are met nearly, and f
+    and g have the squared violation that is left; y is in Y(x). Frozen samples have no coupling.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
@@ -242,7 +244,8 @@ class SampledPenalty(Solver):
         view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
         x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
-        x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x) if problem.coupling is not None else x
+        if problem.coupling is not None and is_affine(view):
+            x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x)
         samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
@@ -358,10 +361,11 @@ class SampledPenalty(Solver):
         return here._replace(x=x, points=points, f=f, g=g, outside=outside), rule
 
     def _settle(self, P: Penalised, here: Place) -> tuple[Array, Array]:
-        """(y [n, m]: the variable, or the best sample of f + rho g; its g less the least sample's)."""
+        """(y [n, m]: the variable, or the best sample of f + rho g, in Y(x); its g less the least sample's)."""
         best = jnp.argmin(here.f + P.rho * here.g, axis=0)
         y, g = (part[-1] if P.form.joint else pick(part, best) for part in (here.points, here.g))
-        return y, jnp.sum(g - jnp.min(here.g, axis=0))
+        gap = jnp.sum(g - jnp.min(here.g, axis=0))
+        return (y if P.view.problem.coupling is None or is_affine(P.view) else restore(P.view, here.x, y)), gap
 
     @property
     def _form(self) -> Form:
@@ -378,7 +382,7 @@ class SampledPenalty(Solver):
         tracked = trials * line_search.TRACK * (1 + (self.form == "lifted")) * self.refresh
         values = count * (1 + trials) + slots + tracked * (len(refine.LENGTHS) + len(refine.SIZES) + 1)
         gradients = count * (1 + (problem.coupling is not None)) + slots + tracked
-        values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, refine.MAX_CG)))
+        values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
         return OracleCount(values, gradients, values, gradients, hvps)
 
     def referee(self, problem: BilevelProblem) -> Referee | None:
