@@ -9,6 +9,7 @@ Lower levels over {y in [0, 6]^3 : A y + B x <= b}, three rows, x in R^2. The ch
 - slopes: the rate of descent with max over d of -F'(x; d), at points inside of X = {x >= 0, x_1 + x_2 <= 1} and on its
   edges; below a strongly convex quadratic g, by the branches of `diagnostics.steepest_descent`.
 - vertices: the same below a linear g, by quotients of F at 180 directions, from HiGHS.
+- curved: the same on a disc that moves and grows with x, where F is known.
 - optima: the rate at the global optimum of integer linear problems over both levels, which an enumeration of the lower
   level's dual bases finds, HiGHS each; it should be 0. Some are where Y(x) is about to become empty.
 
@@ -210,6 +211,32 @@ def optimum(numbers: Numbers) -> tuple[float, np.ndarray, np.ndarray]:
     return best
 
 
+def move_disc(x, y):
+    """|y - M x| <= 1 + x_1/4."""
+    middle = jnp.stack([x[0] - 0.3 * x[1], 0.5 * x[1]])
+    return jnp.stack([jnp.sum((y - middle) ** 2) - (1 + x[0] / 4) ** 2])
+
+
+def check_curved(num: int) -> Pairs:
+    """Pairs (rate, |Proj(-grad F)|) below a linear g on a disc that moves and grows with x, where y(x) is known."""
+    M, e = np.array([[1.0, -0.3], [0.0, 0.5]]), np.ones(2) / 2**0.5
+    for seed in range(num):
+        rng = np.random.default_rng(seed)
+        (c, d_f, d_g), x, on_edge = rng.normal(size=(3, 2)), rng.uniform(0, 1, 2), seed % 2 == 1
+        x = x / x.sum() if on_edge else 0.4 * x
+        data = {"cx": c, "cy": d_f, "dy": d_g, "Q": np.zeros((2, 2)), "q": np.zeros(()), "middle": np.zeros(2)}
+        source = bilevel.Full({name: jnp.asarray(part) for name, part in data.items()})
+        problem = bilevel.BilevelProblem(
+            upper, bilevel.Minimize(linear), TRIANGLE, bilevel.Box(-4.0, 4.0), bilevel.SmoothCoupling(move_disc),
+            source, source, start_plane,
+        )  # fmt: skip
+        unit = d_g / np.linalg.norm(d_g)
+        down = -c - M.T @ d_f + np.array([d_f @ unit / 4, 0.0])
+        down = down - (down @ e) * e if on_edge and down @ e > 0 else down
+        found = measure(problem, jnp.asarray(x), jnp.asarray(M @ x - (1 + x[0] / 4) * unit))
+        yield float(found.hypergradient + found.lower_residual + found.lower_distance), float(np.linalg.norm(down))
+
+
 def check_optima(num: int) -> Pairs:
     """Pairs (rate, or how much F or the lower residual are off, 0)."""
     for seed in range(num):
@@ -226,6 +253,7 @@ CHECKS: dict[str, tuple[Callable[[int], Pairs], float]] = {  # the largest error
     "nonconvex": (check_nonconvex, 1e-4),
     "slopes": (check_slopes, 1e-3),
     "vertices": (check_vertices, 1e-3),
+    "curved": (check_curved, 1e-3),
     "optima": (check_optima, 1e-4),
 }
 

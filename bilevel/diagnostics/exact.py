@@ -1,4 +1,4 @@
-"""Minima over a lower level's polyhedron, to rounding: v(x) with a duality gap, and the best f on the solutions of g.
+"""Minima over the follower's set, to rounding: v(x) with a duality gap, and the best f on the solutions of g.
 
 Below linear rows, Y(x) = {y : lo <= C y <= hi}, two minima are taken one after the other, by the same steps:
 
@@ -15,7 +15,8 @@ Below linear rows, Y(x) = {y : lo <= C y <= hi}, two minima are taken one after 
    is in S(x), and nothing depends on rho.
 
 A step is that of Newton's method with the absolute values of the Hessian's eigenvalues, none below a small number
-(`qp.step`): on a function without curvature it goes all the way, and what is convex takes a handful.
+(`qp.step`): on a function without curvature it goes all the way, and what is convex takes a handful. Rows h(x, y) <= 0
+are linearised at each y, and their curvature counts in H: sequential quadratic programming.
 """
 
 from functools import partial
@@ -42,9 +43,9 @@ MOST = 40  # steps of a minimisation
 
 
 def suits(problem: BilevelProblem, x: PyTree, y: PyTree) -> bool:
-    """Whether `minima` is for this problem: Y(x) is a small polyhedron, coupled to x or below a quadratic g."""
+    """Whether `minima` is for this problem: Y is a small polyhedron, coupled to x or below a quadratic g."""
     small = ravel_pytree(y)[0].size <= LARGEST and not problem.separable
-    if not small or not isinstance(problem.lower, Minimize) or not is_affine(Blocks.of(problem, y)):
+    if not small or not isinstance(problem.lower, Minimize) or not all(s.polyhedral for s in problem.y_set.simple()):
         return False
     return problem.coupling is not None or oracles.constant_hessian(problem, x, y, problem.lower_data.full())
 
@@ -61,9 +62,11 @@ class Minima(NamedTuple):
     f: Array
     """f there, []."""
     over: Array
-    """g(x, u) - g(x, y*) - g_y(x, y*)'(u - y*), [], of which the last is 0 but for rounding: rho would magnify it."""
+    """The Lagrangian of g at u less that at y*, []: g(x, u) - g(x, y*) but for rounding, which rho would magnify."""
+    lam: Array
+    """[m], the multipliers of the first one."""
     mu: Array
-    """[m], the multipliers of the second one."""
+    """[m], those of the second one."""
     error: Array
     """[], how far below g the least value may be: a duality gap, for a convex g; infinite where g_yy was seen with a
     negative eigenvalue.
@@ -77,7 +80,7 @@ class Minima(NamedTuple):
 
 
 class _Local(NamedTuple):
-    """An objective at a point."""
+    """A Lagrangian at a point."""
 
     value: Array
     r: Array
@@ -86,6 +89,8 @@ class _Local(NamedTuple):
     """[n, n], its Hessian."""
     size: Array
     """[], of the terms whose rounding is in the value."""
+    outside: Array
+    """[], the largest violation of a row, where rows are not affine; else 0."""
 
 
 class _Walk(NamedTuple):
@@ -131,15 +136,16 @@ class Allowed(NamedTuple):
 
 def minima(view: Blocks, x: PyTree, start: Array, rho: Array, allowed: Allowed, both: bool = True) -> Minima:
     """Both minima at x from a start [n], which need not be in Y(x); the first alone where not `both`. Pure."""
-    limits = affine_rows(view, x, start[None])
-    nothing, zero = jnp.zeros_like(limits.lo), jnp.zeros((), start.dtype)
+    nothing, zero = jnp.zeros_like(_rows(view, x, start).lo), jnp.zeros((), start.dtype)
 
     def stage(at: _Stage, second: Array) -> tuple[_Stage, tuple[_Walk, Array]]:
         at = at._replace(second=second)
-        local = partial(_local, view, x, limits.C, rho, at)
-        end = lax.while_loop(_goes_on, partial(_advance, local, limits, at, allowed), _first(at))
+        local = partial(_local, view, x, rho, at)
+        end = lax.while_loop(_goes_on, partial(_advance, local, partial(_rows, view, x), at, allowed), _first(at))
+        end = end._replace(empty=end.empty | (end.at.outside > allowed.slack + allowed.more))
         g = oracles.lower_value(view.problem, x, view.unpack(end.y[None]), view.lower)
-        return _Stage(end.y, second, end.multipliers, _strong(limits, end), g, end.slack), (end, g)
+        held = _strong(_rows(view, x, end.y), end)
+        return _Stage(end.y, second, end.multipliers, held, g, end.slack), (end, g)
 
     begin = _Stage(start, jnp.array(False), nothing, nothing, zero, zero + allowed.slack)
     _, (walks, g) = lax.scan(stage, begin, jnp.arange(2 if both else 1) > 0)
@@ -149,13 +155,38 @@ def minima(view: Blocks, x: PyTree, start: Array, rho: Array, allowed: Allowed, 
         g=jnp.where(low.empty, jnp.nan, g[0]),
         u=up.y,
         f=oracles.upper_value(view.problem, x, view.unpack(up.y[None]), view.upper),
-        over=jnp.maximum(g[-1] - g[0] - low.at.r @ (up.y - low.y), 0),
+        over=jnp.maximum(g[-1] - g[0] + low.multipliers @ (_at(view, x, up.y) - _at(view, x, low.y)), 0),
+        lam=low.multipliers,
         mu=up.multipliers,
-        error=_duality_gap(view, limits, low),
+        error=_duality_gap(view, _rows(view, x, low.y), low) if is_affine(view) else jnp.full_like(zero, jnp.inf),
         empty=low.empty,
         weights=jnp.where(low.empty, low.multipliers, 0),
         slack=low.slack,
     )
+
+
+def _rows(view: Blocks, x: PyTree, y: Array) -> Rows:
+    """The rows of Y(x); those of a coupling that is not affine are linearised at y [n], and come first."""
+    if is_affine(view):
+        return affine_rows(view, x, y[None])
+    c, J, equality = view.coupling_rows(x, y[None])
+    hi = J @ y - c
+    blocks = [(J, jnp.where(equality, hi, -jnp.inf), hi), *view.problem.y_set.rows(view.unpack(y[None]))]
+    C, lo, hi = (jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
+    return Rows(C, lo, hi, jnp.zeros((len(lo), ravel_pytree(x)[0].size), y.dtype))
+
+
+def _at(view: Blocks, x: PyTree, y: Array) -> Array:
+    """What the rows are at y, [m]."""
+    limits = _rows(view, x, y)
+    if is_affine(view):
+        return limits.C @ y
+    return limits.C @ y - jnp.where(jnp.arange(len(limits.lo)) < _num_smooth(view, x, y), limits.hi, 0)
+
+
+def _num_smooth(view: Blocks, x: PyTree, y: Array) -> int:
+    """How many rows are linearised."""
+    return len(jax.eval_shape(lambda: view.coupling_rows(x, y[None]).values))
 
 
 def _held(limits: Rows, at: _Stage, slack: Array) -> Rows:
@@ -174,24 +205,39 @@ def _strong(limits: Rows, end: _Walk) -> Array:
     return jnp.where(size > eps**0.6 * jnp.max(size, initial=0) + noise, jnp.sign(end.multipliers), 0)
 
 
-def _local(view: Blocks, x: PyTree, C: Array, rho: Array, at: _Stage, y: Array) -> _Local:
-    """The function g(x, .), or f + rho (g + lam'C y) less its value at y*, around y."""
+def _local(view: Blocks, x: PyTree, rho: Array, at: _Stage, y: Array, multipliers: Array) -> _Local:
+    """The function g(x, .), or f + rho (g + lam'c) less its value at y*, c the rows, around y: H with the curvature of
+    the rows, by their multipliers.
+    """
 
     def around(objective: Objective) -> _Local:
         model = objective.model(y[None])
         H = jax.vmap(lambda v: model.product(v[None])[0])(jnp.eye(y.size, dtype=y.dtype))
-        return _Local(model.terms[0], model.gradient[0], (H + H.T) / 2, jnp.abs(model.terms[0]))
+        return _Local(model.terms[0], model.gradient[0], (H + H.T) / 2, jnp.abs(model.terms[0]), 0 * y[0])
 
     low, up = around(Objective(view, x)), around(Objective(view, x, 1.0, rho))
-    up = _Local(up.value - rho * at.g, up.r + rho * (at.lam @ C), up.H, up.size + rho * jnp.abs(at.g))
-    return jax.tree.map(partial(jnp.where, at.second), up, low)
+    limits = _rows(view, x, y)
+    up = up._replace(
+        value=up.value - rho * at.g, r=up.r + rho * (at.lam @ limits.C), size=up.size + rho * jnp.abs(at.g)
+    )
+    found = jax.tree.map(partial(jnp.where, at.second), up, low)
+    if is_affine(view):
+        return found
+    c = view.coupling_rows(x, y[None])
+    before = jnp.where(at.second, rho * at.lam[: len(c.values)], 0)
+    outside = jnp.where(c.equality, jnp.abs(c.values), jnp.maximum(c.values, 0))
+    pull = lambda y: view.coupling_pull(x, y[None, None], (before + multipliers[: len(c.values)])[None])[1][0, 0]  # noqa: E731
+    bend = jax.vmap(jax.linearize(pull, y)[1])(jnp.eye(y.size, dtype=y.dtype))
+    return found._replace(
+        value=found.value + before @ c.values, H=found.H + (bend + bend.T) / 2, outside=jnp.max(outside, initial=0)
+    )
 
 
 def _first(at: _Stage) -> _Walk:
     """Before the first step, which projects on the rows and looks at the objective there."""
     n, dtype, no = at.y.size, at.y.dtype, jnp.array(False)
     zero = jnp.zeros((), dtype)
-    nowhere = _Local(zero + jnp.inf, jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype), zero)
+    nowhere = _Local(zero + jnp.inf, jnp.zeros(n, dtype), jnp.eye(n, dtype=dtype), zero, zero)
     return _Walk(at.y, nowhere, jnp.zeros_like(at.lam), zero + 1, jnp.array(MOST), jnp.array(0), no, at.slack, no)
 
 
@@ -199,16 +245,19 @@ def _goes_on(c: _Walk) -> Array:
     return (c.left > 0) & (c.count < MOST) & ~c.empty
 
 
-def _advance(local: Any, limits: Rows, at: _Stage, allowed: Allowed, c: _Walk) -> _Walk:
+def _advance(local: Any, rows: Any, at: _Stage, allowed: Allowed, c: _Walk) -> _Walk:
     """One step, taken where it lowers the value; the first one again with rows let out, if it has to be."""
     eps, first, size = float(jnp.finfo(c.y.dtype).eps), jnp.isinf(c.at.value), 1 + norm(c.y)
     bend, steep = jnp.max(row_norms(c.at.H)), norm(c.at.r) / size
     least = jnp.maximum(jnp.where(at.second, eps**0.58, eps**0.45) * bend, eps**0.38 * steep)
     least = jnp.where(c.left == 1, jnp.maximum(least, 1e-2 * steep), least)  # the last one mends rounding
     least = c.factor * jnp.where(least > 0, least, 1)
+    limits = rows(c.y)
     found = step(c.at.H, c.at.r, _held(limits, at, c.slack), c.y, least)
-    there = local(c.y + jnp.where(found.empty, 0, found.p))
-    fell = there.value <= c.at.value + eps**0.55 * (c.at.size + norm(c.at.r) * size)
+    there = local(c.y + jnp.where(found.empty, 0, found.p), jnp.where(found.empty, 0, found.multipliers))
+    weight = 2 * (jnp.sum(jnp.abs(found.multipliers)) + jnp.sum(jnp.abs(c.multipliers)))
+    rise = weight * (there.outside - c.at.outside)
+    fell = there.value + rise <= c.at.value + eps**0.55 * (c.at.size + norm(c.at.r) * size)
     ok = ~found.empty & (first | fell | (c.left < MOST))  # what is outside by rounding may have less
     short = ~first & ok & (norm(found.p) <= eps**0.3 * size)
     again = found.empty & first & (c.slack == allowed.slack)
@@ -266,10 +315,15 @@ def taken(view: Blocks, x: PyTree, rho: Array, found: Minima) -> tuple[Look, Fou
     F = jnp.where(least, found.f + 2 * rho * found.over, jnp.inf)
     k = jnp.argmin(F)
     y, u = (view.unpack(part[k][None]) for part in (found.y, found.u))
-    limits = affine_rows(view, x, found.y[k][None])
+    limits = _rows(view, x, found.y[k])
     f_x, _ = oracles.upper_gradients(view.problem, x, u, view.upper)
     g_x, _ = oracles.value_gap_gradients(view.problem, x, u, y, view.lower)
     slope = ravel_pytree(f_x)[0] + rho * ravel_pytree(g_x)[0] + found.mu[k] @ limits.B
+    if not is_affine(view):
+        weights = jnp.stack([-rho * found.lam[k], found.mu[k] + rho * found.lam[k]])
+        ends = jnp.stack([found.y[k], found.u[k]])[:, None]
+        pulled = view.coupling_pull(x, ends, weights[:, : _num_smooth(view, x, found.y[k])])
+        slope = slope + ravel_pytree(pulled[0])[0]
     empty = found.empty.all()
     nan = jnp.where(jnp.isfinite(F[k]), 0, jnp.nan)
     error = jnp.where(jnp.isfinite(found.error).all(), found.error[jnp.argmin(g)], jnp.inf)

@@ -19,7 +19,7 @@ from bilevel.run import referee_of
 
 @pytest.mark.parametrize(
     ("check", "num"),
-    [("linear", 20), ("quadratic", 10), ("nonconvex", 5), ("slopes", 12), ("optima", 10)],
+    [("linear", 20), ("quadratic", 10), ("nonconvex", 5), ("slopes", 12), ("curved", 12), ("optima", 10)],
 )
 def test_a_fixed_sample_of_the_campaign(check, num):
     """At the optima of seeds 0, 1 and 6 Y(x) is about to become empty."""
