@@ -14,7 +14,6 @@ from jax.flatten_util import ravel_pytree
 from bilevel import constraints, oracles
 from bilevel.backend.extras import extra
 from bilevel.problem import BilevelProblem, Minimize
-from bilevel.sets import Ball
 
 PyTree = Any
 
@@ -270,7 +269,8 @@ def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts:
     """The least g(x, .) that SciPy's SLSQP finds on Y(x), from y and from random points: an upper bound of v(x).
 
     Raises:
-        RuntimeError: for a y_set that is neither the whole space, a box nor a ball, or where no start ends feasible.
+        RuntimeError: for a y_set that is neither the whole space, a box, a ball nor a `SmoothSet`, or where no start
+            ends feasible.
     """
     from scipy import optimize
 
@@ -281,10 +281,8 @@ def least_lower_value(problem: BilevelProblem, x: PyTree, y: PyTree, num_starts:
     bounds = problem.y_set.bounds(y)
     if bounds is not None:
         lo, hi = (np.asarray(_ravel(part)[0], float) for part in bounds)
-    elif isinstance(problem.y_set, Ball):
-        middle = np.asarray(_ravel(problem.y_set.middle(y))[0], float)
-        radius = float(problem.y_set.radius)
-        limits.append({"type": "ineq", "fun": lambda z: radius**2 - np.sum((z - middle) ** 2)})
+    elif problem.y_set.curved:
+        limits.append({"type": "ineq", "fun": lambda z: -np.asarray(problem.y_set.values(at(z)), float)})
     elif not problem.y_set.whole:
         raise RuntimeError(f"reference.least_lower_value: y_set is a {type(problem.y_set).__name__}")
     if problem.coupling is not None:

@@ -35,12 +35,12 @@ class Set:
 
     What is known of it: that it is `bounded`, or `unbounded` (has an infinite direction; of a polyhedron neither is
     known, of traced bounds it must not be asked); that it is the `whole` space, or `intervals`, one for each entry of
-    z; that it is known `by_bounds`, which `bounds` gives; that it is `polyhedral`, described by `rows`, or `faced`:
-    `face` knows its faces.
+    z; that it is known `by_bounds`, which `bounds` gives; that it is `polyhedral`, described by `rows`, or `curved`,
+    by functions, its `values`; or `faced`: `face` knows its faces.
     """
 
     bounded: bool = True
-    unbounded = whole = intervals = by_bounds = polyhedral = faced = False
+    unbounded = whole = intervals = by_bounds = polyhedral = curved = faced = False
 
     def simple(self) -> list["Set"]:
         """The sets that this one is a product of, products of products taken apart: itself, where it is none."""
@@ -69,6 +69,10 @@ class Set:
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
         """Blocks (C [rows, n], lo [rows], hi [rows]), lo <= C z <= hi on the raveled z, of a `polyhedral` set."""
         raise NotImplementedError(f"{type(self).__name__} is not described by rows")
+
+    def values(self, z: PyTree) -> Array:
+        """The functions h(z) <= 0 that describe a `curved` set, shape [rows]."""
+        raise NotImplementedError(f"{type(self).__name__} is not described by functions")
 
     def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
         """The face at y = Proj(y - s R), raveled; R is shaped like y, s is []. Only for a set that is `faced`."""
@@ -182,11 +186,16 @@ class Ball(Set):
 
     radius: Any = 1.0
     center: PyTree = 0.0
-    faced = True
+    faced = curved = True
 
     def middle(self, z: PyTree) -> PyTree:
         """The center, broadcast to z's leaves."""
         return broadcast_like(self.center, z)
+
+    def values(self, z: PyTree) -> Array:
+        """|z - center|^2 - radius^2."""
+        away = ravel_pytree(optax.tree.sub(z, self.middle(z)))[0]
+        return (away @ away - jnp.asarray(self.radius, away.dtype) ** 2)[None]
 
     def project(self, z: PyTree) -> PyTree:
         center = self.middle(z)

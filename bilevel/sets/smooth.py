@@ -11,7 +11,6 @@ the solution they converge quadratically.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from jax.scipy.linalg import solve_triangular
 from bilevel.backend.checks import check_callable, shape_of
 from bilevel.qp.active_set import Rows
 from bilevel.qp.projection import Region
-from bilevel.sets.basic import Ball, Set
+from bilevel.sets.basic import Set
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -100,10 +99,10 @@ class Intersection(Set):
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
         limits = _stacked(self.rows(z), flat)
-        curved = [partial(_curved, one, unravel) for one in self.sets if not one.polyhedral]
+        curved = [one for one in self.sets if not one.polyhedral]
         if not curved:
             return unravel(Region.of(limits).project(flat).y)
-        return unravel(_nearest(flat, limits, lambda z: jnp.concatenate([h(z) for h in curved])))
+        return unravel(_nearest(flat, limits, lambda z: jnp.concatenate([one.values(unravel(z)) for one in curved])))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         return self.project(self._first.sample(key, like))
@@ -123,7 +122,7 @@ class Intersection(Set):
             got = type(self.sets).__name__
             invalid(f"{name} (Intersection)", got, "a tuple of sets", "Write Intersection((Box(0.0, 1.0), other)).")
         for one in self.sets:
-            if not isinstance(one, SmoothSet | Ball) and not getattr(one, "polyhedral", False):
+            if not isinstance(one, Set) or not (one.polyhedral or one.curved):
                 got, do = type(one).__name__, "Use boxes, simplices, polyhedra, balls and SmoothSets."
                 invalid(f"{name} (Intersection)", got, "a set with rows, or with functions", do)
             one.validate(name, like)
@@ -143,7 +142,7 @@ class SmoothSet(Set):
     Whether the set is bounded is not known. Samples are standard normal and projected; `active` has shape [rows].
     """
 
-    bounded = False
+    bounded, curved = False, True
     h: Callable[..., Array] = static()
     data: PyTree = None
 
@@ -171,16 +170,6 @@ class SmoothSet(Set):
         if not bool(jnp.all(point <= 1e-6 * (1 + jnp.abs(value)))):
             do = "Check the signs: h(z) <= 0 must have a solution, and h must be convex."
             invalid(f"{name} (SmoothSet)", f"h = {point} at the projection of the start", "a set with points", do)
-
-
-def _curved(one: Set, unravel: Callable[[Array], PyTree], flat: Array) -> Array:
-    """The functions [rows] of a set that is not described by rows."""
-    z = unravel(flat)
-    if isinstance(one, SmoothSet):
-        return one.values(z)
-    assert isinstance(one, Ball)
-    away = flat - ravel_pytree(one.middle(z))[0]
-    return (away @ away - jnp.asarray(one.radius, flat.dtype) ** 2)[None]
 
 
 def _stacked(blocks: list[tuple[Array, Array, Array]], flat: Array) -> Rows:
