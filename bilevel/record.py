@@ -155,12 +155,17 @@ class Hypergradient:
         return dataclasses.replace(self, value=value, gradient=gradient, y=y, v=v)
 
     def __str__(self) -> str:
-        """The numbers in a line, and the status with its sentence in another."""
-        status = Status(int(self.status))
-        gradient = math.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(self.gradient)))
+        """The numbers in a line, and the status with its sentence in another; a gradient of which nothing is known is
+        no number.
+        """
+        status, bound = Status(int(self.status)), float(self.error_bound)
+        sizes = np.abs(np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(self.gradient)]).astype(float))
+        unit = np.max(sizes, initial=0) or 1.0  # squares of small numbers underflow
+        gradient = unit * np.linalg.norm(sizes / unit)
+        known = np.isfinite(bound) or status == Status.UNCHECKED
         return (
-            f"F = {float(self.value):.10g}, |gradient| = {gradient:.4e}, "
-            f"error <= {float(self.error_bound):.1e}, "
+            f"F = {float(self.value):.10g}, |gradient| {f'= {gradient:.4e}' if known else 'unknown'}, "
+            f"error {f'<= {bound:.1e}' if np.isfinite(bound) else 'unknown'}, "
             f"lower residual {float(self.lower_residual):.1e}\n{status.name}: {status.advice}"
         )
 

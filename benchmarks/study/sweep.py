@@ -12,13 +12,14 @@ one cell at a time; a cell that kills its worker once more becomes a row with th
 
 import dataclasses
 import os
+import shutil
 import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,7 @@ BREAKS = 3
 ORPHANED = 3  # exit code of a worker whose parent has ended
 LOCAL = "loky"
 BACKENDS = (LOCAL, "dask", "ray")
+PREFIX, OWNER = "bilevax-", "owner"  # of temporary folders, and the file in each that its process locks
 
 
 class Place(NamedTuple):
@@ -153,11 +155,11 @@ def sweep(
         return execute(folder, cells, on_cell)
     todo = unfinished(folder, cells)
     total, lost = len(cells) - len(todo), 0
-    with tempfile.TemporaryDirectory(prefix="bilevax-") as slots, _pool(backend, scheduler, workers) as died:
+    with own_folder() as slots, _pool(backend, scheduler, workers) as died:
         flags = os.environ.get("XLA_FLAGS", "")
         place = Place(folder.resolve(), precision, _cache(), flags=flags)
         if backend == LOCAL:
-            place = place._replace(slots=Path(slots), shares=shares(cores(), workers), parent=os.getpid())
+            place = place._replace(slots=slots, shares=shares(cores(), workers), parent=os.getpid())
         while todo:
             alone = lost >= BREAKS
             batch = todo[:1] if alone else list(todo)
@@ -176,6 +178,16 @@ def sweep(
                     todo.remove(batch[0])
                 total = len(cells) - len(todo)
     return True
+
+
+@contextmanager
+def own_folder() -> Iterator[Path]:
+    """A temporary folder while it is open. Those of killed processes are removed: nobody holds the lock in them."""
+    for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError, Timeout), FileLock(other, timeout=0):
+            shutil.rmtree(other.parent, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as folder, FileLock(Path(folder) / OWNER):
+        yield Path(folder)
 
 
 def _cache() -> str | None:

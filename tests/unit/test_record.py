@@ -4,9 +4,10 @@ import json
 import sys
 from collections.abc import Mapping
 
+import jax.numpy as jnp
 import pytest
 
-from bilevel import InvalidInput, Record, Status
+from bilevel import Hypergradient, InvalidInput, Record, Status
 
 
 def row(step, **more):
@@ -71,3 +72,16 @@ def test_a_status_prints_by_name():
     assert json.dumps([Status.SADDLE, Status(0)]) == "[10, 0]"
     assert "%d %s" % (Status.SADDLE, Status.SADDLE) == "10 SADDLE"  # noqa: UP031
     assert Status.SADDLE == 10
+
+
+def test_a_gradient_of_which_nothing_is_known_is_not_printed_as_a_number():
+    """And 1e-200 is not printed as zero."""
+    zero, size = jnp.zeros(()), jnp.full(2, 3e-200)
+
+    def line(status, bound):
+        found = Hypergradient(zero, {"a": size}, size, zero, zero, jnp.asarray(bound), zero, jnp.asarray(status), size)
+        return str(found).splitlines()[0]
+
+    assert "|gradient| = 4.2426e-200, error <= 1.0e-203" in line(Status.ESTIMATED, 1e-203)
+    assert "|gradient| unknown, error unknown" in line(Status.UNSOLVED_LINEAR, jnp.inf)
+    assert "|gradient| = 4.2426e-200, error unknown" in line(Status.UNCHECKED, jnp.inf)
