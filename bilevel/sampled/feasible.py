@@ -66,6 +66,11 @@ def is_affine(view: Blocks) -> bool:
     return _are_rows(problem.y_set) and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
 
 
+def is_near(view: Blocks) -> bool:
+    """Whether a step's samples meet the coupling's rows only nearly: see `near_all`."""
+    return view.problem.coupling is not None and not is_affine(view)
+
+
 def affine_rows(view: Blocks, x: PyTree, y: Array) -> Rows:
     """The rows of an affine Y(x); y [n, m] gives shapes only."""
     return constraints.rows(view.problem, x, view.unpack(y))
@@ -128,7 +133,7 @@ def near_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> F
     Newton's steps to rounding would take a hundred times as long where Y(x) is about to be empty: there rows have no
     gradients that count, and each step only halves the violation.
     """
-    if view.problem.coupling is None or is_affine(view):
+    if not is_near(view):
         return restore_all(view, x, ys, held)
 
     def step(_: Array, y: Array) -> Array:
@@ -305,9 +310,11 @@ def joint_step(view: Blocks, x: PyTree, y: Array) -> PyTree:
 
 
 def into_domain(view: Blocks, x: PyTree, y: Array) -> PyTree:
-    """x of X, moved to where Y(x) is not empty by steps of `joint_step`; not at all where a point of Y(x) is found from
-    y [n, m].
+    """x of X, moved to where affine rows leave a Y(x) by steps of `joint_step`; not at all where a point of it is found
+    from y [n, m].
     """
+    if view.problem.coupling is None or is_near(view):
+        return x
     first = to_feasible(view, x, y)
 
     def step(at: tuple[PyTree, Feasible, Array]) -> tuple[PyTree, Feasible, Array]:

@@ -17,7 +17,7 @@ from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
 from bilevel.sampled.dual import MAX_CG
-from bilevel.sampled.feasible import into_domain, is_affine, restore
+from bilevel.sampled.feasible import into_domain, is_near, restore
 from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
@@ -122,8 +122,8 @@ class SampledPenalty(Solver):
     new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
     Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
     of a coupled Y(x) are in it at each x that is looked at, and P's gradient has their motion (`sampled.feasible`);
-    where affine rows leave Y(x) empty, x is moved to where it is not. Rows that are not affine are met nearly, and f
-    and g have the squared violation that is left; y is in Y(x). Frozen samples have no coupling.
+    where affine rows leave Y(x) empty, x is moved to where it is not. Other rows are met nearly, and f and g
+    have the squared violation that is left. Frozen samples have no coupling.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
@@ -244,8 +244,7 @@ class SampledPenalty(Solver):
         view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
         x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
-        if problem.coupling is not None and is_affine(view):
-            x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x)
+        x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x)
         samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
@@ -339,13 +338,12 @@ class SampledPenalty(Solver):
         slots = renewal.Slots(lane.samples[-len(lane.sizes) :], lane.sizes)
         if fresh is None:
             f, g = P.view.values(lane.x, lane.samples, self.chunk)
-            none = lane.samples[..., :0]
-            return renewal.Renewed(renewal.Samples(lane.samples, f, g, none), lane.sizes, jnp.array(False))
-        samples, sizes, outside = renewal.renew(
-            P.view, lane.x, slots, P.rho, fresh, noise.near, P.form.joint, self.chunk
-        )
+            samples = renewal.Samples(lane.samples, f, g, lane.samples[..., :0])
+            return renewal.Renewed(samples, lane.sizes, jnp.array(False))
+        joint = P.form.joint
+        samples, sizes, outside = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, joint, self.chunk)
         up = jnp.argmin(samples.f + P.rho * samples.g, axis=0)
-        last = jnp.full_like(up, len(samples.f) - 1) if P.form.joint else up
+        last = jnp.full_like(up, len(samples.f) - 1) if joint else up
         ends = jnp.stack([jnp.argmin(samples.g, axis=0), last])
         put = lambda part: part.at[np.array([-len(sizes), -1])].set(pick(part, ends))  # noqa: E731
         return renewal.Renewed(renewal.Samples(*map(put, samples)), sizes, outside)
@@ -353,10 +351,9 @@ class SampledPenalty(Solver):
     def _move(self, P: Penalised, here: Place, direction: Direction, lane: Lane) -> tuple[Place, PyTree]:
         """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
         assert self.upper_step_size is not None
-        view = P.view
-        pairs = (here.x, view.unpack(here.points[-1])), (direction.x, view.unpack(direction.last))
+        pairs = (here.x, P.view.unpack(here.points[-1])), (direction.x, P.view.unpack(direction.last))
         (x, moved), rule = as_step(self.upper_step_size).apply(*pairs, lane.rule)
-        x, points, fits, outside = line_search.arrive(P, here, direction, x, view.pack(moved), len(lane.sizes))
+        x, points, fits, outside = line_search.arrive(P, here, direction, x, P.view.pack(moved), len(lane.sizes))
         f, g = (jnp.where(fits, part, jnp.inf) for part in (here.f, here.g))
         return here._replace(x=x, points=points, f=f, g=g, outside=outside), rule
 
@@ -364,8 +361,7 @@ class SampledPenalty(Solver):
         """(y [n, m]: the variable, or the best sample of f + rho g, in Y(x); its g less the least sample's)."""
         best = jnp.argmin(here.f + P.rho * here.g, axis=0)
         y, g = (part[-1] if P.form.joint else pick(part, best) for part in (here.points, here.g))
-        gap = jnp.sum(g - jnp.min(here.g, axis=0))
-        return (y if P.view.problem.coupling is None or is_affine(P.view) else restore(P.view, here.x, y)), gap
+        return (restore(P.view, here.x, y) if is_near(P.view) else y), jnp.sum(g - jnp.min(here.g, axis=0))
 
     @property
     def _form(self) -> Form:
