@@ -104,9 +104,8 @@ class Experts(NamedTuple):
 def upper(x: PyTree, y: Weights, batch: Experts) -> Array:
     """-mean of log pi_y(a|s) over the demonstrations' steps outside of absorbing states, []."""
     steps = batch.steps.flat
-    inside = steps.inside & jnp.any(steps.action != 0, axis=-1)
-    log_pi = jnp.where(inside, batch.agent.log_prob(y, steps.observation, steps.action), 0)
-    return -jnp.sum(log_pi) / jnp.maximum(jnp.sum(inside, dtype=float), 1)
+    log_pi = jnp.where(steps.chosen, batch.agent.log_prob(y, steps.observation, steps.action), 0)
+    return -jnp.sum(log_pi) / jnp.maximum(jnp.sum(steps.chosen, dtype=float), 1)
 
 
 def lower_map(x: PyTree, y: Weights, batch: Task) -> Weights:
@@ -185,9 +184,7 @@ def _standard(environment: Environment, expert: Steps) -> tuple[Array, Array]:
     descent as at home: the reward is then decided by falling poles, and falling can pay.
     """
     wandered = rollouts.wander(environment, jax.random.key(0), num_lanes=8, num_steps=128).flat
-    sides = [np.asarray(steps.observation, float)[np.asarray(steps.inside)] for steps in (expert, wandered)]
-    if isinstance(environment, Absorbing):  # the absorbing state is all zeros
-        sides = [side[side[:, -1] == 0] for side in sides]
+    sides = [np.asarray(steps.observation, float)[np.asarray(steps.chosen)] for steps in (expert, wandered)]
     mean = np.mean([side.mean(axis=0) for side in sides], axis=0)
     scale = np.sqrt(np.mean([((side - mean) ** 2).mean(axis=0) for side in sides], axis=0))
     if isinstance(environment, Absorbing):  # its entry stays as it is

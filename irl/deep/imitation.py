@@ -63,7 +63,8 @@ class Info(NamedTuple):
     direction: Array
     """The norm of the direction that x moved along."""
     policy_change: Array
-    """The root mean square of log pi_{k+1}(a|s) - log pi_k(a|s) over the demonstrations' steps."""
+    """The root mean square of log pi_{k+1}(a|s) - log pi_k(a|s) over the demonstrations' steps, absorbed ones
+    aside."""
     returns: Array
     """The mean return of the rollouts, by the true reward."""
     length: Array
@@ -301,7 +302,7 @@ def _policy_change(problem: ControlImitation, before: Weights, after: Weights) -
     agent, steps = problem.agent, problem.expert
     change = agent.log_prob(after, steps.observation, steps.action)
     change = change - agent.log_prob(before, steps.observation, steps.action)
-    return jnp.sqrt(jnp.sum(jnp.where(steps.inside, change**2, 0)) / jnp.sum(steps.inside, dtype=float))
+    return jnp.sqrt(jnp.sum(jnp.where(steps.chosen, change**2, 0)) / jnp.sum(steps.chosen, dtype=float))
 
 
 def _spread(pair: Pair, labels: Labels) -> Array:

@@ -38,6 +38,16 @@ class Steps(NamedTuple):
     """Steps since the episode's start, […]."""
     inside: Array
     """Whether the step belongs to an episode, and is not padding behind its end, […] bool."""
+    absorbed: Array
+    """Whether the step is one of the absorbing state, of `Absorbing` environments alone, […] bool.
+
+    Nobody chooses there. A flag, since no action says so: an expert may well do nothing.
+    """
+
+    @property
+    def chosen(self) -> Array:
+        """Whether somebody chose the step's action: it is inside and not absorbed, […] bool."""
+        return self.inside & ~self.absorbed
 
     @property
     def flat(self) -> "Steps":
@@ -72,9 +82,11 @@ def forward(environment: Environment, lanes: Lanes, action: Array, key: Array) -
     """(lanes after the actions [n, k], steps [n]); nothing is reset."""
     native = action if environment.num_actions is None else jnp.argmax(action, axis=-1)
     state, t = jax.vmap(environment.step)(lanes.state, native, jax.random.split(key, len(lanes.time)))
-    inside = jnp.ones_like(t.terminated)
+    inside, absorbed = jnp.ones_like(t.terminated), jnp.zeros_like(t.terminated)
+    if isinstance(environment, Absorbing):
+        absorbed = lanes.observation[:, -1] > 0
     steps = Steps(
-        lanes.observation, action, t.observation, t.reward, t.terminated, t.truncated, lanes.time, inside
+        lanes.observation, action, t.observation, t.reward, t.terminated, t.truncated, lanes.time, inside, absorbed
     )  # fmt: skip
     return Lanes(state, t.observation, lanes.time + 1), steps
 
@@ -149,9 +161,7 @@ def weights(environment: Environment, steps: Steps, discount: Array | float) -> 
     powers = jnp.power(discount, jnp.arange(environment.max_steps, dtype=steps.reward.dtype))
     tails = jnp.append(jnp.cumsum(powers[::-1])[::-1], 0)  # from t to T - 1
     powers = jnp.append(powers, 0)
-    counted = powers[steps.time]
-    if isinstance(environment, Absorbing):
-        counted = jnp.where(steps.observation[..., -1] > 0, tails[steps.time], counted)
+    counted = jnp.where(steps.absorbed, tails[steps.time], powers[steps.time])
     return jnp.where(steps.inside, counted, 0)
 
 
@@ -190,15 +200,16 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     last = time == end - 1
     after = jnp.concatenate([states[:, 1:], states[:, :1]], axis=1)
     after = jnp.where(last[..., None], demonstrations.last[:, None, :], after)
-    inside = time < end
+    inside, absorbed = time < end, jnp.zeros(time.shape, bool)
     if absorbing:
-        states = extend(states, (time == end) & ended)
+        absorbed = (time == end) & ended
+        states = extend(states, absorbed)
         after = extend(after, (time >= end - 1) & ended)
         inside = time < end + ended.astype(end.dtype)
     nothing = jnp.zeros(time.shape, states.dtype)
     terminated = last & ended & (not absorbing)
     final = time == end - 1 + (ended.astype(end.dtype) if absorbing else 0)
-    return Steps(states, action, after, nothing, terminated, final & ~terminated, time, inside)
+    return Steps(states, action, after, nothing, terminated, final & ~terminated, time, inside, absorbed)
 
 
 @struct

@@ -35,7 +35,7 @@ class BC(Imitation):
 
     def lower(self, problem: ControlImitation, state: State, key: Array) -> tuple[State, Any]:
         agent, steps = problem.agent, problem.expert
-        chances = steps.inside.astype(float) / jnp.sum(steps.inside, dtype=float)
+        chances = steps.chosen.astype(float) / jnp.sum(steps.chosen, dtype=float)
 
         def update(learner: Learner, key: Array) -> tuple[Learner, Array]:
             drawn = jax.random.choice(key, len(chances), (agent.batch_size,), p=chances)

@@ -285,19 +285,6 @@ class TestDirections:
         )
         np.testing.assert_allclose(solver.reward(p, state, steps), exact, rtol=1e-10)
 
-    def test_cloning_finds_the_counted_policy(self, key):
-        """Discrete actions, a table as the network: the softmax goes to the demonstrations' frequencies."""
-        mdp = irl.MDP.dense(np.full((2, 2, 2), 0.5), start=np.full(2, 0.5), discount=0.9)
-        world = irl.Tabular(mdp, jnp.zeros((2, 2)), max_steps=5)
-        states, actions = np.array([[0, 0, 0, 0, 1]]), [[0, 1, 1, 1, 0]]
-        given = irl.Demonstrations.of(np.eye(2)[states], actions, last=np.eye(2)[[1]], terminated=[False])
-        p = irl.to_control(world, given, agent=irl.SAC(hidden=(), learning_rate=0.004, batch_size=300))
-        solver = irl.BC(num_lower_steps=600, num_env_steps=100, block=50)
-        state, _ = jax.jit(solver.lower)(p, begin(solver, p, key), key)
-        pi = np.exp(p.agent.log_policy(state.y, jnp.eye(2)))
-        np.testing.assert_allclose(pi[0], [0.25, 0.75], atol=0.03)
-        assert pi[1, 0] > 0.95
-
     @pytest.mark.parametrize("use_memory", [False, True])
     def test_inverse_soft_q_learning_is_the_formula(self, use_memory, key):
         p = problem()
