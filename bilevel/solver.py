@@ -60,6 +60,11 @@ class Solver:
     full_batch: ClassVar[bool] = False
     """Whether every step uses all of the data, `source.full()`, in place of the sources' batches."""
 
+    adaptive: ClassVar[bool] = False
+    """Whether a step makes as many calls as it turns out to need: `cost` then gives the least of them, and what the
+    record says of oracle calls is NaN.
+    """
+
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
 
@@ -100,7 +105,9 @@ class Solver:
         return state.x, state.y
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        """The oracle calls of one step, by kind. A contract test compares them with the calls that a step makes."""
+        """The oracle calls of one step, by kind; where the solver is `adaptive`, the least that it makes. A contract
+        test compares them with the calls that a step makes.
+        """
         raise NotImplementedError
 
     def referee(self, problem: BilevelProblem) -> Referee | None:

@@ -145,16 +145,24 @@ def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, 
     chosen, instances, left_out = _blocks(trials)
     notes += left_out + _warnings(trials)
     matrix = {axis: np.array([[costs[axis][*i, s] for s in chosen] for i in instances]) for axis in AXES}
-    profiles = {axis: _profiles(matrix[axis], chosen) for axis in AXES} if len(chosen) > 1 else {}
-    ranks = statistics.rank_tests(matrix["oracles"], chosen) if len(chosen) > 1 else None
+    counted = {axis: np.flatnonzero(~np.isnan(matrix[axis]).any(axis=0)) for axis in AXES}
+    names = {axis: [chosen[k] for k in counted[axis]] for axis in AXES}
+    matrix = {axis: matrix[axis][:, counted[axis]] for axis in AXES}
+    profiles = {axis: _profiles(matrix[axis], names[axis]) for axis in AXES if len(names[axis]) > 1}
+    ranks = statistics.rank_tests(matrix["oracles"], names["oracles"]) if len(names["oracles"]) > 1 else None
+    uncounted = [name for name in chosen if name not in names["oracles"]]
+    if uncounted:
+        notes.append(
+            f"{', '.join(uncounted)}: how many oracle calls were made is not known; by time alone it compares."
+        )
     if ranks is not None and len(instances) < 6:
         notes.append(
             f"{len(instances)} instances: the least p of a pair is 2^{1 - len(instances)}; six or more seeds can tell."
         )
-    names = list(dict.fromkeys(trial.problem for trial in trials))
+    families = list(dict.fromkeys(trial.problem for trial in trials))
     return {
         "folders": [str(folder) for folder in folders], "by": by, "tolerance": tolerance,
-        "problems": [_table(name, [t for t in trials if t.problem == name], costs) for name in names],
+        "problems": [_table(name, [t for t in trials if t.problem == name], costs) for name in families],
         "solvers": chosen, "instances": [f"{problem} seed {seed}" for problem, seed in instances],
         "profiles": profiles, "ranks": ranks, "notes": notes,
     }  # fmt: skip
@@ -193,8 +201,10 @@ def _table(name: str, trials: list[Trial], costs: dict[str, dict]) -> dict[str, 
         if optima and None not in optima:
             last["gap"] = [value - optimum for value, optimum in zip(last["value"], optima, strict=True)]
         paid = {axis: [costs[axis][*trial.instance, solver] for trial in done] for axis in AXES}
+        solved = sum(map(math.isfinite, paid["time"]))
+        paid = {axis: [] if np.isnan(values).any() else values for axis, values in paid.items()}  # not counted
         rows.append(
-            {"solver": solver, "runs": len(done), "solved": sum(map(math.isfinite, paid["oracles"])),
+            {"solver": solver, "runs": len(done), "solved": solved,
              "refuted": sum(trial.refuted for trial in done)}
             | {column: statistics.spread(values) for column, values in (last | paid).items()}
         )  # fmt: skip

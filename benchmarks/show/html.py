@@ -151,6 +151,7 @@ def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known:
                 )
                 for trial, f in trials
             ]
+            curves = [curve for curve in curves if np.isfinite(curve[0]).all()]  # not where calls are not counted
             if curves:
                 budgets, (low, middle, high) = (np.where(np.isfinite(a), a, np.nan) for a in band(curves))
                 ax.step(budgets, middle, where="post", label=name, **_style(k))
@@ -178,7 +179,8 @@ def _active_sets(problem: str, names: dict[str, str], run: report.Run) -> list[s
     for ax, (what, text) in zip(axes, (("count", "active"), ("changed", "changed since the last")), strict=True):
         for k, (name, rows) in enumerate(reversed(found.items())):
             values = [row[what] for row in rows]
-            ax.step([row["oracles"] for row in rows], values, where="post", label=name, **_style(k))
+            calls = np.array([row["oracles"] for row in rows], float)
+            ax.step(calls, values, where="post", label=name, **_style(k))
         ax.set_xlabel(UNITS["oracles"])
         ax.set_ylabel(f"lower constraints {text}")
         ax.grid(alpha=0.3)
@@ -217,7 +219,7 @@ def _drawable(values: np.ndarray) -> np.ndarray:
 
 def _profile_images(compared: dict[str, Any]) -> list[str]:
     """Performance and data profile: one picture by oracle calls, one by time; none with a single solver."""
-    return [_profile(compared["profiles"][axis], unit) for axis, unit in UNITS.items() if compared["profiles"]]
+    return [_profile(compared["profiles"][axis], unit) for axis, unit in UNITS.items() if axis in compared["profiles"]]
 
 
 def _profile(profile: dict[str, Any], unit: str) -> str:

@@ -62,8 +62,9 @@ def sheets(comparison: dict[str, Any], spread: str = "quantiles") -> list[Sheet]
         found.append(
             Sheet(problem["problem"], about, ["solver", "solved", *[QUANTITIES[name] for name in names]], rows)
         )
-    solvers, count = comparison["solvers"], len(comparison["instances"])
+    count = len(comparison["instances"])
     for axis, profile in comparison["profiles"].items():
+        solvers = list(profile["performance"])
         unit = "passes" if axis == "oracles" else "seconds"
         headings = ["ever" if math.isinf(r) else f"x{r:g}" for r in profile["ratios"]]
         parts = [[f"{f:.2f}" for f in column] for column in zip(*profile["within_ratio"], strict=True)]
@@ -182,7 +183,7 @@ def as_csv(comparison: dict[str, Any], spread: str) -> str:
     for axis, profile in comparison["profiles"].items():
         for table, limits in (("within_ratio", profile["ratios"]), ("within_budget", profile["budgets"])):
             for limit, fractions in zip(limits, profile[table], strict=True):
-                named = zip(comparison["solvers"], fractions, strict=True)
+                named = zip(profile["performance"], fractions, strict=True)
                 lines += [[table, "", solver, axis, repr(limit), fraction] for solver, fraction in named]
     ranks = comparison["ranks"]
     if ranks is not None:

@@ -62,10 +62,10 @@ SETTINGS = fields(
 )  # fmt: skip
 ROW = fields(
     {"step": whole(), "value": maybe(number()), "hypergradient": maybe(number()), "lower_residual": maybe(number()),
-     "violation": maybe(number()), "oracles": number(0), "time": number(0)},
+     "violation": maybe(number()), "oracles": maybe(number(0)), "time": number(0)},
     others=maybe(number()),
 )  # fmt: skip
-MEASURED = {"oracles": number(0), "steps": whole(), "solve_time": number(0), "setup_time": number(0)}
+MEASURED = {"oracles": maybe(number(0)), "steps": whole(), "solve_time": number(0), "setup_time": number(0)}
 STATS = fields({}, MEASURED | {"failed": table(whole())}, others=anything)
 RESULT = fields(
     {"cell": CELL, "status": one_of(ERROR, UNSUPPORTED, *bilevel.Status.__members__), "reason": maybe(text),
@@ -73,7 +73,7 @@ RESULT = fields(
      "referee": maybe(fields({"verdict": one_of("agrees", "disagrees", "skipped"), "reason": maybe(text)},
                              others=anything))},
     {"tuned": text, "maps": table(_grid),
-     "active": each(fields({"oracles": number(0), "time": number(0), "count": whole(), "changed": whole()}))},
+     "active": each(fields({"oracles": maybe(number(0)), "time": number(0), "count": whole(), "changed": whole()}))},
     others=anything,
 )  # fmt: skip
 INSTANCE = fields(

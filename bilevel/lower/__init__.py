@@ -5,7 +5,7 @@
 
 from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.as_given import AsGiven
-from bilevel.lower.choice import check_lower, choose, given_for_none, solve
+from bilevel.lower.choice import check_lower, choose, given_for_none, solve, unsolvable
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Unrolled
 from bilevel.lower.newton import Newton
@@ -27,4 +27,5 @@ __all__ = [
     "choose",
     "given_for_none",
     "solve",
+    "unsolvable",
 ]

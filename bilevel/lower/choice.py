@@ -93,6 +93,11 @@ def given_for_none(lower: Any, what: str) -> Any:
     return AsGiven()
 
 
+def unsolvable(problem: BilevelProblem) -> str | None:
+    """Why no method here is for this lower level, or None."""
+    return refuse(problem) if problem.constrained_lower and not _projection_suits(problem) else None
+
+
 def _refuse(problem: BilevelProblem, what: str) -> None:
     """Raise where a constrained lower level is not polyhedral."""
     reason = refuse(problem)

@@ -5,6 +5,7 @@ over which the lanes are spread: each device then runs its own ones by itself, a
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -109,7 +110,11 @@ class Compiled(NamedTuple):
 
 
 def passes_per_step(problem: BilevelProblem, solver: Solver) -> float:
-    """What a step costs in passes over the data: `OracleCount.passes` with the sources' fractions."""
+    """What a step costs in passes over the data: `OracleCount.passes` with the sources' fractions; NaN where that is
+    not known before the step.
+    """
+    if solver.adaptive:
+        return math.nan
     if solver.full_batch:
         return solver.cost(problem).passes(1.0, 1.0)
     return solver.cost(problem).passes(problem.upper_data.fraction, problem.lower_data.fraction)

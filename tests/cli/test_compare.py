@@ -68,6 +68,25 @@ def test_costs_and_spreads_by_hand(study):
     assert any("1 runs failed (NONFINITE)" in note for note in found["notes"])
 
 
+def test_calls_that_nobody_counted_are_neither_few_nor_many(tmp_path, synthetic):
+    """C, first by time, has no oracle calls in its record: it is in no profile by calls and has no rank."""
+    curves = {"A": [11.0, 3.0, 1.0], "B": [11.0, 5.0, 1.0], "C": [11.0, 1.0, 1.0]}
+    results = {("p", name, 0): synthetic.result(synthetic.rows(curve)) for name, curve in curves.items()}
+    for row in (*results["p", "C", 0]["record"], results["p", "C", 0]["stats"]):
+        row["oracles"] = None
+    folder = synthetic.write(tmp_path / "study", results, optima={("p", 0): 0.0})
+    found = compare([folder], tolerance=0.1)
+    assert list(found["profiles"]["oracles"]["data"]) == list(found["ranks"]["mean_ranks"]) == ["A", "B"]
+    assert found["profiles"]["time"]["performance"]["C"] == [1.0]
+    (row,) = (row for row in found["problems"][0]["rows"] if row["solver"] == "C")
+    assert row["solved"] == 1
+    assert row["oracles"]["median"] is None
+    assert any(note.startswith("C: how many oracle calls") for note in found["notes"])
+    text = CliRunner().invoke(app, ["compare", str(folder), "--tolerance", "0.1"])
+    assert text.exit_code == 0
+    assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
+
+
 def test_profiles_by_hand(study):
     found = compare([study], tolerance=0.1)
     assert [found["profiles"]["oracles"]["data"][name] for name in "ABC"] == np.sort(COSTS, axis=0).T.tolist()

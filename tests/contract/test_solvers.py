@@ -184,7 +184,11 @@ def test_jit_equals_eager_and_counted_cost_equals_declared(kind, problem, key):
     with jax.disable_jit(), oracles.counting() as count:
         eager = solver.step(problem, state, first)
     assert_same(compiled, eager, rtol=1e-12)
-    assert count().as_dict() == solver.cost(problem).as_dict()
+    counted, declared = count().as_dict(), solver.cost(problem).as_dict()
+    if solver.adaptive:
+        assert all(counted[name] >= least for name, least in declared.items())
+    else:
+        assert counted == declared
 
 
 @each_solver
