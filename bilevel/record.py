@@ -102,6 +102,12 @@ class Status(enum.IntEnum):
         "The referee came to its own step limit before it had solved the lower level at this x. Pass measure= with a "
         "larger one, as lambda p, x, y: bilevel.diagnostics.measure(p, x, y, lower=bilevel.Newton(max_steps=1000)).",
     )
+    UNDETERMINED = (
+        17,
+        "The lower level has many minimisers, or none: g_yy is singular, and g does not grow along a direction that "
+        "the active constraints leave free. Add a strongly convex term to g, or constraints that bound y_set there; "
+        "SampledPenalty is for lower levels with many minimisers.",
+    )
     NO_FOLLOWER = (
         18,
         "Y(x) is empty where the run ended: x is outside of the leader's domain, and F has no value there. "

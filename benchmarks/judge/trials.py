@@ -17,7 +17,8 @@ SOLVED = 1e-3  # true lower gap up to which one counts where F is measured at th
 DOUBTFUL = [
     int(status)
     for status in (
-        Status.NONFINITE, Status.INFEASIBLE_LOWER, Status.SADDLE, Status.STALLED, Status.UNSOLVED_LOWER,
+        Status.NONFINITE, Status.INFEASIBLE_LOWER, Status.SADDLE, Status.UNDETERMINED, Status.STALLED,
+        Status.UNSOLVED_LOWER,
     )
 ]  # fmt: skip
 

@@ -44,6 +44,7 @@ PyTree = Any
 PACKAGES = ("bilevax", "jax", "jaxlib", "numpy", "scipy", "optax", "flax", "scikit-learn")
 BROKEN = (  # ends without a value of F
     bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.NO_FOLLOWER, bilevel.Status.SADDLE,
+    bilevel.Status.UNDETERMINED,
 )  # fmt: skip
 FAILED = (ERROR, *(status.name for status in BROKEN))
 LOCK = "run.lock"

@@ -2,8 +2,9 @@
 
     y(x) = argmin_y g(x, y)   over   lo <= C y <= hi,
 
-g(x, .) strongly convex, one row of C per two-sided constraint: bounds of boxes and simplices, rows of `Polyhedron` and
-of `LinearCoupling` (whose hi is b - B x); lo = hi is an equality. With signed multipliers lam (>= 0 at hi, <= 0 at lo)
+g(x, .) convex, its minimiser unique, one row of C per two-sided constraint: bounds of boxes and simplices, rows of
+`Polyhedron` and of `LinearCoupling` (whose hi is b - B x); lo = hi is an equality. With signed multipliers lam (>= 0 at
+hi, <= 0 at lo)
 
     grad_y g + C' lam = 0,    lam_i = 0 or (C y)_i at its bound.
 
@@ -26,9 +27,10 @@ from bilevel import oracles
 from bilevel.backend.tree import norm, poisoned
 from bilevel.constraints import rows
 from bilevel.lower import quadratic, sqp
-from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, start_of
+from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, noise_of, start_of
+from bilevel.lower.sides import Solved
 from bilevel.problem import BilevelProblem
-from bilevel.qp.active_set import Factor, Point, Rows, factorize, kkt_solve, masked_inverse, solve_model
+from bilevel.qp.active_set import Factor, Point, Rows, exact_inverse, factorize, kkt_solve, solve_model
 from bilevel.record import Status, solved
 
 PyTree = Any
@@ -56,7 +58,8 @@ class PolyhedralSolution(NamedTuple):
     """[], gradients of g taken."""
     status: Array
     """[], CONVERGED; WEAKLY_ACTIVE, solved with a margin of rounding error, or with active rows that depend on each
-    other; INFEASIBLE_LOWER; SADDLE, H is not positive definite; MAX_STEPS, STALLED, NONFINITE.
+    other; INFEASIBLE_LOWER; SADDLE, H has a negative eigenvalue; UNDETERMINED, the minimiser is not unique;
+    MAX_STEPS, STALLED, NONFINITE.
     """
     factor: Factor
     """Of the last step's Hessian."""
@@ -100,26 +103,28 @@ def solve(
 
 def _certify(level: Level, end: Found) -> PolyhedralSolution:
     """The residual's norm at the last point, the margin and the final status."""
-    limits, model, d, length = level.limits, end.model, end.factor.d, end.factor.length
-    nan = end.status == Status.INFEASIBLE_LOWER
+    limits, model, (d, length) = level.limits, end.model, (end.factor.d, end.factor.length)
+    nan, good = end.status == Status.INFEASIBLE_LOWER, end.status == Status.CONVERGED
     outside = jnp.maximum(jnp.maximum(end.at - limits.hi, limits.lo - end.at), 0)
-    residual = norm((end.R, outside))
-    weak = (model.room <= 10 * model.noise) & (length > 0)
+    at = Solved(limits, end.factor, model.inverse, model.active, end.y, model.multipliers)
+    sides = at.sides(*at.uncertain(ravel_pytree(level.x)[0]))
+    noise = noise_of(limits, end.factor, end.y, model.multipliers)
+    weak = ((sides.room <= 10 * noise) | sides.open) & (length > 0)
     units = 1 / jnp.where(length > 0, length, 1)
-    margin = jnp.min(jnp.where(length > 0, jnp.maximum(model.room, 0) * units, jnp.inf), initial=jnp.inf)
-    touching = (end.status == Status.CONVERGED) & (jnp.any(weak) | model.dependent)
+    margin = jnp.min(jnp.where(length > 0, jnp.maximum(sides.room, 0) * units, jnp.inf), initial=jnp.inf)
+    status = jnp.where(good & (jnp.any(weak) | model.dependent), Status.WEAKLY_ACTIVE, end.status)
     return PolyhedralSolution(
         iterate=level.unravel(jnp.where(nan, jnp.nan, end.y)),
         multipliers=jnp.where(nan, jnp.nan, model.multipliers),
         active=model.active,
         margin=jnp.where(nan, jnp.nan, jnp.where(model.dependent, 0, margin)),
-        residual=residual,
+        residual=norm((end.R, outside)),
         steps=end.steps,
-        status=jnp.where(touching, Status.WEAKLY_ACTIVE, end.status),
+        status=jnp.where(good & (sides.unknown | at.lost()), Status.STALLED, status),
         factor=end.factor,
         inverse=model.inverse,
         weak=weak,
-        noise=10 * model.noise / d,
+        noise=10 * noise / d,
     )
 
 
@@ -130,7 +135,7 @@ def adjoint(solution: PolyhedralSolution, fy: Array) -> tuple[Array, Array]:
 
 def refactored(solution: PolyhedralSolution, factor: Factor) -> PolyhedralSolution:
     """The solution with the factors of another Hessian."""
-    return solution._replace(factor=factor, inverse=masked_inverse(factor.S, solution.active)[0])
+    return solution._replace(factor=factor, inverse=exact_inverse(factor, solution.active))
 
 
 def natural_residual(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Array:

@@ -8,7 +8,6 @@ F is differentiable where every active row has a multiplier and the active rows 
 kink, and this is one of its one-sided derivatives. `lower.directional` gives them all.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -16,15 +15,18 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
-from bilevel.backend.tree import norm, poisoned, take
+from bilevel.backend.loops import once_if
+from bilevel.backend.tree import norm, poisoned
 from bilevel.linear import refine
-from bilevel.lower import polyhedral
+from bilevel.lower import polyhedral, sides
+from bilevel.lower.kkt_system import Error, Point, Residuals, System, solved_with_error
 from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
-from bilevel.lower.polyhedral_level import Warm, start_of
+from bilevel.lower.polyhedral_level import Warm, start_of, unit_of
 from bilevel.lower.quadratic import KEPT_REFINEMENTS
 from bilevel.problem import BilevelProblem
-from bilevel.qp.active_set import Rows, factorize, kkt_solve
+from bilevel.qp.active_set import kkt_solve
+from bilevel.qp.convex import factorize_convex, pinned, shifted
 from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
@@ -34,101 +36,15 @@ def at_solution(problem: BilevelProblem, x: PyTree, found: PolyhedralSolution, b
     """`found` with factors of the Hessian at its y; those of a constant Hessian are."""
     if oracles.constant_hessian(problem, x, found.iterate, batch):
         return found
-    C = constraints.rows(problem, x, found.iterate).C
-    return polyhedral.refactored(found, factorize(oracles.lower_hessian(problem, x, found.iterate, batch), C))
-
-
-class _Point(NamedTuple):
-    """A root of the KKT system and of its adjoint, or an approximation: y, u [n] and lam, v [rows]."""
-
-    y: Array
-    lam: Array
-    u: Array
-    v: Array
-
-
-class _Residuals(NamedTuple):
-    """What is left of the two systems at a point, zero at their roots."""
-
-    R: Array
-    """[n], grad_y g + C' lam."""
-    off: Array
-    """[rows], bound - C y on the active rows, else 0."""
-    r_u: Array
-    """[n], f_y - H u - C' v."""
-    r_v: Array
-    """[rows], -C u on the active rows, else 0."""
-
-
-class _Seen(NamedTuple):
-    """What else is seen at a point; all [] but u and gradient."""
-
-    y: Array
-    u: Array
-    value: Array
-    """f(x, y)."""
-    gradient: Array
-    """[dim x], f_x - G' u - B' v."""
-    lower_residual: Array
-    linear_residual: Array
-    sizes: Array
-    """|f_x| + |G' u + B' v|, for rounding error."""
-
-
-class _System(NamedTuple):
-    """The KKT system of the active rows at one x, and its adjoint. Not a pytree of arrays: it stays in one trace."""
-
-    problem: BilevelProblem
-    x: PyTree
-    found: PolyhedralSolution
-    """With factors for the Hessian at its y."""
-    limits: Rows
-    unravel: Callable[[Array], PyTree]
-
-    @property
-    def inside(self) -> Array:
-        """[rows], which are active."""
-        return self.found.active != 0
-
-    def solve(self, r: Array, s: Array | None = None) -> tuple[Array, Array]:
-        """(u, v) with H u + C_a' v = r, C_a u = s_a."""
-        return kkt_solve(self.found.factor, self.found.inverse, self.found.active, r, s)
-
-    def fy(self, y: PyTree) -> Array:
-        """f_y at y, [n]."""
-        return ravel_pytree(oracles.upper_gradients(self.problem, self.x, y, self.problem.upper_data.full())[1])[0]
-
-    def look(self, at: _Point) -> tuple[_Residuals, _Seen]:
-        """Residuals, value and gradient at a point."""
-        problem, x, limits, y, u = self.problem, self.x, self.limits, self.unravel(at.y), self.unravel(at.u)
-        value, gradients = oracles.upper_value_and_gradients(problem, x, y, problem.upper_data.full())
-        directions = oracles.directions(problem, x, y, u, problem.lower_data.full())
-        fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        implicit = cross + limits.B.T @ at.v
-        bound = jnp.where(self.found.active > 0, limits.hi, limits.lo)
-        left = _Residuals(
-            R=R + limits.C.T @ at.lam,
-            off=jnp.where(self.inside, bound - limits.C @ at.y, 0),
-            r_u=fy - Hu - limits.C.T @ at.v,
-            r_v=jnp.where(self.inside, -(limits.C @ at.u), 0),
-        )
-        return left, _Seen(
-            y=at.y,
-            u=at.u,
-            value=value,
-            gradient=fx - implicit,
-            lower_residual=norm(jnp.append(left.R, left.off)),
-            linear_residual=norm(jnp.append(left.r_u, left.r_v)),
-            sizes=norm(fx) + norm(implicit),
-        )
-
-    def correct(self, carry: tuple[_Point, _Residuals], _: None) -> tuple[tuple[_Point, _Residuals], _Seen]:
-        """A Newton step on both systems, and a look at where it leads."""
-        at, left = carry
-        (d, dlam), (du, dv) = self.solve(-left.R, left.off), self.solve(left.r_u, left.r_v)
-        at = _Point(at.y + d, at.lam + dlam, at.u + du, at.v + dv)
-        left, seen = self.look(at)
-        return (at, left), seen
+    limits, flat = constraints.rows(problem, x, found.iterate), ravel_pytree(found.iterate)[0]
+    unit = unit_of(limits, flat, limits.C.T @ found.multipliers)
+    factor = factorize_convex(oracles.lower_hessian(problem, x, found.iterate, batch), limits.C, unit)
+    strong = (limits.lo == limits.hi) | ((found.active != 0) & ~found.weak)
+    moved = shifted(factor) & jnp.isfinite(factor.L[-1, -1])
+    factor = once_if(moved, lambda factor: pinned(factor, limits.C, strong), factor)
+    found = polyhedral.refactored(found, factor)
+    broken = solved(found.status) & jnp.isnan(factor.L[-1, -1])
+    return found._replace(status=jnp.where(broken, jnp.where(moved, Status.UNDETERMINED, Status.SADDLE), found.status))
 
 
 def differentiate(
@@ -136,40 +52,47 @@ def differentiate(
 ) -> Hypergradient:
     """The hypergradient from the warm start y (and `warm`), by Newton corrections of (y, lam) and (u, v) together.
 
-    The first solves for (u, v), which gives the gradient; with `estimate` a second one gives a gradient that is right
-    to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It
-    is an estimate, and supposes that the active set is the right one, which the margin shows; no proof from constants
+    The first solves for (u, v), which gives the gradient; with `estimate` further ones find out how far it may be off
+    (`kkt_system`): twice that, plus an allowance for rounding, is the bound. It is an estimate; no proof from constants
     is offered here.
     """
     warm = start_of(settings, warm)
     found = polyhedral.solve(problem, x, y, problem.lower_data.full(), settings, warm)
     found = at_solution(problem, x, found, problem.lower_data.full())
     flat, unravel = ravel_pytree(found.iterate)
-    system = _System(problem, x, found, constraints.rows(problem, x, y), unravel)
+    system = System(problem, x, found, constraints.rows(problem, x, y), unravel)
     fy = system.fy(found.iterate)
     zero, nothing = jnp.zeros_like(flat), jnp.zeros_like(found.multipliers)
-    start = _Point(flat, jnp.where(system.inside, found.multipliers, 0), zero, nothing)
-    unsolved = _Residuals(zero, nothing, fy, nothing)  # y is as good as it gets, (u, v) = 0 are not solved for
+    at = Point(flat, jnp.where(system.inside, found.multipliers, 0), zero, nothing)
+    left, seen = Residuals(zero, nothing, fy, nothing), None  # y is as good as it gets, (u, v) = 0 are not solved for
 
-    seen = None
     if warm.factor is not None or not estimate:
         u, v = system.solve(fy)
         if warm.factor is not None:
             u, v = _refined(system, fy, u, v)
-        start = start._replace(u=u, v=v)
-        unsolved, seen = system.look(start)
+        at = at._replace(u=u, v=v)
+        left, seen = system.look(at)
+    status, good, error = found.status, jnp.array(Status.UNCHECKED), jnp.full((), jnp.nan, flat.dtype)
     if estimate:
-        both = lax.scan(system.correct, (start, unsolved), length=2)[1]  # a scan, so that `look` is compiled once
-        seen, better = (take(both, k) for k in (0, 1))
+        at, seen, off = solved_with_error(system, at, left)
         rounding = jnp.finfo(flat.dtype).eps * flat.size * seen.sizes
-        error, good = 2 * norm(better.gradient - seen.gradient) + rounding, jnp.array(Status.ESTIMATED)
-    else:
-        error, good = jnp.full((), jnp.nan, flat.dtype), jnp.array(Status.UNCHECKED)
+        status, good, error = _resolved(system, at, off), jnp.array(Status.ESTIMATED), 2 * off.gradient + rounding
     assert seen is not None
     return conclude(
-        found.status, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
+        status, good, x, seen.value, seen.gradient, error, y=unravel(at.y), v=unravel(at.u),
         lower_residual=seen.lower_residual, linear_residual=seen.linear_residual, active_margin=found.margin,
     )  # fmt: skip
+
+
+def _resolved(system: System, at: Point, off: Error) -> Array:
+    """The lower level's status, with what the errors of y and the multipliers say of the active rows: WEAKLY_ACTIVE
+    where they may turn one, STALLED where they are more than rounding of the data and may.
+    """
+    found = system.found
+    there = sides.Solved(system.limits, found.factor, found.inverse, found.active, at.y, at.lam).sides(off.y, off.lam)
+    touching = (found.status == Status.CONVERGED) & jnp.any(there.open)
+    status = jnp.where(touching, Status.WEAKLY_ACTIVE, found.status)
+    return jnp.where(solved(status) & there.unknown, Status.STALLED, status)
 
 
 class _Adjoint(NamedTuple):
@@ -184,7 +107,7 @@ class _Adjoint(NamedTuple):
     count: Array
 
 
-def _refined(system: _System, fy: Array, u: Array, v: Array) -> tuple[Array, Array]:
+def _refined(system: System, fy: Array, u: Array, v: Array) -> tuple[Array, Array]:
     """(u, v) corrected until the adjoint's residual is rounding error or no longer halves: kept factors may be stale.
 
     Here y stands still; H u is a product with the Hessian at hand.

@@ -9,9 +9,12 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import row_norms
+from bilevel.backend.loops import once_if
+from bilevel.backend.tree import norm, row_norms
+from bilevel.lower import sides
 from bilevel.problem import BilevelProblem
-from bilevel.qp.active_set import MAX_CHANGES, Factor, Model, Rows, factorize
+from bilevel.qp.active_set import MAX_CHANGES, Factor, Model, Rows, inverse_of_rows
+from bilevel.qp.convex import factorize_convex, pinned, shifted
 from bilevel.record import Status
 from bilevel.struct import static, struct
 
@@ -77,9 +80,26 @@ class Level(NamedTuple):
         """The gradient alone."""
         return ravel_pytree(oracles.residual(self.problem, self.x, self.unravel(y), self.batch))[0]
 
-    def factor_at(self, y: Array) -> Factor:
-        """Factors of g_yy."""
-        return factorize(oracles.lower_hessian(self.problem, self.x, self.unravel(y), self.batch), self.limits.C)
+    def factor_at(self, y: Array, grad: Array) -> Factor:
+        """Factors of g_yy, or of g_yy and a small shift: of a linear g, small beside grad [n] over the size of y."""
+        H = oracles.lower_hessian(self.problem, self.x, self.unravel(y), self.batch)
+        return factorize_convex(H, self.limits.C, unit_of(self.limits, y, grad))
+
+
+def unit_of(limits: Rows, y: Array, grad: Array) -> Array:
+    """A curvature, []: the gradient's size over that of y and of where the rows end; 1 where one of these is 0."""
+    lengths = row_norms(limits.C)
+    far = jnp.max(sides.ends(limits) / jnp.where(lengths > 0, lengths, jnp.inf), initial=0)
+    length, steep = jnp.maximum(jnp.max(jnp.abs(y)), far), jnp.max(jnp.abs(grad))
+    unit = steep / jnp.where(length > 0, length, 1)
+    return jnp.where((unit > 0) & jnp.isfinite(unit), unit, 1)
+
+
+def noise_of(limits: Rows, factor: Factor, y: Array, lam: Array) -> Array:
+    """The rounding error [m] of rows and of multipliers at a solution, in rows of unit length."""
+    eps, (m, n) = float(jnp.finfo(y.dtype).eps), limits.C.shape
+    pull = (lam / factor.d) @ factor.W
+    return 10 * eps * (factor.length * norm(y) + factor.d * sides.ends(limits) + (n + m) ** 0.5 * norm(pull))
 
 
 class Found(NamedTuple):
@@ -121,3 +141,33 @@ def ends(level: Level, status: Array, factor: Factor, model: Model) -> Array:
     status = jnp.where(empty, Status.INFEASIBLE_LOWER, status)
     status = jnp.where(jnp.isnan(factor.L[-1, -1]), Status.SADDLE, status)
     return jnp.where(bad, Status.NONFINITE, status)
+
+
+class OnFace(NamedTuple):
+    """Factors for the face at the end of a search, and the model that belongs to them."""
+
+    factor: Factor
+    model: Model
+    flat: Array
+    """[], g_yy is singular on the face."""
+
+    def word(self, status: Array) -> Array:
+        """The status, which knows nothing of that yet."""
+        lost = (status == Status.SADDLE) | (status == Status.NONFINITE) | (status == Status.INFEASIBLE_LOWER)
+        return jnp.where(self.flat & ~lost, Status.UNDETERMINED, status)
+
+
+def on_face(limits: Rows, factor: Factor, model: Model) -> OnFace:
+    """Factors of a shifted g_yy made those of g_yy itself, on the rows that have a multiplier (`qp.convex`)."""
+    if factor.shift is None or factor.X is not None:  # kept factors are of a face, or of a g_yy that is definite
+        return OnFace(factor, model, jnp.array(False))
+    moved = shifted(factor) & jnp.isfinite(factor.L[-1, -1])
+
+    def remade(found: tuple[Factor, Model]) -> tuple[Factor, Model]:
+        factor, model = found
+        strong = (limits.lo == limits.hi) | ((model.active != 0) & (model.room > 10 * model.noise))
+        factor = pinned(factor, limits.C, strong)
+        return factor, model._replace(inverse=inverse_of_rows(factor.W, model.active)[0])
+
+    factor, model = once_if(moved, remade, (factor, model))
+    return OnFace(factor, model, moved & ~jnp.isfinite(factor.L[-1, -1]))

@@ -11,32 +11,76 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm
-from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
-from bilevel.qp.active_set import Factor, Model, Point, Rows, kkt_solve, solve_model
+from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess, on_face
+from bilevel.qp.active_set import Factor, Model, Point, kkt_solve, solve_model
+from bilevel.qp.convex import shifted
 from bilevel.record import Status
 
 REFINEMENTS, KEPT_REFINEMENTS = 5, 30  # steps at most, with fresh factors and with kept ones
+PROXIMAL_STEPS = 50  # models at most, where g_yy is not definite
+CLEARING_STEPS = 2  # further models at most where it is: from a point nearby and its multipliers they are more exact
 
 
 def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
-    """The solution of the model at y, which is that of g, refined."""
+    """The solution of the model at y, which is that of g, refined.
+
+    Where g_yy is not definite the model is solved with a small shift of it, from where it ended, until that stands
+    still; what is left is on the active rows alone (`qp.convex`). Where a row's side is not clear beyond the rounding
+    error of a model, another one is made where it ended.
+    """
     limits, kept = level.limits, warm.factor is not None
     grad = level.gradient(y)
-    factor = level.factor_at(y) if warm.factor is None else warm.factor
-    z = factor.down(grad)
+    factor = level.factor_at(y, grad) if warm.factor is None else warm.factor
+    y, model, still = _settled(level, factor, y, grad, settings, warm)
+    face = on_face(limits, factor, model)
+    end = _refine(_Kkt(level, face.factor, face.model, norm(grad)), y, kept)
+    status = ends(level, jnp.where(still, end.status, Status.STALLED), factor, model)
+    return end._replace(status=face.word(status))
+
+
+class _Pass(NamedTuple):
+    """Carry of the models; one is enough where g_yy is definite and the rows' sides are clear."""
+
+    y: Array
+    """Where the last model was made."""
+    model: Model
+    moving: Array
+    """[], whether the active set or y still changes."""
+    count: Array
+
+
+def _settled(
+    level: Level, factor: Factor, y: Array, grad: Array, settings: Settings, warm: Warm
+) -> tuple[Array, Model, Array]:
+    """(where the last model was made, the model, whether the active set and y stand still)."""
+    limits, no = level.limits, jnp.array(False)
+    again, eps = shifted(factor), float(jnp.finfo(y.dtype).eps)
     inverse = None
     if warm.active is None:
-        active = guess(limits, factor, y, z)
+        active = guess(limits, factor, y, factor.down(grad))
     else:
-        active, inverse = jnp.asarray(warm.active, y.dtype), warm.inverse if kept else None
-    at = Point(y, z)
-    model = solve_model(factor, limits, at, active, settings.max_changes, inverse)
-    end = _refine(_Kkt(level, factor, model, norm(grad)), y, kept)
-    if kept:
-        stale = (end.status == Status.CONVERGED) & _contradicts(limits, end)
-        end = end._replace(status=jnp.where(stale, Status.STALLED, end.status))
-    return end._replace(status=ends(level, end.status, factor, model))
+        active, inverse = jnp.asarray(warm.active, y.dtype), warm.inverse if warm.factor is not None else None
+
+    def step(c: _Pass) -> _Pass:
+        """One model, with the multipliers so far."""
+        y, lam = c.y + c.model.p, c.model.multipliers
+        R = once_if(c.count > 0, lambda _: level.gradient(y) + limits.C.T @ lam, grad)
+        at = Point(y, factor.down(R), lam)
+        model = solve_model(factor, limits, at, c.model.active, settings.max_changes, inverse)
+        far = norm(model.p) > eps**0.5 * norm(y + model.p)
+        moving = jnp.any(model.active != c.model.active) | far
+        unclear = (jnp.any(model.room <= 10 * model.noise) | model.dependent) & (c.count < CLEARING_STEPS)
+        alive = jnp.isfinite(norm(model.p)) & ~model.empty
+        return _Pass(y, model, jnp.where(again, moving, unclear) & alive, c.count + 1)
+
+    nothing = jnp.zeros_like(limits.lo)
+    m = len(limits.C)
+    first = Model(jnp.zeros_like(y), nothing, active, jnp.zeros((m, m), y.dtype), no, no, no, nothing, nothing)
+    begin = _Pass(y, first, jnp.array(True), jnp.array(0))
+    end = lax.while_loop(lambda c: c.moving & (c.count < PROXIMAL_STEPS), step, begin)
+    return end.y, end.model, ~(again & end.moving)
 
 
 class _Kkt(NamedTuple):
@@ -114,11 +158,3 @@ def _refine(kkt: _Kkt, y: Array, kept: bool) -> Found:
     end = lax.while_loop(go_on, body, moved(y, model.multipliers, model.p, infinite, jnp.array(0)))
     status = jnp.where(end.size <= enough, Status.CONVERGED, Status.STALLED)
     return Found(end.y, kkt.factor, model._replace(multipliers=end.lam), end.at, end.R, end.count + 2, status)
-
-
-def _contradicts(limits: Rows, end: Found) -> Array:
-    """Whether a row is violated, or its multiplier has the wrong sign, by more than rounding error."""
-    noise, d, a = 100 * end.model.noise, end.factor.d, end.model.active
-    outside = d * jnp.maximum(end.at - limits.hi, limits.lo - end.at) > noise
-    wrong = (a * end.model.multipliers < -d * noise) & (limits.lo != limits.hi)
-    return jnp.any(outside | wrong)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from bilevel.backend.tree import norm
-from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess
+from bilevel.lower.polyhedral_level import Found, Level, Settings, Warm, ends, guess, on_face
 from bilevel.qp.active_set import Factor, Model, Point, Rows, solve_model
 from bilevel.record import Status
 
@@ -41,6 +41,8 @@ class _Search(NamedTuple):
     """At y: the step p, the multipliers and the active set."""
     steep: Array
     """[], |grad_y g| at the start."""
+    trace: Array
+    """[], of the first g_yy."""
     steps: Array
     status: Array
 
@@ -63,11 +65,14 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     limits, dtype, eps = level.limits, y.dtype, float(jnp.finfo(y.dtype).eps)
     zero, no, nobody = jnp.zeros((), dtype), jnp.array(False), jnp.zeros_like(limits.lo)
     start = None if warm.active is None else jnp.asarray(warm.active, dtype)
-    m, first = len(limits.C), nobody if start is None else start
+    (m, n), first = limits.C.shape, nobody if start is None else start
     nothing = Model(jnp.zeros_like(y), nobody, first, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
+    square, rows = jnp.zeros((n, n), dtype), jnp.zeros((m, n), dtype)
+    unmade = Factor(square, None, rows, nothing.inverse, nobody, nobody, zero, jnp.zeros_like(y), nobody)
     begin = _Search(
-        y, zero + 1, zero, zero, zero, no, level.factor_at(y), nothing, zero, jnp.array(0), jnp.array(Status.MAX_STEPS)
-    )
+        y, zero + 1, zero, zero, zero, no, unmade, nothing, zero, zero + jnp.inf, jnp.array(0),
+        jnp.array(Status.MAX_STEPS),
+    )  # fmt: skip
 
     def go_on(c: _Search) -> Array:
         return (c.status == Status.MAX_STEPS) & (c.steps < settings.max_steps)
@@ -76,11 +81,12 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     last = end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0)
     grad = level.gradient(last)
     R = grad + limits.C.T @ end.model.multipliers
-    trace = jnp.minimum(begin.factor.trace, end.factor.trace)
+    trace = jnp.minimum(end.trace, end.factor.trace)
     enough = eps**0.5 * (end.steep + norm(grad)) + 100 * eps * trace * norm(last)
     status = jnp.where((end.status == Status.CONVERGED) & ~_balanced(level, end.model, grad, enough),
                        Status.STALLED, end.status)  # fmt: skip
-    return Found(last, end.factor, end.model, limits.C @ last, R, end.steps, status)
+    face = on_face(limits, end.factor, end.model)
+    return Found(last, face.factor, face.model, limits.C @ last, R, end.steps, face.word(status))
 
 
 def _balanced(level: Level, model: Model, grad: Array, enough: Array) -> Array:
@@ -98,8 +104,8 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
     look = _look(level, c)
     ok = look.accepted
     before = norm(c.factor.L @ (c.factor.L.T @ c.model.p))  # |H p| = |grad_y g + C' lam| at the last y
-    renew = ok & ~first & ~((norm(look.R) <= 0.1 * before) & (c.t == 1))
-    factor = lax.cond(renew, lambda: level.factor_at(look.y), lambda: c.factor)
+    renew = first | (ok & ~((norm(look.R) <= 0.1 * before) & (c.t == 1)))
+    factor = lax.cond(renew, lambda: level.factor_at(look.y, look.grad), lambda: c.factor)
     z, active = factor.down(look.R), c.model.active
     if guessed:
         active = jnp.where(first, guess(limits, factor, look.y, z), active)
@@ -115,6 +121,7 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
         factor=factor,
         model=model,
         steep=jnp.where(first, norm(look.grad), c.steep),
+        trace=jnp.where(first, factor.trace, c.trace),
         steps=c.steps + 1,
         status=c.status,
     )

@@ -69,6 +69,10 @@ class Factor(NamedTuple):
     """[m], d_i |C_i|."""
     trace: Array
     """[], of H."""
+    shift: Array | None = None
+    """[n], what was added to H's diagonal (`convex`); None for nothing."""
+    pin: Array | None = None
+    """[m], the diagonal D of what `convex.pinned` added to H; None for nothing."""
 
     def down(self, r: Array) -> Array:
         """L^-1 r."""
@@ -98,6 +102,12 @@ def with_rows(L: Array, trace: Array, C: Array) -> Factor:
     return Factor(L, None, W, W @ W.T, d, d * row_norms(C), trace)
 
 
+def exact_inverse(factor: Factor, a: Array) -> Array:
+    """`masked_inverse` of the factor's S, or `inverse_of_rows` where that is not exact."""
+    found = masked_inverse(factor.S, a)
+    return once_if(~found[1], lambda _: inverse_of_rows(factor.W, after(a, found[0][0, 0])), found)[0]
+
+
 def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Array, Array]:
     """(Y [m, m], whose Y'Y is the inverse of S + ridge I on the rows in a and zero elsewhere; whether these rows are
     independent).
@@ -109,6 +119,17 @@ def masked_inverse(S: Array, a: Array, ridge: Array | float = 0.0) -> tuple[Arra
     Y = solve_triangular(L, unit * inside.astype(S.dtype)[None], lower=True)
     smallest = jnp.min(jnp.diagonal(L), initial=1.0) ** 2
     return Y, smallest > 1e3 * float(jnp.finfo(S.dtype).eps) * max(m, 1)
+
+
+def inverse_of_rows(W: Array, a: Array) -> tuple[Array, Array]:
+    """`masked_inverse` of W W' from W [m, n] itself, by QR: exact to the condition of the rows in a, not its square."""
+    inside, (m, n) = a != 0, W.shape
+    unit = np.eye(m, dtype=W.dtype)
+    rows = jnp.where(inside[:, None], W, 0)
+    R = jnp.linalg.qr(jnp.concatenate([rows.T, unit * jnp.where(inside, 0, 1).astype(W.dtype)[None]]), mode="r")
+    Y = solve_triangular(R, unit * inside.astype(W.dtype)[None], trans=1)
+    smallest = jnp.min(jnp.abs(jnp.diagonal(R)), initial=1.0)
+    return Y, smallest > 100 * float(jnp.finfo(W.dtype).eps) * n
 
 
 class Point(NamedTuple):
@@ -243,7 +264,10 @@ def _mended(model: _Scaled, a: Array, step: _Step) -> Array:
 def _pass(model: _Scaled, max_changes: int, c: _Search) -> _Search:
     """Solve for the rows in a, and change those that are wrong."""
     eps, m = float(jnp.finfo(c.a.dtype).eps), len(c.a)
-    inverse, independent = masked_inverse(model.S, c.a, jnp.where(c.phase == RIDGED, eps**0.5, 0))
+    found = masked_inverse(model.S, c.a, jnp.where(c.phase == RIDGED, eps**0.5, 0))
+    inverse, independent = once_if(
+        ~found[1] & (c.phase != RIDGED), lambda _: inverse_of_rows(model.W, after(c.a, found[0][0, 0])), found
+    )
     step = _step_on(model, c.a, inverse)
     better = _mended(model, c.a, step)
     wrong = better != c.a
@@ -286,12 +310,23 @@ def _by_dual_method(model: _Scaled, before: _Found) -> _Found:
     """The same from multipliers of zero, by `least_distance`: lo <= W z <= hi as rows W, -W."""
     free = model.reach + model.S @ model.lam
     slack = jnp.concatenate([model.hi - free, free - model.lo])
-    allow = jnp.concatenate([model.noise, model.noise])
+    far = float(jnp.finfo(free.dtype).eps) * (norm(free) + norm(model.lam @ model.W))  # from multipliers that z0 counts
+    allow = jnp.concatenate([model.noise, model.noise]) + 10 * far
     # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
     exact = nearest(jnp.concatenate([model.W, -model.W]), slack, allow, skip=~before.failed)
     at_hi, at_lo = (half.astype(before.a.dtype) for half in jnp.split(exact.active, 2))
-    a = at_hi - at_lo
-    inverse, independent = masked_inverse(model.S, a)
+    a = jnp.where(model.fixed, 1, at_hi - at_lo)  # equalities that hold by themselves have multipliers, too
+    fewer, m = at_hi - at_lo, len(a)
+
+    def attempt(c: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        """With these, or without those where they depend on each other."""
+        count, a, _, _ = c
+        a = jnp.where(count == 0, a, fewer)
+        return count + 1, a, *inverse_of_rows(model.W, after(a, exact.d[0]))
+
+    begin = (jnp.array(0), a, jnp.zeros((m, m), a.dtype), jnp.array(False))
+    count, a, inverse, _ = lax.while_loop(lambda c: (c[0] == 0) | ((c[0] == 1) & ~c[3]), attempt, begin)
+    independent = count == 1
     return _Found(
         a=a,
         step=_step_on(model, a, inverse),
@@ -349,4 +384,7 @@ def kkt_solve(factor: Factor, inverse: Array, active: Array, r: Array, s: Array 
     reach = factor.W @ z
     v = (inverse @ (reach if s is None else reach - factor.d * s)) @ inverse
     u = factor.up(z - v @ factor.W)
-    return u, factor.d * v if s is None else jnp.where(active != 0, factor.d * v, s)
+    if s is None:
+        return u, factor.d * v
+    more = 0 if factor.pin is None else factor.pin * s
+    return u, jnp.where(active != 0, factor.d * v + more, s)

@@ -8,7 +8,7 @@ import numpy as np
 from bilevel.record import Measurement, Row, Status
 from bilevel.solver import Solver
 
-NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE  # F has no value at this x, but may have one at the next
+NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE, Status.UNDETERMINED  # F has no value here, but maybe at the next x
 USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
 JUDGED = *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR  # of a row: F is what it is said to be
 SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found
