@@ -2,7 +2,8 @@
 
 At (y, v) with lower residual R and adjoint residual r_v = f_y - R_y' v, d = -R_y^-1 R is a Newton step of the lower
 level, and dv = R_y^-T r_v, with r_v at y + d, the adjoint's answer to it: the gradient f_x - R_x' v at (y + d, v + dv)
-is right to higher order, so that its distance from the one at (y, v) is the error of that one.
+is right to higher order, so that its distance from the one at (y, v) is the error of that one. Both residuals are taken
+off by what rounding may have left in them (`rounding`), so that the distance knows how large R_y^-1 is.
 """
 
 import dataclasses
@@ -18,9 +19,11 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.backend.norms import norms
 from bilevel.backend.once import in_turn
+from bilevel.backend.tree import norm
 from bilevel.linear import UNSOLVED, LinearSolution, LinearSolver, default_solver
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import LowerSolution
+from bilevel.lower.rounding import Rounding, rounding_of, wrong_adjoint, wrong_lower
 from bilevel.problem import BilevelProblem, Minimize
 
 PyTree = Any
@@ -72,8 +75,8 @@ class Findings(NamedTuple):
     """What the stages find out.
 
     v [dim y], gradient [dim x], sizes: at (y, v), v solved. cross: R_x' v [dim x], there and then at (y + d, v).
-    shifted: |r_v| at (y + d, v). moved: how far R_x' v moved by dv. change: how far the gradient moved by d and dv.
-    unsolved: the adjoint, or a correction, is not solved. looks: taken so far.
+    shifted: |r_v| at (y + d, v), with what rounding may make of it. moved: how far R_x' v moved by dv. change: how far
+    the gradient moved by d and dv. unsolved: the adjoint, or a correction, is not solved. looks: taken so far.
     """
 
     v: Array
@@ -109,17 +112,18 @@ def correct(
         begin.v, begin.at.gradient, begin.at.sizes, begin.at.cross, nought, nought, nought, no, jnp.array(0)
     )
     stay = Move(jnp.zeros_like(begin.y), no, no, nought + 1)
-    settle = partial(_settle, system.max_solves, found.R if estimate else stay.r)
-    stages = [settle, partial(_shift, found.residual), _compare] if estimate else [settle]
+    settle = partial(_settle, system, found.R if estimate else stay.r)
+    stages = [settle, partial(_shift, system, begin.y, found.residual), _compare] if estimate else [settle]
     return in_turn(take, begin, stay, nothing, stages)
 
 
-def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
+def _settle(system: "System", R: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
     """Correct v until its residual is rounding error or no longer halves; then the Newton step from y."""
     at, size = seen.at, seen.at.sizes
     enough = 10 * jnp.finfo(R.dtype).eps * size.fy  # the linear solvers' default
-    again = (found.looks < max_solves) & (size.r_v <= found.sizes.r_v / 2) & (size.r_v > enough)
+    again = (found.looks < system.max_solves) & (size.r_v <= found.sizes.r_v / 2) & (size.r_v > enough)
     scale = size.fy / jnp.where(size.r_v > 0, size.r_v, 1)
+    R = wrong_lower(system.rounding, R, seen.y, seen.v, at.cross)
     move = Move(jnp.where(again, at.r_v, R), ~again, again, scale)
     unsolved = size.r_v > UNSOLVED * size.fy
     found = found._replace(
@@ -128,11 +132,17 @@ def _settle(max_solves: int, R: Array, seen: Point, found: Findings) -> tuple[Mo
     return move, found, ~again
 
 
-def _shift(lower_residual: Array, seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
+def _shift(
+    system: "System", y: Array, lower_residual: Array, seen: Point, found: Findings
+) -> tuple[Move, Findings, Array]:
     """At (y + d, v): correct v."""
     unsolved = found.unsolved | (seen.left > UNSOLVED * lower_residual)
-    move = Move(seen.at.r_v, jnp.array(False), jnp.array(False), jnp.ones_like(lower_residual))
-    found = found._replace(cross=seen.at.cross, shifted=seen.at.sizes.r_v, unsolved=unsolved)
+    r_v, size = seen.at.r_v, seen.at.sizes.r_v
+    if system.rounding is not None:
+        r_v = wrong_adjoint(system.rounding, r_v, seen.v, seen.y - y)
+        size = norm(r_v)
+    move = Move(r_v, jnp.array(False), jnp.array(False), jnp.ones_like(lower_residual))
+    found = found._replace(cross=seen.at.cross, shifted=size, unsolved=unsolved)
     return move, found, jnp.array(True)
 
 
@@ -147,20 +157,23 @@ def _compare(seen: Point, found: Findings) -> tuple[Move, Findings, Array]:
 
 class System(NamedTuple):
     """The linear systems with R_y at y. correct: Move -> (step [dim y], residual []), worth repeating `max_solves`
-    times.
+    times. rounding: what residuals may be off by, where that is known.
     """
 
     correct: Callable[[Move], tuple[Array, Array]]
     max_solves: int
+    rounding: Rounding | None
 
 
 def system_of(
     problem: BilevelProblem, x: PyTree, found: LowerSolution, batch: PyTree, method: LinearSolver | None
 ) -> System:
     """By the lower level's last factor, with refinement, where there is one and no method is asked for."""
+    minimize = isinstance(problem.lower, Minimize)
+    rounding = rounding_of(found.factor, minimize, norm(x))
     if method is None and jax.tree.leaves(found.factor):
-        return System(partial(_by_factor, found.factor, isinstance(problem.lower, Minimize)), 20)
-    return System(_by_method(problem, x, found, batch, method), 1)
+        return System(partial(_by_factor, found.factor, minimize), 20, rounding)
+    return System(_by_method(problem, x, found, batch, method), 1, rounding)
 
 
 def _by_factor(factor: PyTree, symmetric: bool, move: Move) -> tuple[Array, Array]:

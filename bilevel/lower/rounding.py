@@ -1,0 +1,57 @@
+"""What rounding may make of the residuals R(x, y) and f_y - R_y' v of a lower level without constraints."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from bilevel.backend.tree import norm, row_norms
+from bilevel.lower.sides import UNITS, sign
+
+PyTree = Any
+
+
+class Rounding(NamedTuple):
+    """The sizes of the terms that cancel in residuals, from a factor of R_y."""
+
+    h: Array | None
+    """[n], the root of the diagonal of g_yy, whose entries are at most h h'; None for a map T with |T_y| about 1."""
+    size_x: Array
+    """[], |x|."""
+
+    def lower(self, y: Array, v: Array, cross: Array) -> Array:
+        """Of R, [n]: the terms of R_y y and of R_x x, |R_x| as seen in cross = R_x' v, [dim x]."""
+        size = norm(v)
+        by_x = self.size_x * norm(cross) / jnp.where(size > 0, size, 1)
+        return self._unit(y) * (self._product(y) + by_x)
+
+    def adjoint(self, v: Array) -> Array:
+        """Of f_y - R_y' v, [n]."""
+        return self._unit(v) * self._product(v)
+
+    def _product(self, v: Array) -> Array:
+        return jnp.abs(v) + norm(v) if self.h is None else (self.h @ jnp.abs(v)) * self.h
+
+    def _unit(self, v: Array) -> float:
+        return UNITS * float(jnp.finfo(v.dtype).eps)
+
+
+def rounding_of(factor: PyTree, minimize: bool, size_x: Array) -> Rounding | None:
+    """By a factor of `lower.newton`; None where there is none."""
+    if not jax.tree.leaves(factor):
+        return None
+    h = row_norms(jnp.tril(factor[0].T)) if minimize else None  # beside the triangle the factor is anything
+    return Rounding(h, size_x)
+
+
+def wrong_lower(rounding: Rounding | None, R: Array, y: Array, v: Array, cross: Array) -> Array:
+    """R [n] off by what rounding may make of it, with signs of v, along which f changes."""
+    return R if rounding is None else R + sign(v) * rounding.lower(y, v, cross)
+
+
+def wrong_adjoint(rounding: Rounding | None, r_v: Array, v: Array, moved: Array) -> Array:
+    """r_v [n] likewise, with the signs of where y moved, which shows a soft direction, so that it adds to r_v there."""
+    if rounding is None:
+        return r_v
+    return r_v + sign(moved @ r_v) * sign(moved) * rounding.adjoint(v)
