@@ -12,7 +12,7 @@ from bilevel.solver import Solver
 from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 from irl.problem import refuse_others
-from irl.tabular import soft, spec
+from irl.tabular import soft, spec, steps
 from irl.tabular.spec import TabularImitation
 
 PyTree = Any
@@ -54,7 +54,7 @@ class MCEIRL(Solver):
 
     Args:
         upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(curvature of F at
-            x0).
+            x0); less while F is more curved than there: see `irl.tabular.steps`.
         max_sweeps: the most sweeps of soft value iteration in a step, >= 0, from the last Q; they stop at rounding
             error before. With a horizon T there are always T. Default: 1000.
 
@@ -74,8 +74,9 @@ class MCEIRL(Solver):
 
     def init(self, problem: TabularImitation, key: Array) -> State:
         x, y = problem.init(key)
-        default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
-        return State(x, y, stepper(self.upper_step_size, default, x))
+        if self.upper_step_size is not None:
+            return State(x, y, stepper(self.upper_step_size, None, x))
+        return State(x, y, steps.watched(spec.default_step(problem, x, y), x, share=1.0, reach=1.0))
 
     def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
         x, mdp, c = state.x, problem.mdp, problem.occupancy()

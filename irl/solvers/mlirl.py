@@ -15,7 +15,7 @@ from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import static, struct
 from irl import demonstrations
 from irl.problem import refuse_others
-from irl.tabular import soft, spec
+from irl.tabular import soft, spec, steps
 from irl.tabular.spec import TabularImitation
 
 PyTree = Any
@@ -61,8 +61,9 @@ class MLIRL(Solver):
     Cost per step: 1 upper gradient (in closed form, with one occupancy), T lower gradients.
 
     Args:
-        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: 1/(curvature of F at
-            x0).
+        upper_step_size: a > 0. A number, an optax schedule or an optax transformation. Default: half of 1/(curvature
+            of F at x0); then as F's curvature on the way allows, and like k^(-1/2) where directions are sampled:
+            see `irl.tabular.steps`.
         num_lower_steps: T >= 1, sweeps in a step. Default: 1.
         policy_evaluation: whether pi is held during the T sweeps, as in an actor-critic; with T = 1 the two are the
             same. Default: False.
@@ -91,8 +92,13 @@ class MLIRL(Solver):
     def init(self, problem: TabularImitation, key: Array) -> State:
         key_start, key_source, _ = jax.random.split(key, 3)  # three, as runs of earlier versions
         x, y = problem.init(key_start)
-        default = spec.default_step(problem, x, y) if self.upper_step_size is None else None
-        return State(x, y, stepper(self.upper_step_size, default, x), problem.demonstrations.init(key_source))
+        if self.upper_step_size is not None:
+            step_x = stepper(self.upper_step_size, None, x)
+        elif self.num_rollouts is not None or problem.demonstrations.fraction < 1:
+            step_x = steps.decaying(0.5 * spec.default_step(problem, x, y))
+        else:
+            step_x = steps.watched(0.5 * spec.default_step(problem, x, y), x, share=0.5, reach=10.0)
+        return State(x, y, step_x, problem.demonstrations.init(key_source))
 
     def step(self, problem: TabularImitation, state: State, key: Array) -> tuple[State, Info]:
         key_batch, _, key_agent = jax.random.split(key, 3)  # three, as runs of earlier versions
