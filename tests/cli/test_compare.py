@@ -82,7 +82,7 @@ def test_calls_that_nobody_counted_are_neither_few_nor_many(tmp_path, synthetic)
     assert row["solved"] == 1
     assert row["oracles"]["median"] is None
     assert any(note.startswith("C: how many oracle calls") for note in found["notes"])
-    text = CliRunner().invoke(app, ["compare", str(folder), "--tolerance", "0.1"])
+    text = CliRunner().invoke(app, ["compare", str(folder), "--tol", "0.1"])
     assert text.exit_code == 0
     assert CliRunner().invoke(app, ["report", str(folder)]).exit_code == 0
 
