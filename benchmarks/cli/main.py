@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cli import commands, options
+from benchmarks.cli import commands, findings, options
 from benchmarks.cli.options import Json, examples, usage_errors
 from benchmarks.show.terminal import console, progress
 from benchmarks.study.compilation import use_quick_compilation
@@ -255,7 +255,7 @@ def show(
         "bilevax verify",
         "bilevax verify soba certified --examples 1000",
         "bilevax verify DSBLO --seed 1",
-        "bilevax verify --seconds 60 --json",
+        "bilevax verify hypergradient box ball --draws 2000 --json",
         "bilevax verify my_package.claims:MY_GUARANTEE",
         "The last takes a Guarantee of your own, by module and attribute.",
     )
@@ -263,9 +263,13 @@ def show(
 def verify(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[NAMES]", help="Guarantees, beginnings of their names, or solvers. Default: all."),
+        typer.Argument(
+            metavar="[NAMES]",
+            help="Guarantees, beginnings of their names, or solvers; or hypergradient. Default: all.",
+        ),
     ] = None,
     examples: Annotated[int, typer.Option(min=1, help="Draws for each guarantee, of 64 instances each.")] = 200,
+    draws: Annotated[int, typer.Option(min=1, help="Problems drawn for the name hypergradient.")] = 10_000,
     seconds: Annotated[float | None, typer.Option(min=0, help="Stop drawing after so many seconds in all.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the search.")] = 0,
     out: Annotated[Path, typer.Option(help="Where counterexamples are kept.")] = Path("counterexamples"),
@@ -282,6 +286,8 @@ def verify(
     from benchmarks.judge import verify as verifier
 
     with usage_errors(), jax.enable_x64(True):
+        if names and names[0] == "hypergradient":
+            findings.hypergradients(names[1:], draws, seed, as_json)
         chosen = verifier.choose(names or [])
         if replay is not None:
             if len(chosen) != 1:
@@ -292,19 +298,13 @@ def verify(
             typer.echo(json.dumps(data, indent=None if as_json else 1))
             raise typer.Exit(1 if broken else 0)
         with progress(len(chosen)) as advance:
-            findings = verifier.run(list(chosen.values()), examples, seconds, seed, advance)
+            found = verifier.run(list(chosen.values()), examples, seconds, seed, advance)
         commands = {
             name: verifier.save(out, name, finding.guarantee, finding.counterexample, examples, seed)
-            for name, finding in zip(chosen, findings, strict=True)
+            for name, finding in zip(chosen, found, strict=True)
             if finding.counterexample is not None
         }
-    if as_json:
-        typer.echo(json.dumps({"guarantees": [verifier.row(finding) for finding in findings], "replay": commands}))
-    else:
-        terminal = console()
-        terminal.print(verifier.table(findings))
-        for name, command in commands.items():
-            terminal.print(f"{name} is broken. Again: {command}", soft_wrap=True)
+    findings.show(found, commands, as_json)
     raise typer.Exit(1 if commands else 0)
 
 

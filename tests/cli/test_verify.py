@@ -100,3 +100,16 @@ def test_bad_usage(arguments, expected):
     result = call(*arguments)
     assert result.exit_code == 2
     assert expected in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_campaign_of_hypergradients():
+    result = call("hypergradient", "free", "--draws", 20, "--json")
+    assert result.exit_code in (0, 1), result.stderr
+    printed = json.loads(result.stdout)
+    assert printed["draws"] == 20
+    assert [(row["kind"], row["dtype"]) for row in printed["kinds"]] == [
+        ("free, quadratic", "float32"), ("free, quadratic", "float64"),
+    ]  # fmt: skip
+    assert printed["broken"] == []
+    assert printed["holds"] == (result.exit_code == 0)
+    assert call("hypergradient", "fre").exit_code == 2
