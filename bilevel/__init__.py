@@ -28,6 +28,7 @@ from bilevel.solvers.coupled.blocc import BLOCC
 from bilevel.solvers.coupled.f2cba import F2CBA
 from bilevel.solvers.coupled.lvhba import LVHBA
 from bilevel.solvers.coupled.sflcb import SFLCB
+from bilevel.solvers.exact.lbfgs import LBFGS
 from bilevel.solvers.implicit.aid import AID
 from bilevel.solvers.implicit.amigo import AmIGO
 from bilevel.solvers.implicit.itd import ITD
@@ -65,6 +66,7 @@ __all__ = [
     "GMRES",
     "GPBGD",
     "ITD",
+    "LBFGS",
     "LVHBA",
     "MEHA",
     "MINRES",
