@@ -1,5 +1,6 @@
 """Derivatives of F through a lower level solved by `projected`: the hypergradient with its error, F for `jax.grad`."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -7,27 +8,28 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import norm, poisoned, take
+from bilevel.backend.tree import norm, poisoned, row_norms, take
 from bilevel.linear import UNSOLVED, verified
-from bilevel.lower import projected
+from bilevel.lower import projected, sides
 from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral_gradient import conclude
 from bilevel.lower.projected import Settings
 from bilevel.problem import BilevelProblem
+from bilevel.qp.face import Face
 from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
 
 
 class _Point(NamedTuple):
-    """Where the systems stand, all [n]: y, the adjoint u, and what is left of their equations in the tangent space."""
+    """Where the systems stand, [n]: y, the adjoint u, what is left of their equations, and the face."""
 
     y: Array
     u: Array
-    r_y: Array
-    """P R."""
-    r_u: Array
-    """P (f_y - (H + D) u)."""
+    R: Array
+    left: Array
+    """f_y - (H + D) u."""
+    face: Face
 
 
 class _Seen(NamedTuple):
@@ -53,33 +55,43 @@ def differentiate(
 
         y <- Proj(y + d),  P (H + D) P d = -P R,        u <- u + du,  P (H + D) P du = P (f_y - (H + D) u).
 
-    The first solves for u and gives the gradient; with `estimate` a second one gives a gradient that is right to higher
-    order: twice the distance of the two, plus an allowance for rounding, estimates the first one's error. It supposes
-    that the face is the right one, which the margin shows; no proof from constants is offered here.
+    The first solves for u and gives the gradient; with `estimate` a second one (on balls, two more) gives a gradient
+    that is right to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first
+    one's error. Before each that follows, what is left of the equations, and on a ball the face, is taken off by what
+    rounding may make of it. It supposes that the face is the right one, which the margin shows; no proof from constants
+    is offered here.
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = projected.solve(problem, x, y, lower_batch, settings)
     face, (flat, unravel) = found.face, ravel_pytree(found.y)
-    solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
+    round_set = not problem.y_set.polyhedral
+    passes = 3 if round_set else 2  # on a ball y moves, and then the face with it
 
     def correct(at: _Point, _: None) -> tuple[_Point, _Seen]:
         """Solve for the corrections of y and u, and look at the corrected point."""
-        flat = ravel_pytree(problem.y_set.project(unravel(at.y + solve(-at.r_y))))[0]
-        u = at.u + solve(at.r_u)
+        face, u, left = at.face, at.u, at.left
+        solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
+        if round_set:  # the face may have turned
+            u = face.tangent(u)
+            off = at.u - u
+            left = left + face.mu * off + oracles.flat_operator(problem, x, found.y, lower_batch)(off)
+        flat = ravel_pytree(problem.y_set.project(unravel(at.y + solve(-face.tangent(at.R)))))[0]
+        u = u + solve(face.tangent(left))
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
-        r_u = face.tangent(fy - Hu - face.mu * u)
-        seen = _Seen(flat, u, value, fx - cross, norm(r_u), norm(fx) + norm(cross), norm(fy))
-        return _Point(flat, u, face.tangent(R), r_u), seen
+        left = fy - Hu - face.mu * u
+        size = norm(face.tangent(left))
+        seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy))
+        return _off(problem, unravel, _Point(flat, u, R, left, face), seen.fy), seen
 
     R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
-    begin = _Point(flat, jnp.zeros_like(flat), face.tangent(R), face.tangent(fy))
-    corrections = lax.scan(correct, begin, length=2 if estimate else 1)[1]  # a scan: `correct` is compiled once
+    begin = _Point(flat, jnp.zeros_like(flat), R, fy, face)
+    corrections = lax.scan(correct, begin, length=passes if estimate else 1)[1]  # a scan: `correct` is compiled once
     seen = take(corrections, 0)
     if estimate:
-        error = _error(seen, take(corrections, 1), begin)
+        error = _error(seen, corrections.gradient[1:], begin)
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error = jnp.full((), jnp.nan, flat.dtype)
@@ -90,19 +102,37 @@ def differentiate(
     )  # fmt: skip
 
 
-def _error(seen: _Seen, better: _Seen, begin: _Point) -> Array:
-    """Twice the distance of the two gradients and an allowance for rounding; infinite where the first adjoint is not
-    solved: an estimate by a solver that has not solved is none.
+def _off(problem: BilevelProblem, unravel: Callable[[Array], PyTree], at: _Point, size_fy: Array) -> _Point:
+    """The point with R, and what is left of the adjoint, off by what rounding may make of them: eps |y|/s and
+    eps (|u|/s + |f_y|), 1/s the largest curvature, with the signs of u; and the face of a ball as that turns it.
+    """
+    n, s = at.y.size, at.face.s
+    unit, signs = sides.UNITS * float(jnp.finfo(at.y.dtype).eps) / n**0.5, sides.sign(at.u)
+    wrong = unit * norm(at.y) / s
+    R = at.R + wrong * signs
+    more = unit * (norm(at.u) / s + size_fy) * signs
+    left = at.left + sides.sign(more @ at.left) * more
+    if problem.y_set.polyhedral:
+        return at._replace(R=R, left=left)
+    y = at.y + unit * norm(at.y) * signs
+    longer = at.R + wrong * sides.sign(at.R)  # by which the multiplier changes most
+    return at._replace(R=R, left=left, face=problem.y_set.face(unravel(y), unravel(longer), s))
+
+
+def _error(seen: _Seen, better: Array, begin: _Point) -> Array:
+    """Twice the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding; infinite
+    where the first adjoint is not solved: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
-    error = 2 * norm(better.gradient - seen.gradient) + eps * n * seen.sizes
+    apart = jnp.max(row_norms(better - seen.gradient[None]))
+    error = 2 * apart + eps * n * seen.sizes
     return jnp.where(_solved(seen, begin), error, jnp.inf)
 
 
 def _solved(seen: _Seen, begin: _Point) -> Array:
     """Whether the adjoint is, to a tenth of where it began or to rounding, []."""
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
-    return seen.linear_residual <= jnp.maximum(UNSOLVED * norm(begin.r_u), 10 * eps * n * seen.fy)
+    return seen.linear_residual <= jnp.maximum(UNSOLVED * norm(begin.face.tangent(begin.left)), 10 * eps * n * seen.fy)
 
 
 def implicit_solution(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Solved:
