@@ -28,6 +28,7 @@ from bilevel.solvers.coupled.blocc import BLOCC
 from bilevel.solvers.coupled.f2cba import F2CBA
 from bilevel.solvers.coupled.lvhba import LVHBA
 from bilevel.solvers.coupled.sflcb import SFLCB
+from bilevel.solvers.exact.implicit import Implicit
 from bilevel.solvers.exact.lbfgs import LBFGS
 from bilevel.solvers.implicit.aid import AID
 from bilevel.solvers.implicit.amigo import AmIGO
@@ -91,6 +92,7 @@ __all__ = [
     "FixedPoint",
     "Full",
     "Hypergradient",
+    "Implicit",
     "Intersection",
     "InvalidInput",
     "LinearCoupling",

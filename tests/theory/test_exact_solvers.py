@@ -1,9 +1,10 @@
-"""LBFGS against answers by other means: bounds, a simplex, a curved valley without bounds."""
+"""LBFGS against answers by other means: bounds, a simplex, a curved valley; Implicit against a loop by hand."""
 
 import cvxpy as cp
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy import optimize
 
@@ -97,3 +98,41 @@ def test_bad_counts_are_named():
     for name, bad in (("memory", 0), ("max_evaluations", 1), ("memory", 2.5), ("memory", True)):
         with pytest.raises(bilevel.InvalidInput, match=f"LBFGS.{name}"):
             bilevel.LBFGS(**{name: bad})
+
+
+def test_a_rule_as_in_a_loop_by_hand(key):
+    problem, *_ = least_squares(1, bilevel.Box(-1.0, 0.5))
+    rule = optax.adam(optax.cosine_decay_schedule(0.1, 20))
+    F = jax.jit(jax.value_and_grad(bilevel.implicit_objective(problem)))
+    x = start(key)[0]
+    memory = rule.init(x)
+    for _ in range(20):
+        value, gradient = F(x)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts and floats
+            updates, memory = rule.update(gradient, memory, x)
+        x = jnp.clip(x + updates, -1.0, 0.5)
+    solution = bilevel.solve(problem, bilevel.Implicit(upper_step_size=rule), key=key, max_steps=20, every=10, tol=0.0)
+    np.testing.assert_allclose(solution.x, x, rtol=1e-9)
+    np.testing.assert_allclose(solution.info.objective, value, rtol=1e-9)
+    assert solution.info.lower_solved
+
+
+def leaning(x, y, batch):
+    """Without a minimiser where x > 1."""
+    return jnp.sum((1 - x) * y**2) / 2 - jnp.sum(y)
+
+
+def outward(x, y, batch):
+    return jnp.sum(y) - 5 * jnp.sum(x)
+
+
+def test_x_stays_where_the_lower_level_has_no_solution(key):
+    """F = 1/(1 - x) - 5 x has its minimum at 1 - 1/sqrt(5); a step of 1 leads from 0 to x = 4."""
+    problem = bilevel.BilevelProblem(outward, bilevel.Minimize(leaning), init=lambda key: (jnp.zeros(1), jnp.zeros(1)))
+    solution = bilevel.solve(problem, bilevel.Implicit(upper_step_size=1.0), key=key, max_steps=6, every=3)
+    np.testing.assert_allclose(solution.x, 4.0, rtol=1e-12)
+    assert solution.status in (bilevel.Status.DIVERGED, bilevel.Status.SADDLE)
+    assert sum(solution.stats["failed"].values()) == 5
+    solution = bilevel.solve(problem, bilevel.LBFGS(), key=key, max_steps=30, tol=1e-8)
+    assert solution.status == bilevel.Status.CONVERGED
+    np.testing.assert_allclose(solution.x, 1 - 1 / np.sqrt(5), rtol=1e-9)
