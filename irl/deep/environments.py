@@ -52,6 +52,8 @@ class Environment:
     """The number k of entries of an action, or A where actions are discrete and networks see them one-hot."""
     max_steps: int
     """The time limit of an episode."""
+    bounds: tuple[Any, Any] = (-1.0, 1.0)
+    """What the actions -1 and 1 are in the environment's own units: numbers, or arrays [k]."""
 
     def reset(self, key: Array) -> tuple[PyTree, Array]:
         """(state, observation [d]) at the start of an episode."""
@@ -271,6 +273,10 @@ class Gymnasium(Environment):
     action_size: int = static()
     max_steps: int = static()
 
+    @property
+    def bounds(self) -> tuple[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.simulator.low, self.simulator.high
+
     def reset(self, key: Array) -> tuple[Array, Array]:
         row = jax.ShapeDtypeStruct((2 * self.simulator.size,), jnp.uint32)
         observation = jax.ShapeDtypeStruct((self.observation_size,), _float())
@@ -360,6 +366,10 @@ class Absorbing(Environment):
     @property
     def max_steps(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.environment.max_steps
+
+    @property
+    def bounds(self) -> tuple[Any, Any]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.environment.bounds
 
     def reset(self, key: Array) -> tuple[PyTree, Array]:
         state, observation = self.environment.reset(key)

@@ -9,12 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from bilevel.struct import invalid, static, struct
 from irl.deep.environments import Absorbing, Environment, extend
 from irl.deep.sac import SAC, Batch, Learner
 from irl.demonstrations import Demonstrations
+from irl.mdp import check_range
 
 PyTree = Any
 
@@ -169,10 +171,12 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     """Demonstrations of observations [n, T, d] as steps [n, T], or [n, T + 1] with their absorbed steps.
 
     Continuous actions are clipped to [-1, 1], as the environment clips them: an expert recorded before the clip would
-    else differ from every agent for ever, and a reward of actions grow without end.
+    else differ from every agent for ever, and a reward of actions grow without end. Where the environment's own bounds
+    are others, actions beyond 1 are refused: they are likely in its own units.
 
     Raises:
-        InvalidInput: where observations or actions do not fit the environment, or what followed the end is unknown.
+        InvalidInput: where observations or actions do not fit the environment, or what followed the end is unknown;
+            for actions that it does not have or whose units are not clear, and episodes beyond its time limit.
     """
     absorbing = isinstance(environment, Absorbing)
     d = environment.observation_size - absorbing
@@ -185,12 +189,17 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
         invalid("demonstrations (to_control)", "no last, terminated", "both of them", do)
     action = demonstrations.actions
     if environment.num_actions is not None:
+        check_range("actions (to_control)", action, environment.num_actions, "actions")
         action = jax.nn.one_hot(action, environment.num_actions, dtype=float)
     else:
+        _check_units(environment, np.asarray(action)[np.arange(action.shape[1]) < np.asarray(lengths)[:, None]])
         action = jnp.clip(action, -1, 1)
     if action.ndim != 3 or action.shape[-1] != environment.action_size:
         got, k = f"actions of shape {demonstrations.actions.shape}", environment.action_size
         invalid("demonstrations (to_control)", got, f"shape [n, T, {k}]", "Load those of this environment.")
+    if int(jnp.max(lengths)) > environment.max_steps:
+        got, do = f"an episode of {int(jnp.max(lengths))} steps", "Cut the episodes, or raise max_steps of irl.make."
+        invalid("lengths (to_control)", got, f"at most the time limit, {environment.max_steps}", do)
     n, T = states.shape[:2]
     if absorbing:
         pad = lambda leaf: jnp.pad(leaf, [(0, 0), (0, 1)] + [(0, 0)] * (leaf.ndim - 2))  # noqa: E731
@@ -210,6 +219,15 @@ def demonstrated(environment: Environment, demonstrations: Demonstrations) -> St
     terminated = last & ended & (not absorbing)
     final = time == end - 1 + (ended.astype(end.dtype) if absorbing else 0)
     return Steps(states, action, after, nothing, terminated, final & ~terminated, time, inside, absorbed)
+
+
+def _check_units(environment: Environment, actions: np.ndarray) -> None:
+    """Refuse actions beyond [-1, 1] where the environment's own bounds are others."""
+    low, high = (np.asarray(bound, float) for bound in environment.bounds)
+    share = np.mean(np.abs(actions) > 1 + 1e-6)
+    if share and not (np.all(low == -1) and np.all(high == 1)):
+        do = f"From the environment's own units: 2 (a - low)/(high - low) - 1, its bounds are {low} and {high}."
+        invalid("actions (to_control)", f"{share:.0%} of the numbers beyond", "actions scaled to [-1, 1]", do)
 
 
 @struct

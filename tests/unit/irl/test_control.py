@@ -95,6 +95,12 @@ class TestEpisodes:
         steps = rollouts.demonstrated(Line(), wild)
         np.testing.assert_array_equal(steps.action, np.clip(wild.actions, -1, 1))
 
+        class Wide(Line):
+            bounds = (-2.0, 2.0)
+
+        with pytest.raises(bilevel.InvalidInput, match=r"100% of the numbers beyond.*bounds are -2.0 and 2.0"):
+            rollouts.demonstrated(irl.Absorbing(Wide()), wild)
+
     def test_memory_is_a_ring(self, key):
         _, steps = rollouts.collect(Corridor(), right, rollouts.start(Corridor(), key, 1), key, 6)
         memory = rollouts.Memory.empty(Corridor(), 8).add(steps).add(steps)
@@ -127,6 +133,12 @@ class TestEpisodes:
             irl.to_control(Corridor(), flat)
         with pytest.raises(bilevel.InvalidInput, match="no last, terminated"):
             irl.to_control(Corridor(), irl.Demonstrations.of([[[0.0]]], [[1]]))
+        with pytest.raises(bilevel.InvalidInput, match=r"actions .to_control.: got 2 at index \(0, 1\)"):
+            irl.to_control(
+                Corridor(), dataclasses.replace(demonstrations(), actions=jnp.full((2, 6), 1).at[0, 1].set(2))
+            )
+        with pytest.raises(bilevel.InvalidInput, match="6 steps; expected at most the time limit, 5"):
+            irl.to_control(Corridor(max_steps=5), demonstrations())
         with pytest.raises(bilevel.InvalidInput, match=r"environment .to_control."):
             irl.to_control("CartPole-v1", demonstrations())
         mdp = irl.MDP.dense(np.full((2, 2, 2), 0.5), start=np.full(2, 0.5), discount=0.9)
