@@ -41,6 +41,12 @@ def mlp(layers: tuple[Layer, ...], inputs: Array) -> Array:
     return inputs
 
 
+def of_standard(layers: tuple[Layer, ...], center: Array, scale: Array) -> tuple[Layer, ...]:
+    """The layers that make of s [b, d] what `layers` make of (s - center)/scale: standardising is frozen in them."""
+    weights, bias = layers[0]
+    return (Layer(weights / scale[:, None], bias - (center / scale) @ weights), *layers[1:])
+
+
 def pairs(observations: Array, actions: Array) -> Array:
     """(s, a) beside each other, [b, d + k]."""
     return jnp.concatenate([observations, actions], axis=-1)
