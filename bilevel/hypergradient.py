@@ -23,13 +23,14 @@ import weakref
 from typing import Any, NoReturn
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from bilevel.backend.bounded import bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.backend.tracing import under_trace
-from bilevel.linear import LinearSolver
+from bilevel.linear import DENSE_LIMIT, LinearSolver
 from bilevel.lower import (
     ActiveSet,
     Adjoint,
@@ -68,7 +69,7 @@ def hypergradient(
     Args:
         problem: any; a constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices
             (`projected`). All of its data is used, unless `batch` says otherwise.
-        x: the point, shaped like init's x0.
+        x: the point, shaped like init's x0, of y's dtype.
         y: warm start of the lower level; default init's y0.
         method: `CG`, `MINRES`, `GMRES`, `Neumann`, `Dense` for the linear system, or `Unrolled`. Default: the lower
             level's last factor, with refinement; where there is none, Dense up to `linear.DENSE_LIMIT` unknowns, then
@@ -89,8 +90,9 @@ def hypergradient(
         NotImplementedError: for a lower level with `SmoothCoupling`, or a `Ball` beside other constraints; for `method`
             with constraints; for `warm` where the lower level is not solved by `ActiveSet`.
         InvalidInput: where x, y or v is not shaped like init's x0, y0; where problem, method or lower is none; where
-            batch is no pair, or the problem's data follow from its other fields; outside of traces, for constants that
-            prove nothing (mu <= 0, others < 0 or NaN), and for a y_set that is empty or has NaN.
+            batch is no pair, or the problem's data follow from its other fields; where x and y are not of one dtype,
+            or of half precision; outside of traces, for constants that prove nothing (mu <= 0, others < 0 or NaN), and
+            for a y_set that is empty or has NaN.
         TypeError: where it is differentiated. `implicit_objective` and `solution_map` can be.
     """
     check_problem(problem)
@@ -130,9 +132,27 @@ def _hypergradient(
     problem, x, y, adjoint = _never_differentiated((problem, x, y, adjoint))
     y = start_y(problem, x, y)
     chosen = choose(problem, y, lower, "hypergradient")
+    x, y = jax.tree.map(jnp.asarray, (x, y))
+    check_dtypes(x, y, dense=isinstance(chosen, Newton | ActiveSet))
     if not isinstance(chosen, ActiveSet):
         refuse_warm(adjoint.warm, chosen)
     return chosen.hypergradient(problem, x, y, adjoint)
+
+
+def check_dtypes(x: PyTree, y: PyTree, dense: bool) -> None:
+    """Raise `InvalidInput` where x and y are not of one floating-point dtype, weakly typed numbers aside, or of half
+    precision where factors are `dense`, which LAPACK has in single and double alone.
+    """
+    leaves: list[Any] = jax.tree.leaves((x, y))
+    names = sorted({str(leaf.dtype) for leaf in leaves if not leaf.weak_type})
+    do = "Make init return one of these in all leaves; the data may have others."
+    if len(names) > 1:
+        invalid("x and y (hypergradient)", f"dtypes {' and '.join(names)}", "one dtype, float32 or float64", do)
+    floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+    half = floating and any(jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves)
+    small = sum(np.size(leaf) for leaf in jax.tree.leaves(y)) <= DENSE_LIMIT
+    if not floating or (half and dense and small):
+        invalid("x and y (hypergradient)", f"dtype {names[0]}", "float32 or float64", do)
 
 
 def check_constants(constants: Constants | None) -> None:

@@ -61,3 +61,13 @@ def test_empty_sets(y_set):
 def test_no_steps_are_too_few():
     found = bilevel.hypergradient(PROBLEM, X, lower=bilevel.lower.Newton(max_steps=0))
     assert int(found.status) == Status.MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    "kinds", [("float32", "float64"), ("float64", "float32"), ("float16", "float16"), ("bfloat16", "float32")]
+)
+def test_dtypes_that_differ_or_have_no_factors(kinds):
+    start = tuple(jnp.zeros(2, kind) for kind in kinds)
+    problem = dataclasses.replace(PROBLEM, init=lambda key: start)
+    with pytest.raises(bilevel.InvalidInput, match=r"float16|float32 and float64"):
+        bilevel.hypergradient(problem, start[0])
