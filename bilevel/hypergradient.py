@@ -132,7 +132,7 @@ def _hypergradient(
     problem, x, y, adjoint = _never_differentiated((problem, x, y, adjoint))
     y = start_y(problem, x, y)
     chosen = choose(problem, y, lower, "hypergradient")
-    x, y = jax.tree.map(jnp.asarray, (x, y))
+    x, y = jax.tree.map(jnp.asarray, (x, y))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
     check_dtypes(x, y, dense=isinstance(chosen, Newton | ActiveSet))
     if not isinstance(chosen, ActiveSet):
         refuse_warm(adjoint.warm, chosen)
@@ -149,10 +149,11 @@ def check_dtypes(x: PyTree, y: PyTree, dense: bool) -> None:
     if len(names) > 1:
         invalid("x and y (hypergradient)", f"dtypes {' and '.join(names)}", "one dtype, float32 or float64", do)
     floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
-    half = floating and any(jnp.finfo(leaf.dtype).bits < 32 for leaf in leaves)
+    half = floating and any(np.dtype(leaf.dtype).itemsize < 4 for leaf in leaves)
     small = sum(np.size(leaf) for leaf in jax.tree.leaves(y)) <= DENSE_LIMIT
     if not floating or (half and dense and small):
-        invalid("x and y (hypergradient)", f"dtype {names[0]}", "float32 or float64", do)
+        got = " and ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        invalid("x and y (hypergradient)", f"dtype {got}", "float32 or float64", do)
 
 
 def check_constants(constants: Constants | None) -> None:
