@@ -4,17 +4,15 @@ import functools
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from bilevel import lower
 from bilevel.backend.tree import norm
-from bilevel.lower import Adjoint
 from bilevel.parts.domain import project_upper
+from bilevel.parts.evaluation import LEAST, evaluate, refuse_unsolvable
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount, solved
+from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
 from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import struct
@@ -95,20 +93,15 @@ class Implicit(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         problem = problem.on_full_data()
-        method = lower.choose(problem, state.y, None, "Implicit")
-        found = method.hypergradient(problem, state.x, state.y, Adjoint(v=state.v, estimate=False))
-        finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((found.value, found.gradient, found.y, found.v))]
-        good = solved(found.status) & jnp.stack(finite).all()
-        keep = lambda new, old: optax.tree.where(good, new, old)  # noqa: E731
-        gradient = keep(found.gradient, optax.tree.zeros_like(found.gradient))
-        x, step = state.step(state.x, gradient)
-        x = keep(project_upper(problem, x, found.y), state.x)
-        new = State(x, keep(found.y, state.y), keep(found.v, state.v), keep(step, state.step))
-        return new, Info(norm(gradient), jnp.where(good, found.value, jnp.nan), good)
+        found = evaluate(problem, state.x, state.y, state.v, "Implicit")
+        x, step = state.step(state.x, found.gradient)
+        x = project_upper(problem, x, found.y)
+        x, step = optax.tree.where(found.good, (x, step), (state.x, state.step))
+        objective = jnp.where(found.good, found.value, jnp.nan)
+        return State(x, found.y, found.v, step), Info(norm(found.gradient), objective, found.good)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        return OracleCount(upper_gradients=1, lower_gradients=1)
+        return LEAST
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = lower.unsolvable(problem)
-        return None if reason is None else f"Implicit solves the lower level at every point: {reason}."
+        return refuse_unsolvable(self, problem)

@@ -7,13 +7,12 @@ import optax
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
-from bilevel import lower
-from bilevel.lower import Adjoint
 from bilevel.parts import quasi_newton
 from bilevel.parts.domain import project_upper
+from bilevel.parts.evaluation import LEAST, evaluate, refuse_unsolvable
 from bilevel.parts.quasi_newton import Pairs
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount, solved
+from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
 from bilevel.struct import invalid, static, struct
 
@@ -166,25 +165,19 @@ class LBFGS(Solver):
 
     def _search(self, problem: BilevelProblem, state: State, base: Look) -> _Search:
         """From x, whose F may not be known yet, to a point that meets the conditions, or to the best one seen."""
-        method = lower.choose(problem, state.y, None, "LBFGS")
         by_bounds, unravel = problem.x_set.intervals, ravel_pytree(state.x)[1]
         highest = -jnp.inf if by_bounds else jnp.max(state.last)
         rounding = 10 * float(jnp.finfo(base.x.dtype).eps)
 
         def look(x: Array, near: Look) -> Look:
-            found = method.hypergradient(problem, unravel(x), near.y, Adjoint(v=near.v, estimate=False))
-            gradient = ravel_pytree(found.gradient)[0]
-            good = solved(found.status) & jnp.isfinite(found.value) & jnp.isfinite(gradient).all()
-            value = jnp.where(good, found.value, jnp.inf).astype(x.dtype)
-            keep = lambda new, old: jnp.where(good, new, old)  # noqa: E731
-            y, v = (optax.tree.where(good, new, old) for new, old in ((found.y, near.y), (found.v, near.v)))
-            return Look(x, value, keep(gradient, 0), y, v)
+            found = evaluate(problem, unravel(x), near.y, near.v, "LBFGS")
+            return Look(x, found.value.astype(x.dtype), ravel_pytree(found.gradient)[0], found.y, found.v)
 
         def step(c: _Search) -> _Search:
             way = _direction(problem, state, c.base)
             target = _projected(problem, state.x, c.base.x + c.t * way)
             there = look(jnp.where(c.known, target, c.base.x), c.kept)
-            return _where(c.known, judge(c, there), _began(c, there))
+            return optax.tree.where(c.known, judge(c, there), _began(c, there))
 
         def judge(c: _Search, there: Look) -> _Search:
             fall = c.base.gradient @ (there.x - c.base.x)
@@ -200,18 +193,17 @@ class LBFGS(Solver):
             t = jnp.where(jnp.isfinite(above), shorter, 4 * c.t)
             still = jnp.all(there.x == c.kept.x) & (c.below > 0)  # bounds let x go no further
             over = (lower_enough & ~steep) | (fall >= 0) | still
-            return _Search(c.base, _where(better, there, c.kept), c.known, t, below, above, over, c.count + 1)
+            return _Search(c.base, optax.tree.where(better, there, c.kept), c.known, t, below, above, over, c.count + 1)
 
         zero = jnp.zeros((), base.x.dtype)
         begin = _Search(base, base, state.known, zero + 1, zero, zero + jnp.inf, jnp.array(False), jnp.zeros((), int))
         return lax.while_loop(lambda c: ~c.over & (c.count < self.max_evaluations), step, begin)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        return OracleCount(upper_gradients=1, lower_gradients=1)
+        return LEAST
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = lower.unsolvable(problem)
-        return None if reason is None else f"LBFGS solves the lower level at every point: {reason}."
+        return refuse_unsolvable(self, problem)
 
 
 def _began(c: _Search, there: Look) -> _Search:
@@ -238,8 +230,3 @@ def _direction(problem: BilevelProblem, state: State, base: Look) -> Array:
     near = jnp.minimum(1e-3, gap)  # so that bounds a little ahead do not shorten the step
     held = ((x <= lo + near) & (g > 0)) | ((x >= hi - near) & (g < 0))
     return quasi_newton.direction(state.pairs, g, ~held, first)
-
-
-def _where(chosen: Array, there: Any, here: Any) -> Any:
-    """Of two carries the first where it is chosen."""
-    return optax.tree.where(chosen, there, here)
