@@ -35,7 +35,7 @@ from bilevel.qp.active_set import Rows
 from bilevel.qp.step import step
 from bilevel.sampled import covering, nets
 from bilevel.sampled.blocks import Blocks, Objective
-from bilevel.sampled.feasible import affine_rows, is_affine
+from bilevel.sampled.feasible import affine_rows, is_affine, local
 
 PyTree = Any
 LARGEST = 64  # unknowns of y beyond which no dense Hessians are formed here
@@ -45,7 +45,7 @@ MOST = 40  # steps of a minimisation
 def suits(problem: BilevelProblem, x: PyTree, y: PyTree) -> bool:
     """Whether `minima` is for this problem: Y is a small polyhedron, coupled to x or below a quadratic g."""
     small = ravel_pytree(y)[0].size <= LARGEST and not problem.separable
-    if not small or not isinstance(problem.lower, Minimize) or not all(s.polyhedral for s in problem.y_set.simple()):
+    if not small or not isinstance(problem.lower, Minimize) or not problem.y_set.polyhedral:
         return False
     return problem.coupling is not None or oracles.constant_hessian(problem, x, y, problem.lower_data.full())
 
@@ -169,11 +169,8 @@ def _rows(view: Blocks, x: PyTree, y: Array) -> Rows:
     """The rows of Y(x); those of a coupling that is not affine are linearised at y [n], and come first."""
     if is_affine(view):
         return affine_rows(view, x, y[None])
-    c, J, equality = view.coupling_rows(x, y[None])
-    hi = J @ y - c
-    blocks = [(J, jnp.where(equality, hi, -jnp.inf), hi), *view.problem.y_set.rows(view.unpack(y[None]))]
-    C, lo, hi = (jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
-    return Rows(C, lo, hi, jnp.zeros((len(lo), ravel_pytree(x)[0].size), y.dtype))
+    limits = local(view, x, y[None]).limits
+    return limits._replace(B=jnp.zeros((len(limits.lo), ravel_pytree(x)[0].size), y.dtype))
 
 
 def _at(view: Blocks, x: PyTree, y: Array) -> Array:

@@ -25,7 +25,7 @@ from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Measurement, Status
 from bilevel.sampled import covering, nets, refine
 from bilevel.sampled.blocks import Blocks, pick
-from bilevel.sampled.feasible import restore_all
+from bilevel.sampled.feasible import restore, restore_all
 from bilevel.struct import invalid
 
 PyTree = Any
@@ -203,7 +203,7 @@ def _best_of_parts(points: Array, worth: Worth, num_starts: int, tol: Any) -> tu
 def _try_coordinate(view: Blocks, x: PyTree, others: Array, tol: Any, k: Array, y: Array) -> Array:
     """The point y [n, m], or where that lowers g of a block, with the k-th coordinate (modulo m) of another point."""
     line = jnp.where((jnp.arange(view.m) == k % view.m)[None, None], others, jnp.broadcast_to(y, others.shape))
-    line = jnp.concatenate([y[None], jax.vmap(lambda y: refine.restore(view, x, y))(line)])
+    line = jnp.concatenate([y[None], jax.vmap(partial(restore, view, x))(line)])
     worth = oracles.batched(partial(_worth, view, x))(line)
     return pick(line, jnp.argmin(worth.within(tol), axis=0))
 

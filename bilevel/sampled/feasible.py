@@ -47,7 +47,7 @@ class Feasible(NamedTuple):
     """Whether none was found, shape []: rows contradict each other, or Newton's steps ended outside."""
     held: Array
     """The rows onto which y was moved, 1 at the upper bound and -1 at the lower, 0 for others; independent. Shape
-    [n, rows]: rows of the coupling, inequalities first, then those of Y.
+    [n, rows]: rows of the coupling, inequalities first, then those of Y; [n, 0] where these are not affine.
     """
 
 
@@ -63,7 +63,7 @@ class Local(NamedTuple):
 def is_affine(view: Blocks) -> bool:
     """Whether Y(x) is a polyhedron with affine rows."""
     problem = view.problem
-    return _are_rows(problem.y_set) and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
+    return problem.y_set.polyhedral and (problem.coupling is None or isinstance(problem.coupling, LinearCoupling))
 
 
 def is_near(view: Blocks) -> bool:
@@ -85,15 +85,15 @@ def to_feasible(view: Blocks, x: PyTree, y: Array, held: Array | None = None) ->
     """The point of Y(x) that y [n, m] is moved to: see the module's docstring. For vmap over y at one x.
 
     Affine rows hold to 1e-9 in float64 and 1e-5 in float32, relative to their lengths times 1 + |y| and to |b|; others
-    to 1e3 eps times the same, or `failed` says that they do not. held: as `Feasible.held`, rows that y shall stay on.
+    to 1e3 eps times the same, or `failed` says that they do not. held: as `Feasible.held`, affine rows that y is
+    to stay on.
     """
     if view.problem.coupling is None:
         return Feasible(view.project(y), jnp.array(False), jnp.zeros((view.n, 0), y.dtype))
-    held = None if held is None else held[0]
     if not is_affine(view):
-        return _by_newton(view, x, y, held)
+        return _by_newton(view, x, y)
     limits, soft = local(view, x, y)
-    found = constraints.project_on(limits, y[0], soft, held)
+    found = constraints.project_on(limits, y[0], soft, None if held is None else held[0])
     return Feasible(found.y[None], ~found.exact, found.active[None])
 
 
@@ -164,37 +164,30 @@ class _Newton(NamedTuple):
 
     y: Array
     outside: Array
-    """[], whether a row is violated beyond rounding, or a row that is held is not met."""
-    active: Array
-    """[rows], of the last step."""
+    """[], whether a row is violated beyond rounding."""
     count: Array
 
 
-def _by_newton(view: Blocks, x: PyTree, y: Array, held: Array | None) -> Feasible:
-    """Projections on the rows linearised at y."""
+def _by_newton(view: Blocks, x: PyTree, y: Array) -> Feasible:
+    """Projections on the rows linearised at y; no row is said to hold y."""
 
     def outside(y: Array) -> Array:
-        limits, on = local(view, x, y).limits, jnp.zeros(()) if held is None else held
+        limits, _ = local(view, x, y)
         at = limits.C @ y[0]
-        beyond = jnp.maximum(at - limits.hi, limits.lo - at)
-        beyond = jnp.maximum(beyond, jnp.where(on > 0, limits.hi - at, jnp.where(on < 0, at - limits.lo, -jnp.inf)))
         scale = jnp.linalg.norm(limits.C, axis=1) * (1 + jnp.max(jnp.abs(y)))
+        beyond = jnp.maximum(at - limits.hi, limits.lo - at)
         return jnp.any(beyond > 1e3 * float(jnp.finfo(y.dtype).eps) * scale)
 
     def step(c: _Newton) -> _Newton:
         limits, soft = local(view, x, c.y)
-        late = c.count > STEPS // 2  # where rows cannot be kept they are let go
-        found = constraints.project_on(limits, c.y[0], soft, None if held is None else jnp.where(late, 0, held))
-        y = view.project(found.y[None])
-        return _Newton(y, outside(y), found.active, c.count + 1)
+        y = view.project(constraints.project_on(limits, c.y[0], soft).y[None])
+        return _Newton(y, outside(y), c.count + 1)
 
     y = view.project(y)
-    nothing = jnp.zeros_like(local(view, x, y).limits.lo) if held is None else held
-    begin = _Newton(y, outside(y), nothing, jnp.zeros((), int))
+    begin = _Newton(y, outside(y), jnp.zeros((), int))
     end = lax.while_loop(lambda c: c.outside & (c.count < STEPS), step, begin)
-    below, above = _is_on(local(view, x, end.y).limits, end.y)  # a step across a row that bends ends beyond it
-    active = jnp.where(jnp.where(end.active > 0, above, below), end.active, 0)
-    return Feasible(end.y, end.outside | ~jnp.all(jnp.isfinite(end.y)), active[None])
+    failed = end.outside | ~jnp.all(jnp.isfinite(end.y))
+    return Feasible(end.y, failed, jnp.zeros((view.n, 0), y.dtype))
 
 
 def _is_on(limits: Rows, y: Array) -> tuple[Array, Array]:
@@ -220,13 +213,9 @@ def _set_rows(view: Blocks, y: Array) -> list[tuple[Array, Array, Array]]:
     return set_rows(view.problem.y_set, view.unpack(y))
 
 
-def _are_rows(a_set: Set) -> bool:
-    return all(one.polyhedral for one in a_set.simple())
-
-
 def set_rows(a_set: Set, z: PyTree) -> list[tuple[Array, Array, Array]]:
     """The rows of a set; of one that is no polyhedron the half-space that supports it at its point nearest to z."""
-    if _are_rows(a_set):
+    if a_set.polyhedral:
         return a_set.rows(z)
     flat, nearest = ravel_pytree(z)[0], ravel_pytree(a_set.project(z))[0]
     normal = flat - nearest
@@ -327,4 +316,4 @@ def into_domain(view: Blocks, x: PyTree, y: Array) -> PyTree:
 
 def most_steps(view: Blocks) -> int:
     """How many times `joint_step` is done, at most."""
-    return 1 if is_affine(view) and _are_rows(view.problem.x_set) else STEPS
+    return 1 if is_affine(view) and view.problem.x_set.polyhedral else STEPS
