@@ -116,14 +116,17 @@ class Status(enum.IntEnum):
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 
+SOLVED = (Status.CONVERGED, Status.WEAKLY_ACTIVE, Status.ESTIMATED, Status.UNCHECKED)
+"""Good words: `solved`."""
+
+
 def solved(status: Array | int) -> Array:
     """Whether a lower level or a hypergradient that ended with this status is solved, a boolean shaped like `status`.
 
     A weakly active one is; a stalled one is not, since nothing says how far it is from a solution.
     """
-    good = (Status.CONVERGED, Status.WEAKLY_ACTIVE, Status.ESTIMATED, Status.UNCHECKED)
     found: Array = jnp.asarray(status)  # pyright: ignore[reportUnknownMemberType]  # its device= has no type
-    same = [found == word for word in good]
+    same = [found == word for word in SOLVED]
     return same[0] | same[1] | same[2] | same[3]
 
 

@@ -16,14 +16,12 @@ from rich.table import Table
 
 from benchmarks.errors import nearest
 from bilevel import hypergradient
-from bilevel.record import Status
+from bilevel.record import SOLVED, Status
 from problems.hypergradients import FAMILIES, Case, Family, case
 from problems.hypergradients.exact import digits, exact, minus, norm
 
-NAME = "hypergradient"
 DRAWS = 10_000
 DTYPES = ("float32", "float64")
-GOOD = (Status.CONVERGED, Status.WEAKLY_ACTIVE, Status.ESTIMATED, Status.UNCHECKED)
 EASY_SHARE, EASY_RATIO = 0.99, 100.0
 
 
@@ -47,7 +45,7 @@ class Verdict(NamedTuple):
     @property
     def good(self) -> bool:
         """Whether the status is a good word."""
-        return self.status in GOOD
+        return self.status in SOLVED
 
 
 def choose(names: Sequence[str]) -> list[Family]:
@@ -104,7 +102,7 @@ def _verdict(
         error, nearest = min((norm(minus(exact(gradient), answer)), answer) for answer in right)
         size = norm(nearest)
     holds = math.isfinite(bound) and error.is_finite() and error <= exact(bound)
-    broken = word in GOOD and not holds
+    broken = word in SOLVED and not holds
     return Verdict(
         family, dtype, index, one.kind, one.easy, word, float(size), float(error), bound, broken, one.numbers
     )

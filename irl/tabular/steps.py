@@ -10,8 +10,8 @@ So the step follows what is seen (`watched`),
 
     a_k = min(reach a_0, GROWTH a_{k-1}, share |x_k - x_{k-1}|/|h_k - h_{k-1}|),    h the direction.
 
-The quotient is that of Malitsky and Mishchenko, Adaptive gradient descent
-without descent, ICML 2020, arXiv:1910.09529. Differences of sampled directions are mostly noise: then the step falls
+The quotient is that of Malitsky and Mishchenko, Adaptive gradient descent without descent, ICML 2020,
+arXiv:1910.09529. Differences of sampled directions are mostly noise: then the step falls
 like k^(-1/2), as the theory wants (`decaying`).
 """
 
@@ -67,9 +67,8 @@ def decaying(size: Array) -> Stepper:
 
 def _watch(direction: PyTree, state: Watched, x: PyTree) -> tuple[PyTree, Watched]:
     moved, turned = distance(x, state.x), distance(direction, state.direction)
-    told = moved > jnp.finfo(moved.dtype).eps ** 0.5 * (
-        1 + norm(x)
-    )  # below, rounding decides; at first x has not moved
+    rounding = jnp.finfo(moved.dtype).eps ** 0.5 * (1 + norm(x))
+    told = moved > rounding  # at first x has not moved
     limit = jnp.where(turned > 0, state.share * moved / turned, jnp.inf)
     size = jnp.minimum(jnp.minimum(state.most, GROWTH * state.size), limit)
     size = jnp.where(told, size, state.size)
