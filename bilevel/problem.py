@@ -167,7 +167,7 @@ class BilevelProblem:
         x_set, y_set: closed convex sets; default the whole space.
         coupling: `LinearCoupling` or `SmoothCoupling`, constraints of the lower level in x and y; default None.
         upper_data, lower_data: sources; the batch is None where there is no data.
-        init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes.
+        init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes; x0 is jnp.zeros(0) without x.
         has_aux: whether `upper` returns (value, aux), as `jax.grad` has it: `solve` gives the aux of the end as
             `solution.aux`, and `problem.aux(x, y)` that of any point.
     """
@@ -248,7 +248,7 @@ class BilevelProblem:
             invalid("init", type(start).__name__, "a function key -> (x0, y0)", "Return a tuple of two pytrees.")
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
-            check_point(f"init: {name}", point)
+            check_point(f"init: {name}", point, may_be_empty=name == "x0")
         check_per_sample(self.upper_data, self.lower_data, y)
         self.x_set.validate("x_set", x)
         self.y_set.validate("y_set", y)

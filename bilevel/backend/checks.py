@@ -63,11 +63,14 @@ def check_callable(name: str, value: object, signature: str) -> None:
         invalid(name, type(value).__name__, f"a function {signature}", "Pass the function itself.")
 
 
-def check_point(name: str, point: PyTree) -> None:
-    """Raise `InvalidInput` unless `point` is a pytree of finite float arrays, with one number at least."""
+def check_point(name: str, point: PyTree, may_be_empty: bool = False) -> None:
+    """Raise `InvalidInput` unless `point` is a pytree of finite float arrays, with one number at least or, where it
+    `may_be_empty`, an array of none.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(point)
     if not leaves:
-        invalid(name, "an empty pytree", "at least one float array", "Return the variables from init.")
+        do = "Return the variables from init, jnp.zeros(0) for an x that has none."
+        invalid(name, "an empty pytree", "at least one float array", do)
     for path, leaf in leaves:
         label = f"{name}{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic):
@@ -77,7 +80,7 @@ def check_point(name: str, point: PyTree) -> None:
             invalid(label, f"dtype {leaf.dtype}", "a floating-point dtype", do)
         if not np.isfinite(np.asarray(leaf)).all():
             invalid(label, "a non-finite entry", "finite numbers", "Start from a finite point.")
-    if not sum(leaf.size for _, leaf in leaves):
+    if not may_be_empty and not sum(leaf.size for _, leaf in leaves):
         invalid(name, "no entries", "at least one number", "Return the variables from init.")
 
 

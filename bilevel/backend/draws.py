@@ -24,7 +24,7 @@ def perturbation(key: Array, like: PyTree, distribution: str, sigma: Any) -> PyT
     if distribution != "gaussian":
         q = q / jnp.linalg.norm(q)
     if distribution == "ball":
-        q = q * jax.random.uniform(key_length, (), flat.dtype) ** (1.0 / flat.size)
+        q = q * jax.random.uniform(key_length, (), flat.dtype) ** (1.0 / max(flat.size, 1))
     return unravel(jnp.asarray(sigma, flat.dtype) * q)
 
 

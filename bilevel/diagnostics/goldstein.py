@@ -49,6 +49,8 @@ def minimum_norm(gradients: Array, used: Array | None = None) -> Goldstein:
     Distances below eps^(2/3) of the longest row count as zero, and have zero weights: no plane separates.
     """
     kept: Array = jnp.ones(len(gradients), bool) if used is None else used
+    if not gradients.shape[1]:  # of a problem without x
+        return Goldstein(jnp.zeros((), gradients.dtype), jnp.zeros_like(gradients, shape=len(gradients)))
     size = jnp.max(jnp.where(kept, jnp.linalg.norm(gradients, axis=1), 0))
     size = jnp.where(size > 0, size, 1)
     found = nearest(-gradients / size, jnp.where(kept, -jnp.ones_like(gradients[:, 0]), jnp.inf))

@@ -75,6 +75,8 @@ def steepest(look: Callable[[Array, Any, Array], tuple[Look, Any]], project: Cal
     `like`).
     """
     dim, zero = x.size, jnp.zeros((), x.dtype)
+    if dim == 0:  # there is nowhere to go
+        return Steepest(zero, look(x, like, jnp.array(True))[1])
     trials = 1 + 2 * min(dim, COORDINATES) + (2 * PAIRS if dim > 1 else 0)
     rows = jnp.zeros((trials, dim), x.dtype)
     begin = _Search(jnp.array(0), zero, like, rows, rows[:, 0], jnp.concatenate([rows, rows]), zero, jnp.array(False))

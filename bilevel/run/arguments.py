@@ -143,7 +143,7 @@ def check_start(problem: BilevelProblem, start: tuple[PyTree, PyTree]) -> tuple[
         if given is not None:
             check_like(name, given, like, f"init's {name}")
             given = jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), given, like)
-            check_point(name, given)
+            check_point(name, given, may_be_empty=name == "x0")
         found.append(given)
     return found[0], found[1]
 
