@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from bilevel.backend.tree import norm, row_norms
+from bilevel.backend.tree import norm
 from bilevel.lower.sides import UNITS, sign
 
 PyTree = Any
@@ -41,7 +41,9 @@ def rounding_of(factor: PyTree, minimize: bool, size_x: Array) -> Rounding | Non
     """By a factor of `lower.newton`; None where there is none."""
     if not jax.tree.leaves(factor):
         return None
-    h = row_norms(jnp.tril(factor[0].T)) if minimize else None  # beside the triangle the factor is anything
+    h = None
+    if minimize:  # beside the triangle the factor is anything; the sums are g_yy's own diagonal, of safe size
+        h = jnp.sqrt(jnp.sum(jnp.triu(factor[0]) ** 2, axis=0))
     return Rounding(h, size_x)
 
 

@@ -10,7 +10,7 @@ a kink, but for rounding of the data. Where it is much the active set is not kno
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm, row_norms
@@ -24,7 +24,7 @@ def terms(limits: Rows, factor: Factor, y: Array, lam: Array) -> Array:
 
     Those of H y are at most (h'|y|) h, h the root of H's diagonal, since H is positive semidefinite.
     """
-    h = row_norms(factor.L)
+    h = jnp.sqrt(jnp.maximum(factor.diagonal, 0))
     return (h @ jnp.abs(y)) * h + jnp.abs(limits.C).T @ jnp.abs(lam)
 
 
@@ -67,9 +67,12 @@ class Solved(NamedTuple):
             d, dlam = kkt_solve(self.factor, self.inverse, self.active, signs * wrong, row_signs * off)
             return d, jnp.where(inside, dlam, 0)
 
-        first = answer(sign(self.y), sign(self.lam))
-        second = answer(sign(first[0]), sign(first[1]))
-        return jnp.maximum(*map(jnp.abs, (first[0], second[0]))), jnp.maximum(*map(jnp.abs, (first[1], second[1])))
+        def again(found: tuple[Array, Array], _: None) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
+            found = answer(sign(found[0]), sign(found[1]))
+            return found, found
+
+        both = lax.scan(again, (self.y, self.lam), length=2)[1]  # a scan, so that the solve is compiled once
+        return jnp.max(jnp.abs(both[0]), axis=0), jnp.max(jnp.abs(both[1]), axis=0)
 
     def lost(self) -> Array:
         """Whether an equality is not among the active rows, and no combination of them, [].
@@ -80,11 +83,13 @@ class Solved(NamedTuple):
         out = (limits.lo == limits.hi) & (self.active == 0) & (factor.length > 0)
 
         def differ(_: Array) -> Array:
+            by_x = factor.d[:, None] * limits.B
+            most = jnp.max(row_norms(by_x), initial=0)
+            rows = jnp.concatenate([factor.W, by_x / jnp.where(most > 0, most, 1)], axis=1)
             weights = (jnp.where(out[:, None], factor.S, 0) @ self.inverse.T) @ self.inverse
-            size, by_x = jnp.sum(jnp.abs(weights), axis=1) + 1, factor.d[:, None] * limits.B
-            most = 100 * float(jnp.finfo(size.dtype).eps) * size
-            left, left_x = row_norms(factor.W - weights @ factor.W), row_norms(by_x - weights @ by_x)
-            return jnp.any(out & ((left > most) | (left_x > most * jnp.max(row_norms(by_x), initial=0))))
+            size = jnp.sum(jnp.abs(weights), axis=1) + 1
+            left = row_norms(rows - weights @ rows)
+            return jnp.any(out & (left > 100 * float(jnp.finfo(size.dtype).eps) * size))
 
         return once_if(jnp.any(out), differ, jnp.array(False))
 

@@ -68,7 +68,8 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     (m, n), first = limits.C.shape, nobody if start is None else start
     nothing = Model(jnp.zeros_like(y), nobody, first, jnp.zeros((m, m), dtype), no, no, no, nobody, nobody)
     square, rows = jnp.zeros((n, n), dtype), jnp.zeros((m, n), dtype)
-    unmade = Factor(square, None, rows, nothing.inverse, nobody, nobody, zero, jnp.zeros_like(y), nobody)
+    flat = jnp.zeros_like(y)
+    unmade = Factor(square, None, rows, nothing.inverse, nobody, nobody, flat, flat, nobody)
     begin = _Search(
         y, zero + 1, zero, zero, zero, no, unmade, nothing, zero, zero + jnp.inf, jnp.array(0),
         jnp.array(Status.MAX_STEPS),

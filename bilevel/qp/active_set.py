@@ -40,7 +40,7 @@ from bilevel.qp.least_distance import nearest
 
 MAX_CHANGES = 200  # passes of the search, after which the dual method takes over
 PATIENCE = 3  # passes in which the number of wrong rows need not fall
-EXACT, RIDGED, LAST = range(3)  # phases of the search, `_Search.phase`
+SEARCHED, DUAL, FEWER = range(3)  # attempts with factors of the rows themselves, `_Attempt.count`
 
 
 class Rows(NamedTuple):
@@ -67,12 +67,17 @@ class Factor(NamedTuple):
     """[m], the diagonal of D: one over the lengths of the rows of C L'^-1."""
     length: Array
     """[m], d_i |C_i|."""
-    trace: Array
-    """[], of H."""
+    diagonal: Array
+    """[n], of H without shift or pin."""
     shift: Array | None = None
     """[n], what was added to H's diagonal (`convex`); None for nothing."""
     pin: Array | None = None
     """[m], the diagonal D of what `convex.pinned` added to H; None for nothing."""
+
+    @property
+    def trace(self) -> Array:
+        """[], of H."""
+        return jnp.sum(self.diagonal)
 
     def down(self, r: Array) -> Array:
         """L^-1 r."""
@@ -90,16 +95,16 @@ class Factor(NamedTuple):
 
 def factorize(H: Array, C: Array) -> Factor:
     """The factors of H [n, n] and the rows C [m, n]; NaN where H is not positive definite."""
-    return with_rows(lax.linalg.cholesky(H, symmetrize_input=False), jnp.sum(jnp.diagonal(H)), C)
+    return with_rows(lax.linalg.cholesky(H, symmetrize_input=False), jnp.diagonal(H), C)
 
 
-def with_rows(L: Array, trace: Array, C: Array) -> Factor:
-    """The factors of H = L L', with its trace, and the rows C [m, n]."""
+def with_rows(L: Array, diagonal: Array, C: Array) -> Factor:
+    """The factors of H = L L', with its diagonal [n], and the rows C [m, n]."""
     W = lax.linalg.triangular_solve(L, C, lower=True, transpose_a=True)
     length = row_norms(W)
     d = 1 / jnp.where(length > 0, length, 1)
     W = d[:, None] * W
-    return Factor(L, None, W, W @ W.T, d, d * row_norms(C), trace)
+    return Factor(L, None, W, W @ W.T, d, d * row_norms(C), diagonal)
 
 
 def exact_inverse(factor: Factor, a: Array) -> Array:
@@ -202,8 +207,6 @@ class _Found(NamedTuple):
     dependent: Array
     empty: Array
     unsolved: Array
-    failed: Array
-    """The primal-dual search found no end."""
 
 
 class _Search(NamedTuple):
@@ -218,12 +221,24 @@ class _Search(NamedTuple):
     """The least number of wrong rows so far."""
     patience: Array
     """Passes left until that number must have fallen; below zero one row is changed at a time."""
-    phase: Array
-    """EXACT; RIDGED once rows turn out dependent: a ridge on S makes every subset independent; LAST, one exact pass on
-    the set that was found with the ridge.
-    """
-    solved: Array
+    ridged: Array
+    """Whether rows turned out dependent: from then on a ridge on S makes every subset independent."""
+    settled: Array
+    """No row is wrong."""
     failed: Array
+
+
+class _Attempt(NamedTuple):
+    """Carry of `_exactly`, which makes up to three attempts, the last two of them with the dual method's rows."""
+
+    count: Array
+    """SEARCHED, DUAL, FEWER, or past the last one."""
+    found: _Found
+    """Of the last attempt."""
+    fewer: Array
+    """[m], the dual method's active set, without equalities that hold by themselves."""
+    right: Array
+    """[], the attempt's rows are independent and its active set is one of the solution."""
 
 
 def _scaled(factor: Factor, limits: Rows, at: Point) -> _Scaled:
@@ -264,78 +279,67 @@ def _mended(model: _Scaled, a: Array, step: _Step) -> Array:
 def _pass(model: _Scaled, max_changes: int, c: _Search) -> _Search:
     """Solve for the rows in a, and change those that are wrong."""
     eps, m = float(jnp.finfo(c.a.dtype).eps), len(c.a)
-    found = masked_inverse(model.S, c.a, jnp.where(c.phase == RIDGED, eps**0.5, 0))
-    inverse, independent = once_if(
-        ~found[1] & (c.phase != RIDGED), lambda _: inverse_of_rows(model.W, after(c.a, found[0][0, 0])), found
-    )
+    inverse, independent = masked_inverse(model.S, c.a, jnp.where(c.ridged, eps**0.5, 0))
     step = _step_on(model, c.a, inverse)
     better = _mended(model, c.a, step)
     wrong = better != c.a
     count = jnp.sum(wrong)
     good = independent & jnp.isfinite(jnp.sum(step.change))
 
-    settled = good & (count == 0)
-    solved = settled & (c.phase != RIDGED)
-    begin_ridge, end_ridge = ~good & (c.phase == EXACT), settled & (c.phase == RIDGED)
-    failed = (~good & ~begin_ridge) | (c.passes >= max_changes) | (~settled & (c.phase == LAST))
-
+    settled, begin_ridge = good & (count == 0), ~good & ~c.ridged
+    failed = (~good & c.ridged) | (c.passes >= max_changes)
     patience = jnp.where(count < c.fewest, PATIENCE, c.patience - 1)
     last_wrong = m - 1 - jnp.argmax(wrong[::-1])
     passed_over = (patience < 0) & (jnp.arange(m) != last_wrong)
     return _Search(
-        a=jnp.where(solved | failed | begin_ridge | passed_over, c.a, better),
+        a=jnp.where(settled | failed | begin_ridge | passed_over, c.a, better),
         step=step,
         inverse=inverse,
         passes=c.passes + 1,
         fewest=jnp.where(begin_ridge, m + 1, jnp.minimum(c.fewest, count)),
         patience=patience,
-        phase=jnp.where(begin_ridge, RIDGED, jnp.where(end_ridge, LAST, c.phase)),
-        solved=solved,
-        failed=failed & ~solved,
+        ridged=c.ridged | begin_ridge,
+        settled=settled,
+        failed=failed & ~settled,
     )
 
 
-def _search(model: _Scaled, max_changes: int, first: _Found) -> _Found:
-    """The primal-dual search from the active set of `first`, and where it fails the dual method."""
-    no, count = jnp.array(False), jnp.array(len(first.a) + 1)
-    begin = _Search(
-        first.a, first.step, first.inverse, jnp.array(0), count, jnp.array(PATIENCE), jnp.array(EXACT), no, no
-    )
-    end = lax.while_loop(lambda c: ~(c.failed | c.solved), partial(_pass, model, max_changes), begin)
-    found = first._replace(a=end.a, step=end.step, inverse=end.inverse, failed=end.failed)
-    return once_if(end.failed, partial(_by_dual_method, model), found)
+def _search(model: _Scaled, max_changes: int, begin: _Search) -> _Found:
+    """The primal-dual search. Where it fails, or needed a ridge, its end is made exact from the rows themselves."""
+    no = jnp.array(False)
+    end = lax.while_loop(lambda c: ~(c.failed | c.settled), partial(_pass, model, max_changes), begin)
+    found = _Found(end.a, end.step, end.inverse, no, no, no)
+    start = jnp.where(end.settled, SEARCHED, DUAL)
+    begins = _Attempt(start, found, end.a, end.settled & ~end.ridged)
+    go_on = lambda c: ~c.right & (c.count <= FEWER)  # noqa: E731
+    return lax.while_loop(go_on, partial(_exactly, model), begins).found
 
 
-def _by_dual_method(model: _Scaled, before: _Found) -> _Found:
-    """The same from multipliers of zero, by `least_distance`: lo <= W z <= hi as rows W, -W."""
+def _exactly(model: _Scaled, c: _Attempt) -> _Attempt:
+    """An active set with the exact inverse of its rows: the search's; else the dual method's; else that without what
+    depends on the rest.
+    """
+    found, fewer = once_if(c.count == DUAL, partial(_by_dual_method, model, c.count), (c.found, c.fewer))
+    a = jnp.where(c.count == FEWER, fewer, found.a)
+    inverse, independent = inverse_of_rows(model.W, after(a, fewer[0]))
+    step = _step_on(model, a, inverse)
+    right = independent & ((c.count == DUAL) | ~jnp.any(_mended(model, a, step) != a))
+    found = found._replace(a=a, step=step, inverse=inverse, dependent=~independent | (c.count == FEWER))
+    return _Attempt(c.count + 1, found, fewer, right)
+
+
+def _by_dual_method(model: _Scaled, count: Array, before: tuple[_Found, Array]) -> tuple[_Found, Array]:
+    """The active set from multipliers of zero, by `least_distance`: lo <= W z <= hi as rows W, -W."""
     free = model.reach + model.S @ model.lam
     slack = jnp.concatenate([model.hi - free, free - model.lo])
     far = float(jnp.finfo(free.dtype).eps) * (norm(free) + norm(model.lam @ model.W))  # from multipliers that z0 counts
     allow = jnp.concatenate([model.noise, model.noise]) + 10 * far
     # `skip` is never true here, but ties the inner loop to the carry: XLA would hoist it and run it always.
-    exact = nearest(jnp.concatenate([model.W, -model.W]), slack, allow, skip=~before.failed)
-    at_hi, at_lo = (half.astype(before.a.dtype) for half in jnp.split(exact.active, 2))
-    a = jnp.where(model.fixed, 1, at_hi - at_lo)  # equalities that hold by themselves have multipliers, too
-    fewer, m = at_hi - at_lo, len(a)
-
-    def attempt(c: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
-        """With these, or without those where they depend on each other."""
-        count, a, _, _ = c
-        a = jnp.where(count == 0, a, fewer)
-        return count + 1, a, *inverse_of_rows(model.W, after(a, exact.d[0]))
-
-    begin = (jnp.array(0), a, jnp.zeros((m, m), a.dtype), jnp.array(False))
-    count, a, inverse, _ = lax.while_loop(lambda c: (c[0] == 0) | ((c[0] == 1) & ~c[3]), attempt, begin)
-    independent = count == 1
-    return _Found(
-        a=a,
-        step=_step_on(model, a, inverse),
-        inverse=inverse,
-        dependent=~independent,
-        empty=exact.empty,
-        unsolved=jnp.isnan(exact.d).any(),
-        failed=before.failed,
-    )
+    exact = nearest(jnp.concatenate([model.W, -model.W]), slack, allow, skip=count != DUAL)
+    at_hi, at_lo = (half.astype(free.dtype) for half in jnp.split(exact.active, 2))
+    fewer = at_hi - at_lo
+    a = jnp.where(model.fixed, 1, fewer)  # equalities that hold by themselves have multipliers, too
+    return before[0]._replace(a=a, empty=exact.empty, unsolved=jnp.isnan(exact.d).any()), fewer
 
 
 def solve_model(
@@ -352,14 +356,14 @@ def solve_model(
         inverse: `masked_inverse` of `active`, if it is at hand.
     """
     model = _scaled(factor, limits, at)
-    no = jnp.array(False)
+    no, count = jnp.array(False), jnp.array(len(active) + 1)
     inverse, independent = masked_inverse(model.S, active) if inverse is None else (inverse, ~no)
     step = _step_on(model, active, inverse)
     better = _mended(model, active, step)
     good = independent & jnp.isfinite(jnp.sum(step.change))
-    first = _Found(jnp.where(good, better, active), step, inverse, no, no, no, no)
-    again = jnp.any(better != active) | ~good
-    found = once_if(again, partial(_search, model, max_changes), first)
+    first, done = jnp.where(good, better, active), good & ~jnp.any(better != active)
+    begin = _Search(first, step, inverse, jnp.array(0), count, jnp.array(PATIENCE), no, done, no)
+    found = _search(model, max_changes, begin)
 
     a, (change, value) = found.a, found.step
     total = model.lam + change

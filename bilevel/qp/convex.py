@@ -19,6 +19,7 @@ Reference: Rockafellar. Monotone operators and the proximal point algorithm. SIA
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel.backend.loops import once_if
 from bilevel.backend.tree import row_norms
 from bilevel.qp.active_set import Factor, with_rows
 
@@ -39,18 +40,11 @@ def factorize_convex(H: Array, C: Array, unit: Array) -> Factor:
     small = float(jnp.finfo(H.dtype).eps) ** 0.5
     most = small * jnp.where(diagonal > 0, diagonal, unit)
 
-    def attempt(c: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        count, _, _ = c
-        shift = jnp.where(count == 0, 0, most)
-        return count + 1, lax.linalg.cholesky(H + jnp.diag(shift), symmetrize_input=False), shift
-
-    def go_on(c: tuple[Array, Array, Array]) -> Array:
-        return (c[0] == 0) | ((c[0] == 1) & ~definite(c[1], diagonal))
-
-    begin = jnp.array(0), jnp.zeros_like(H), jnp.zeros_like(diagonal)
-    _, L, shift = lax.while_loop(go_on, attempt, begin)  # a loop, so that one factorization is compiled
+    L = lax.linalg.cholesky(H, symmetrize_input=False)
+    again = lambda _: (lax.linalg.cholesky(H + jnp.diag(most), symmetrize_input=False), most)  # noqa: E731
+    L, shift = once_if(~definite(L, diagonal), again, (L, jnp.zeros_like(diagonal)))
     nothing = jnp.zeros(len(C), H.dtype)
-    return with_rows(L, jnp.sum(diagonal), C)._replace(shift=shift, pin=nothing)
+    return with_rows(L, diagonal, C)._replace(shift=shift, pin=nothing)
 
 
 def shifted(factor: Factor) -> Array:
@@ -71,5 +65,5 @@ def pinned(factor: Factor, C: Array, held: Array) -> Factor:
     corner = H + rows.T @ (weight[:, None] * rows)
     L = lax.linalg.cholesky(corner, symmetrize_input=False)
     L = jnp.where(definite(L, jnp.diagonal(corner)), L, jnp.nan)
-    more = with_rows(L, factor.trace, C)
+    more = with_rows(L, factor.diagonal, C)
     return more._replace(shift=jnp.zeros_like(factor.shift), pin=weight / jnp.where(length > 0, length, 1) ** 2)
