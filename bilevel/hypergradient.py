@@ -30,7 +30,7 @@ from jax.core import Tracer
 from bilevel.backend.bounded import bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.backend.tracing import under_trace
-from bilevel.linear import DENSE_LIMIT, LinearSolver
+from bilevel.linear import LinearSolver
 from bilevel.lower import (
     ActiveSet,
     Adjoint,
@@ -39,11 +39,11 @@ from bilevel.lower import (
     Unrolled,
     Warm,
     check_lower,
-    choose,
+    choose_for_derivatives,
     given_for_none,
 )
-from bilevel.lower.method import refuse_warm
-from bilevel.problem import BilevelProblem, Constants, check_problem, start_y
+from bilevel.lower.method import refuse_warm, start_y
+from bilevel.problem import BilevelProblem, Constants, check_problem
 from bilevel.record import Hypergradient
 from bilevel.struct import invalid
 
@@ -131,29 +131,11 @@ def _hypergradient(
 ) -> Hypergradient:
     problem, x, y, adjoint = _never_differentiated((problem, x, y, adjoint))
     y = start_y(problem, x, y)
-    chosen = choose(problem, y, lower, "hypergradient")
     x, y = jax.tree.map(jnp.asarray, (x, y))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-    check_dtypes(x, y, dense=isinstance(chosen, Newton | ActiveSet))
+    chosen = choose_for_derivatives(problem, x, y, lower, "hypergradient")
     if not isinstance(chosen, ActiveSet):
         refuse_warm(adjoint.warm, chosen)
     return chosen.hypergradient(problem, x, y, adjoint)
-
-
-def check_dtypes(x: PyTree, y: PyTree, dense: bool) -> None:
-    """Raise `InvalidInput` where x and y are not of one floating-point dtype, weakly typed numbers aside, or of half
-    precision where factors are `dense`, which LAPACK has in single and double alone.
-    """
-    leaves: list[Any] = jax.tree.leaves((x, y))
-    names = sorted({str(leaf.dtype) for leaf in leaves if not leaf.weak_type})
-    do = "Make init return one of these in all leaves; the data may have others."
-    if len(names) > 1:
-        invalid("x and y (hypergradient)", f"dtypes {' and '.join(names)}", "one dtype, float32 or float64", do)
-    floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
-    half = floating and any(np.dtype(leaf.dtype).itemsize < 4 for leaf in leaves)
-    small = sum(np.size(leaf) for leaf in jax.tree.leaves(y)) <= DENSE_LIMIT
-    if not floating or (half and dense and small):
-        got = " and ".join(sorted({str(leaf.dtype) for leaf in leaves}))
-        invalid("x and y (hypergradient)", f"dtype {got}", "float32 or float64", do)
 
 
 def check_constants(constants: Constants | None) -> None:

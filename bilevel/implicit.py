@@ -14,9 +14,9 @@ from bilevel.backend.bounded import Flat, bounded_jit
 from bilevel.backend.precision import full_precision
 from bilevel.hypergradient import check_method, check_y_set
 from bilevel.linear import LinearSolver
-from bilevel.lower import LowerMethod, check_lower, choose
-from bilevel.lower.method import spoilt
-from bilevel.problem import BilevelProblem, check_problem, start_y
+from bilevel.lower import LowerMethod, check_lower, choose_for_derivatives
+from bilevel.lower.method import spoilt, start_y
+from bilevel.problem import BilevelProblem, check_problem
 
 PyTree = Any
 
@@ -68,7 +68,7 @@ def _solution(
     problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: LowerMethod | None
 ) -> PyTree:
     y = start_y(problem, x, y)
-    found = choose(problem, y, lower, "solution_map").solved(problem, x, y, method)
+    found = choose_for_derivatives(problem, x, y, lower, "solution_map").solved(problem, x, y, method)
     return jax.tree.map(lambda leaf: spoilt(leaf, found.status), found.y)  # its derivatives, too
 
 
@@ -78,4 +78,4 @@ def _implicit_value(
     problem: BilevelProblem, x: PyTree, y: PyTree, method: LinearSolver | None, lower: LowerMethod | None
 ) -> Array:
     y = start_y(problem, x, y)
-    return choose(problem, y, lower, "implicit_objective").objective(problem, x, y, method)
+    return choose_for_derivatives(problem, x, y, lower, "implicit_objective").objective(problem, x, y, method)

@@ -18,7 +18,14 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import sharding
-from bilevel.backend.checks import check_callable, check_like, check_map, check_point, shape_of
+from bilevel.backend.checks import (
+    check_callable,
+    check_dtypes,
+    check_map,
+    check_point,
+    check_value,
+    shape_of,
+)
 from bilevel.backend.columns import check_columns, check_shape, columns
 from bilevel.backend.functions import WithAux, keep_value, returns_aux
 from bilevel.data import Full, Source, check_per_sample
@@ -249,6 +256,7 @@ class BilevelProblem:
         x, y = start
         for name, point in (("x0", x), ("y0", y)):
             check_point(f"init: {name}", point, may_be_empty=name == "x0")
+        check_dtypes("init", x, y)
         check_per_sample(self.upper_data, self.lower_data, y)
         self.x_set.validate("x_set", x)
         self.y_set.validate("y_set", y)
@@ -320,8 +328,7 @@ def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: P
         got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
         do = "Of (value, aux) say has_aux=True." if pair else "Take the mean over the batch."
         invalid(name, got, "a scalar, shape []", do)
-    if not jnp.issubdtype(out.dtype, jnp.floating):
-        invalid(name, f"dtype {out.dtype}", "a floating-point dtype", "Compute the objective in floats.")
+    check_value(name, out, y)
 
 
 def _is_shape(value: object) -> bool:
@@ -366,16 +373,6 @@ def check_problem(problem: object) -> None:
     """Raise `InvalidInput` for anything that is not a problem."""
     if not isinstance(problem, BilevelProblem):
         invalid("problem", type(problem).__name__, "a BilevelProblem", "Of a problems.Instance it is .problem.")
-
-
-def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
-    """y, or init's y0 where y is None; x and y are held against init's shapes."""
-    x0, y0 = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
-    check_like("x", x, x0, "init's x0")
-    if y is None:
-        return problem.init(jax.random.key(0))[1]
-    check_like("y", y, y0, "init's y0")
-    return y
 
 
 @struct

@@ -63,6 +63,35 @@ def check_callable(name: str, value: object, signature: str) -> None:
         invalid(name, type(value).__name__, f"a function {signature}", "Pass the function itself.")
 
 
+def check_dtypes(what: str, x: PyTree, y: PyTree, dense_up_to: int = 0) -> None:
+    """Raise `InvalidInput` where x and y are not of one floating-point dtype, weakly typed numbers aside, or of half
+    precision where factors of matrices for y are made, for `dense_up_to` unknowns at most: LAPACK has them in single
+    and double precision alone.
+    """
+    leaves = [jnp.asarray(leaf) for leaf in jax.tree.leaves((x, y))]
+    names = sorted({str(leaf.dtype) for leaf in leaves if not leaf.weak_type})
+    do = "Make init return one of these in all leaves; the data may have others."
+    if len(names) > 1:
+        invalid(f"x and y ({what})", f"dtypes {' and '.join(names)}", "one dtype, float32 or float64", do)
+    floating = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves)
+    half = floating and any(np.dtype(leaf.dtype).itemsize < 4 for leaf in leaves)
+    if not floating or (half and sum(np.size(leaf) for leaf in jax.tree.leaves(y)) <= dense_up_to):
+        got = " and ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+        invalid(f"x and y ({what})", f"dtype {got}", "float32 or float64", do)
+
+
+def check_value(name: str, value: Any, y: PyTree) -> None:
+    """Raise `InvalidInput` where an objective's value is not a float, or is of double precision while y is not: loops
+    carry values beside y.
+    """
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        invalid(name, f"dtype {value.dtype}", "a floating-point dtype", "Compute the objective in floats.")
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(y)}
+    if value.dtype == jnp.float64 and kinds != {"float64"}:
+        do = "Cast the data to float32, or let init return float64."
+        invalid(name, f"dtype float64 for y of {' and '.join(sorted(kinds))}", "y's dtype", do)
+
+
 def check_point(name: str, point: PyTree, may_be_empty: bool = False) -> None:
     """Raise `InvalidInput` unless `point` is a pytree of finite float arrays, with one number at least or, where it
     `may_be_empty`, an array of none.

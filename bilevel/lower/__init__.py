@@ -5,7 +5,7 @@
 
 from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.as_given import AsGiven
-from bilevel.lower.choice import check_lower, choose, given_for_none, solve, unsolvable
+from bilevel.lower.choice import check_lower, choose, choose_for_derivatives, given_for_none, solve, unsolvable
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Unrolled
 from bilevel.lower.newton import Newton
@@ -25,6 +25,7 @@ __all__ = [
     "apply_inverse",
     "check_lower",
     "choose",
+    "choose_for_derivatives",
     "given_for_none",
     "solve",
     "unsolvable",

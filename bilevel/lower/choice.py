@@ -3,8 +3,10 @@
 import warnings
 from typing import Any
 
+import jax
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend.checks import check_dtypes, check_value
 from bilevel.constraints import refuse
 from bilevel.linear import DENSE_LIMIT
 from bilevel.lower import polyhedral
@@ -61,6 +63,24 @@ def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str =
         _refuse(problem, what)
         return ActiveSet(tol=newton.tol)
     return newton
+
+
+def choose_for_derivatives(problem: BilevelProblem, x: PyTree, y: PyTree, lower: object, what: str) -> LowerMethod:
+    """`choose`, for what differentiates y(x).
+
+    Raises:
+        InvalidInput: beside what `choose` raises, where x and y are not of one floating-point dtype, or of half
+            precision and the method factors a matrix; where f or g is of more precision than they.
+    """
+    chosen = choose(problem, y, lower, what)
+    check_dtypes(what, x, y, dense_up_to=DENSE_LIMIT if isinstance(chosen, Newton | ActiveSet) else 0)
+    values = [("upper", problem.upper, problem.upper_data)]
+    if isinstance(problem.lower, Minimize):
+        values.append(("lower", problem.lower.g, problem.lower_data))
+    for name, function, source in values:
+        value = jax.eval_shape(function, x, y, source.full())  # pyright: ignore[reportUnknownMemberType]
+        check_value(f"{name} ({what})", value, y)
+    return chosen
 
 
 def solve(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, settings: Any = None) -> LowerSolution:

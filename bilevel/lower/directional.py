@@ -26,15 +26,16 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints, oracles
 from bilevel.backend.bounded import Flat, bounded_jit
+from bilevel.backend.checks import check_like
 from bilevel.backend.loops import once_if
 from bilevel.backend.precision import full_precision
 from bilevel.lower import polyhedral
 from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.choice import choose
-from bilevel.lower.method import Adjoint
+from bilevel.lower.method import Adjoint, start_y
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.lower.polyhedral_gradient import at_solution
-from bilevel.problem import BilevelProblem, check_like, check_problem, start_y
+from bilevel.problem import BilevelProblem, check_problem
 from bilevel.qp.active_set import Factor, Model, Point, Rows, solve_model
 from bilevel.record import Status, solved
 

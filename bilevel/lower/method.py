@@ -2,10 +2,12 @@
 
 from typing import Any, NamedTuple, NoReturn
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from bilevel import oracles
+from bilevel.backend.checks import check_like
 from bilevel.backend.tree import poisoned
 from bilevel.linear import LinearSolver
 from bilevel.linear.nystrom import Nystrom
@@ -134,3 +136,14 @@ def refuse_warm(warm: Warm | None, method: object) -> None:
 def not_supported(what: str, reason: str) -> NoReturn:
     """Raise `NotImplementedError` for the call `what`."""
     raise NotImplementedError(f"{what}: {reason}.")
+
+
+def start_y(problem: BilevelProblem, x: PyTree, y: PyTree) -> PyTree:
+    """y, or init's y0 where y is None; x and y are held against init's shapes."""
+    start = jax.eval_shape(lambda: problem.init(jax.random.key(0)))  # pyright: ignore[reportUnknownMemberType]
+    x0, y0 = start
+    check_like("x", x, x0, "init's x0")
+    if y is None:
+        return problem.init(jax.random.key(0))[1]
+    check_like("y", y, y0, "init's y0")
+    return y

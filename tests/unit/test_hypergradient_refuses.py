@@ -69,5 +69,29 @@ def test_no_steps_are_too_few():
 def test_dtypes_that_differ_or_have_no_factors(kinds):
     start = tuple(jnp.zeros(2, kind) for kind in kinds)
     problem = dataclasses.replace(PROBLEM, init=lambda key: start)
-    with pytest.raises(bilevel.InvalidInput, match=r"float16|float32 and float64"):
-        bilevel.hypergradient(problem, start[0])
+    for call in (bilevel.hypergradient, lambda problem, x: jax.grad(bilevel.implicit_objective(problem))(x)):
+        with pytest.raises(bilevel.InvalidInput, match=r"float16|float32 and float64"):
+            call(problem, start[0])
+
+
+@pytest.mark.parametrize("level", ["upper", "lower"])
+def test_doubles_in_data_of_single_variables(level):
+    """float64 data make f or g doubles, which loops cannot carry beside a y of float32."""
+    data = {f"{level}_data": bilevel.Full(jnp.ones(2, "float64"))}
+    problem = bilevel.BilevelProblem(
+        upper=lambda x, y, batch: jnp.sum((y if batch is None else batch * y) ** 2),
+        lower=bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x if batch is None else batch * y - x) ** 2)),
+        init=lambda key: (jnp.zeros(2, "float32"), jnp.zeros(2, "float32")),
+        **data,
+    )
+    x = jnp.zeros(2, "float32")
+    calls = problem.validate, lambda: bilevel.hypergradient(problem, x), lambda: bilevel.implicit_objective(problem)(x)
+    for call in calls:
+        with jax.numpy_dtype_promotion("standard"), pytest.raises(bilevel.InvalidInput, match=f"{level}.*float64"):
+            call()
+
+
+def test_a_start_of_two_dtypes_is_not_valid():
+    problem = dataclasses.replace(PROBLEM, init=lambda key: (jnp.zeros(2, "float32"), jnp.zeros(2, "float64")))
+    with pytest.raises(bilevel.InvalidInput, match="float32 and float64"):
+        problem.validate()
