@@ -5,15 +5,18 @@ look at the current (x, y), as the rollouts of inverse reinforcement learning do
 everything remembered is in `state`, so that a run resumes to the bit.
 """
 
-from typing import Any, NamedTuple
+import dataclasses
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
+from bilevel.backend import permutation
 from bilevel.backend.checks import check_finite
-from bilevel.backend.sharding import split
+from bilevel.backend.sharding import several_devices, split
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -68,24 +71,7 @@ class Full(Source):
         check_finite(name, self.arrays)
 
 
-class Shuffle(NamedTuple):
-    """How far a `Minibatch` without replacement has got."""
-
-    permutation: Array
-    """The order of the n indices in this epoch, as far as it is drawn, shape [n]."""
-
-    position: Array
-    """Where the next batch begins in it, shape []."""
-
-
-class Swaps(NamedTuple):
-    """Swaps of a `Shuffle` under way."""
-
-    entries: Array
-    """The entries of the permutation that the batch touches, shape [2 batch_size]."""
-
-    drawn: Array
-    """The batch's indices, shape [batch_size]."""
+ORDERS = ("shuffled", "blocks", "independent")
 
 
 @struct
@@ -93,18 +79,36 @@ class Minibatch(Source):
     """Random batches of `batch_size` of n samples.
 
     By default the samples are reshuffled at random: every epoch of n consecutive indices holds each index exactly once,
-    and a batch may straddle two epochs where batch_size does not divide n. It is an incremental Fisher-Yates shuffle,
-    `batch_size` swaps a step, whose state is a `Shuffle`.
+    and a batch may straddle two epochs where batch_size does not divide n. No order is stored: each is a keyed
+    bijection of [0, n), computed for the samples of a batch alone (`backend.permutation`), so that a batch costs the
+    same whatever n is.
 
     Args:
         arrays: a pytree of arrays with the n samples along axis 0.
         batch_size: samples a batch, from 1 to n.
-        replace: draw every index uniformly and independently of all others instead; there is no state then.
+        order: "shuffled": all samples in a fresh random order each epoch. "blocks": consecutive samples
+            k batch_size, …, (k + 1) batch_size - 1 stay together, and the n/batch_size blocks come in a fresh random
+            order each epoch; batch_size must divide n. Reading rows that lie side by side is faster, and pays where a
+            step is short, but the data must be in no order of their own: sorted by class, say, each block has one
+            class. "independent": every sample is drawn uniformly and independently of all others, with replacement.
+        replace: deprecated; True is order="independent", False order="shuffled".
     """
 
     arrays: PyTree
     batch_size: int = static()
-    replace: bool = static(default=False)
+    order: str = static(default="shuffled")
+    replace: dataclasses.InitVar[bool | None] = None
+
+    def __post_init__(self, replace: bool | None) -> None:
+        """Take `replace` by name or in the place of `order`, as version 0.1.0 did."""
+        given = self.order if isinstance(self.order, bool) else replace
+        if isinstance(given, bool):
+            order = "independent" if given else "shuffled"
+            message = (
+                f'{type(self).__name__}: replace={given} is order="{order}" now. The old way goes in the next version.'
+            )
+            warnings.warn(message, DeprecationWarning, stacklevel=4)
+            object.__setattr__(self, "order", order)
 
     @property
     def num_samples(self) -> int:
@@ -116,31 +120,22 @@ class Minibatch(Source):
         return self.batch_size / self.num_samples
 
     def init(self, key: Array) -> PyTree:
-        return () if self.replace else Shuffle(jnp.arange(self.num_samples), jnp.zeros((), int))
+        if self.order == "independent":
+            return ()
+        if self.order == "blocks":
+            return permutation.start(key, self.num_blocks, 1)
+        return permutation.start(key, self.num_samples, self.batch_size)
 
     def indices(self, state: PyTree, key: Array) -> tuple[Array, PyTree]:
         """The next batch's indices, shape [batch_size], and the state after it."""
-        n = self.num_samples
-        if self.replace:
-            return jax.random.randint(key, (self.batch_size,), 0, n), state
-        permutation, start = state
-        positions = (start + jnp.arange(self.batch_size)) % n
-        partners = jax.random.randint(key, (self.batch_size,), positions, n)  # uniform over what the epoch has left
+        if self.order == "independent":
+            return jax.random.randint(key, (self.batch_size,), 0, self.num_samples), state
+        if self.order == "blocks":
+            return self._members(state.ready[0]), permutation.following(state, self.num_blocks)
+        return state.ready, permutation.following(state, self.num_samples)
 
-        # The swaps are made on the touched entries alone: XLA would copy the whole permutation at each of them.
-        touched = jnp.concatenate([positions, partners])
-        order = jnp.argsort(touched)
-        slots = order[jnp.searchsorted(touched[order], touched)]  # the same slot for the same place
-
-        def swap(k: Array, swaps: Swaps) -> Swaps:
-            entries, drawn = swaps
-            here, there = slots[k], slots[self.batch_size + k]
-            new = entries.at[here].set(entries[there]).at[there].set(entries[here])
-            return Swaps(new, drawn.at[k].set(entries[there]))
-
-        swaps = Swaps(permutation[touched], jnp.zeros(self.batch_size, permutation.dtype))
-        entries, drawn = jax.lax.fori_loop(0, self.batch_size, swap, swaps)
-        return drawn, Shuffle(permutation.at[touched].set(entries[slots]), (start + self.batch_size) % n)
+    def _members(self, block: Array) -> Array:
+        return block * self.batch_size + jnp.arange(self.batch_size)
 
     def take(self, indices: Array) -> PyTree:
         """The samples at `indices`."""
@@ -152,9 +147,14 @@ class Minibatch(Source):
         return self.num_samples // self.batch_size
 
     def block(self, index: Array) -> PyTree:
-        return self.take(index * self.batch_size + jnp.arange(self.batch_size))
+        if several_devices():  # the partitioner would bring all of the data to each of them to cut out a slice
+            return self.take(self._members(index))
+        begin = index * self.batch_size
+        return jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, begin, self.batch_size), self.arrays)
 
     def next(self, state: PyTree, key: Array, x: PyTree, y: PyTree) -> tuple[PyTree, PyTree]:
+        if self.order == "blocks":
+            return self.block(state.ready[0]), permutation.following(state, self.num_blocks)
         indices, state = self.indices(state, key)
         return self.take(indices), state
 
@@ -170,8 +170,8 @@ class Minibatch(Source):
                 "at least one array",
                 "Use Full() where there is no data.",
             )
-        if not isinstance(self.replace, bool):
-            invalid(f"{name}.replace (Minibatch)", repr(self.replace), "True or False", "True draws with replacement.")
+        if self.order not in ORDERS:
+            invalid(f"{name}.order (Minibatch)", repr(self.order), f"one of {ORDERS}", "Leave it out for the default.")
         lengths = {jax.tree_util.keystr(path): np.shape(leaf)[:1] for path, leaf in leaves}
         if len(set(lengths.values())) != 1 or () in lengths.values():
             invalid(
@@ -188,7 +188,24 @@ class Minibatch(Source):
                 f"{name}.batch_size (Minibatch)", self.batch_size, f"a whole number in [1, {self.num_samples}]",
                 "Use Full for all of the data at once.",
             )  # fmt: skip
+        if self.num_samples > permutation.MOST:
+            invalid(f"{name}.arrays (Minibatch)", f"{self.num_samples} samples", "2^30 or less", "Split the data.")
+        if self.order == "blocks" and self.num_samples % self.batch_size:
+            left = self.num_samples % self.batch_size
+            invalid(
+                f"{name}.batch_size (Minibatch)", self.batch_size,
+                f'a divisor of the number of samples, {self.num_samples}, with order="blocks"',
+                f'Leave out {left} of the samples, or choose order="shuffled".',
+            )  # fmt: skip
         check_finite(f"{name}.arrays", self.arrays)
+
+
+def _replace(source: Minibatch) -> bool:
+    """Whether samples are drawn with replacement: the name that this had in version 0.1.0."""
+    return source.order == "independent"
+
+
+Minibatch.replace = property(_replace)  # pyright: ignore  # after the dataclass has read the argument's default
 
 
 @struct
@@ -204,6 +221,11 @@ class PerSample(Minibatch):
     def take(self, indices: Array) -> PyTree:
         """(indices, the samples at them)."""
         return indices, super().take(indices)
+
+    def block(self, index: Array) -> PyTree:
+        if several_devices():
+            return super().block(index)
+        return self._members(index), super().block(index)
 
     def full(self) -> PyTree:
         """All of the samples, numbered."""

@@ -46,7 +46,7 @@ def split(seed: int, num_samples: int, train: int, val: int) -> tuple[np.ndarray
 
 def source(arrays: Any, batch_size: int | None) -> Source:
     """All of `arrays` in every batch, or batches of `batch_size` samples, without replacement."""
-    return Full(arrays) if batch_size is None else Minibatch(arrays, batch_size, replace=False)
+    return Full(arrays) if batch_size is None else Minibatch(arrays, batch_size)
 
 
 def floats(array: Any) -> Array:

@@ -31,6 +31,11 @@ def _divisible(leaf: Any, size: int) -> bool:
     return bool(np.ndim(leaf)) and np.shape(leaf)[0] > 0 and np.shape(leaf)[0] % size == 0
 
 
+def several_devices() -> bool:
+    """Whether the partitioner spreads what is traced now over the devices of a mesh, as inside of `on`."""
+    return _active() is not None
+
+
 def split(tree: PyTree) -> PyTree:
     """`tree` with the first axis of every array spread over the devices; as it is outside of `on`. For traced code.
 

@@ -163,7 +163,7 @@ parts = sharding.place((problem, solver), many)
 state = lanes.init(*parts, sharding.place(keys, many), many)
 assert state.x.sharding.spec == PartitionSpec(("hosts", "data"))
 text = lanes.advance_lanes.lower(*parts, state, sharding.place(keys, many), 0, 3, many).compile().as_text()
-assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "permute") if word in text]
+assert not [word for word in ("all-reduce", "all-gather", "all-to-all", "collective-permute") if word in text]
 with pytest.raises(bilevel.InvalidInput, match="8 devices"):
     bilevel.solve_many(problem, solver, keys=keys[:12], mesh=mesh)
 with pytest.raises(bilevel.InvalidInput, match="make_mesh"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import chisquare
 
-from bilevel import Full, InvalidInput, Minibatch
+from bilevel import Full, InvalidInput, Minibatch, PerSample
 
 
 def run(source, key, steps):
@@ -48,15 +48,16 @@ def test_permutations_are_uniform():
 
 
 def test_with_replacement_is_uniform(key):
-    drawn = np.asarray(run(Minibatch(jnp.arange(7), 4, replace=True), key, 1000))
+    drawn = np.asarray(run(Minibatch(jnp.arange(7), 4, order="independent"), key, 1000))
     assert drawn.shape == (1000, 4)
     assert chisquare(np.bincount(drawn.ravel(), minlength=7)).pvalue > 1e-3
     assert np.mean([len(set(row)) < 4 for row in drawn]) > 0.5  # 1 - 7*6*5*4/7^4 = 0.65: repetitions occur
 
 
-@pytest.mark.parametrize("replace", [False, True])
-def test_resumes_exactly(replace, key):
-    source = Minibatch({"a": jnp.arange(10.0), "b": jnp.arange(20).reshape(10, 2)}, 3, replace)
+@pytest.mark.parametrize(("order", "batch_size"), [("shuffled", 3), ("blocks", 2), ("independent", 3)])
+def test_resumes_exactly(order, batch_size, key):
+    """From the middle of an epoch, from what a checkpoint stores."""
+    source = Minibatch({"a": jnp.arange(10.0), "b": jnp.arange(20).reshape(10, 2)}, batch_size, order)
     keys = jax.random.split(key, 9)
 
     draw = jax.jit(lambda state, one: source.next(state, one, None, None))
@@ -77,13 +78,51 @@ def test_resumes_exactly(replace, key):
         np.testing.assert_array_equal(batch["b"][:, 0], 2 * batch["a"])  # rows stay together
 
 
-def test_jit_and_vmap_equal_loop(key):
-    source = Minibatch(jnp.arange(11), 4)
-    keys = jax.random.split(key, 3)
+@pytest.mark.parametrize("source", [Minibatch(jnp.arange(11), 4), Minibatch(jnp.arange(12), 4, "blocks")], ids=repr)
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
+def test_jit_and_vmap_equal_loop(source, impl):
+    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
     whole = jax.jit(run, static_argnums=2)
     loop = np.stack([whole(source, one, 5) for one in keys])
     np.testing.assert_array_equal(jax.jit(jax.vmap(lambda one: run(source, one, 5)))(keys), loop)
     assert len({tuple(row) for row in loop.reshape(3, -1)}) == 3
+
+
+def test_blocks_stay_together_and_come_once_an_epoch(key):
+    source = Minibatch(jnp.arange(24), 4, order="blocks")
+    source.validate("data")
+    drawn = np.asarray(run(source, key, 60)).reshape(10, 6, 4)
+    np.testing.assert_array_equal(drawn, drawn[..., :1] + np.arange(4))
+    np.testing.assert_array_equal(np.sort(drawn[..., 0], axis=1), np.tile(np.arange(0, 24, 4), (10, 1)))
+    assert len({tuple(epoch) for epoch in drawn[..., 0]}) > 5  # in a fresh order each
+
+
+@pytest.mark.parametrize("kind", [Minibatch, PerSample])
+def test_a_batch_of_blocks_is_its_indices(kind, key):
+    source = kind({"a": jnp.arange(12.0), "b": np.arange(24).reshape(12, 2)}, 3, order="blocks")
+    state = source.init(key)
+    batch, after = source.next(state, key, None, None)
+    indices, same = source.indices(state, key)
+    jax.tree.map(np.testing.assert_array_equal, batch, source.take(indices))
+    jax.tree.map(np.testing.assert_array_equal, after, same)
+
+
+def test_the_state_is_small_and_a_step_needs_no_key(key):
+    source = Minibatch(jnp.zeros(10_000_000, jnp.int8), 64)
+    state = source.init(key)
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) < 200
+    jax.tree.map(np.testing.assert_array_equal, source.indices(state, key), source.indices(state, None))
+
+
+def test_old_name_of_the_order():
+    for new, old in (("independent", True), ("shuffled", False)):
+        with pytest.warns(DeprecationWarning, match=f'order="{new}"'):
+            by_name = Minibatch(jnp.arange(4), 2, replace=old)
+        with pytest.warns(DeprecationWarning, match=f'order="{new}"'):
+            by_position = PerSample(jnp.arange(4), 2, old)  # pyright: ignore[reportArgumentType]
+        assert (by_name.order, by_position.order) == (new, new)
+        assert [source.replace for source in (by_name, by_position)] == [old, old]  # pyright: ignore
+    assert not Minibatch(jnp.arange(4), 2).replace  # pyright: ignore
 
 
 def test_full(key):
@@ -113,7 +152,12 @@ BAD = {
     "no samples in a batch": (Minibatch(jnp.ones(3), 0), "data.batch_size", "[1, 3]"),
     "too many in a batch": (Minibatch(jnp.ones(3), 4), "data.batch_size", "[1, 3]"),
     "part of a sample": (Minibatch(jnp.ones(3), 1.5), "data.batch_size", "whole number"),
-    "a word for a switch": (Minibatch(jnp.ones(3), 1, "yes"), "data.replace", "True or False"),  # pyright: ignore[reportArgumentType]
+    "an unknown order": (Minibatch(jnp.ones(3), 1, "sorted"), "data.order", "'shuffled', 'blocks', 'independent'"),
+    "blocks and a rest": (
+        Minibatch(jnp.ones(7), 3, "blocks"),
+        "data.batch_size",
+        "divisor of the number of samples, 7",
+    ),
     "true as a number": (Minibatch(jnp.ones(3), True), "data.batch_size", "whole number"),
     "no samples": (Minibatch(jnp.ones((0, 2)), 1), "data.arrays", "at least one sample"),
     "NaN": (Minibatch({"a": jnp.array([[1.0], [jnp.nan]])}, 1), "data.arrays['a']", "finite numbers"),

@@ -72,7 +72,8 @@ class SOBA(Solver):
         """Steps for which a bound of all errors is known.
 
         On all of the data `theory.single_loop_matrix` bounds them after every number of steps. With batches the bound
-        of E|x - x*|^2 on quadratics after a given number of steps is the least that `theory.soba_steps` finds.
+        of E|x - x*|^2 on quadratics after a given number of steps is the least that `theory.soba_steps` finds; it is
+        for batches that are drawn independently of each other, `Minibatch(..., order="independent")`.
 
         Args:
             constants: of f and g.

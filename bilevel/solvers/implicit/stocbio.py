@@ -46,7 +46,7 @@ class StocBiO(Solver):
     Reference: Ji, Yang, Liang. Bilevel optimization: convergence analysis and enhanced design. ICML 2021,
         arXiv:2010.07962, Algorithms 2 and 3.
     Differs from the paper: all batches have the sources' sizes, where the paper lets B_j shrink with j, and
-        are independent only with replacement; x is projected.
+        are independent only with `Minibatch(..., order="independent")`; x is projected.
     """
 
     lower_step_size: StepSize | None = None

@@ -197,7 +197,7 @@ FINGERPRINTS = {
     "Newton": lambda: (Newton(),),
     "Newton, other static setting": lambda: (Newton(max_steps=3),),
     "without replacement": lambda: (Minibatch(jnp.ones(3), 2),),
-    "with replacement": lambda: (Minibatch(jnp.ones(3), 2, replace=True),),
+    "with replacement": lambda: (Minibatch(jnp.ones(3), 2, "independent"),),
     "float": lambda: (1.0,),
     "whole": lambda: (1,),
     "true": lambda: (True,),
