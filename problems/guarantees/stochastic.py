@@ -229,9 +229,10 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
         solver = make(known.base, known.mu_F, known.L_F, instance.constants.noise)
         state = solver.init(problem, jax.random.key(0))  # the tables are those of the origin
         state = state._replace(iterates=state.iterates._replace(x=mean.x, y=mean.y, v=mean.v))
-        after = jax.vmap(lambda key: solver.step(problem, state, key)[0])(jax.random.split(jax.random.key(0), NUM_KEYS))
+        keys = jax.random.split(jax.random.key(0), NUM_KEYS)
+        after, *entries = jax.vmap(lambda key: _with_entries(solver.step(problem, state, key)[0]))(keys)
 
-        changed = [_changed(getattr(after, name), getattr(state, name)) for name in ("lower_table", "upper_table")]
+        changed = [_changed(new, old) for new, old in zip(entries, _with_entries(state)[1:], strict=True)]
         pair = BLOCKS * changed[0] + changed[1]
         weights = 1 / (BLOCKS**2 * jnp.bincount(pair, length=BLOCKS**2).astype(float)[pair])
         lengths = _root_mean(weights, *_lengths(instance, after.x, after.y, after.iterates.v))
@@ -245,8 +246,7 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
 
         at = pieces_at_optimum(instance)
         tables = [
-            jnp.sqrt(weights @ _away(table.entries, best) ** 2)
-            for table, best in zip((after.upper_table, after.lower_table), at, strict=True)
+            jnp.sqrt(weights @ _away(table, best) ** 2) for table, best in zip(reversed(entries), at, strict=True)
         ]
         return jnp.concatenate([lengths, bias, jnp.stack(tables)])[None, :]
 
@@ -263,10 +263,15 @@ def saba(make: Callable[..., Any] = SABA.from_theory) -> Guarantee:
     )  # fmt: skip
 
 
+def _with_entries(state: Any) -> tuple[Any, Any, Any]:
+    """(SABA's state, the entries of the table of g, and of f)."""
+    return state, state.lower_table.entries, state.upper_table.entries
+
+
 def _changed(after: Any, before: Any) -> Array:
     """Which block's entry a step replaced, for each state."""
     change = [jnp.abs(a - b[None]).reshape(*a.shape[:2], -1).max(axis=-1)
-              for a, b in zip(after.entries, before.entries, strict=True)]  # fmt: skip
+              for a, b in zip(after, before, strict=True)]  # fmt: skip
     return jnp.argmax(sum(change), axis=1)
 
 

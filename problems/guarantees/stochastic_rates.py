@@ -18,6 +18,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import SABA, SOBA, theory
+from bilevel.backend.draws import numbers_below
 from bilevel.guarantees import Guarantee
 from bilevel.parts.estimators import saga_init
 from problems import strategies
@@ -47,8 +48,10 @@ def pair_keys() -> Array:
     """Keys with which SABA draws the blocks (i of g, j of f) of PAIRS, [4]; a test looks at what a step replaces."""
     with jax.ensure_compile_time_eval():
         keys = jax.vmap(jax.random.key)(jnp.arange(64))
-        draw = jax.vmap(lambda key: jax.vmap(lambda k: jax.random.randint(k, (), 0, BLOCKS))(jax.random.split(key)))
-        drawn = [(int(i), int(j)) for j, i in draw(keys)]
+        drawn = [
+            (int(i), int(j))
+            for j, i in zip(*jax.vmap(lambda key: numbers_below(key, BLOCKS, BLOCKS))(keys), strict=True)
+        ]
         return keys[jnp.array([drawn.index(pair) for pair in PAIRS])]
 
 

@@ -75,9 +75,13 @@ def test_keys_draw_every_pair_of_blocks():
     def replaced(keys):
         state = solver.init(instance.problem(0, 0), jax.random.key(0))
         moved = state._replace(iterates=state.iterates._replace(x=instance.mean.x, y=instance.mean.y))
-        after = jax.vmap(lambda key: solver.step(instance.problem(0, 0), moved, key)[0])(keys)
-        changed = lambda new, old: jnp.any(new.entries[0] != old.entries[0][None], axis=2)  # noqa: E731
-        return changed(after.lower_table, state.lower_table), changed(after.upper_table, state.upper_table)
+
+        def changed(key):
+            after = solver.step(instance.problem(0, 0), moved, key)[0]
+            tables = (after.lower_table, state.lower_table), (after.upper_table, state.upper_table)
+            return [jnp.any(new.entries[0] != old.entries[0], axis=1) for new, old in tables]
+
+        return jax.vmap(changed)(keys)
 
     for lower, upper in zip(*map(np.asarray, replaced(stochastic_rates.pair_keys())), strict=True):
         assert lower.sum() == upper.sum() == 1

@@ -8,6 +8,7 @@ import optax
 from jax import Array
 
 from bilevel import oracles, theory
+from bilevel.backend.draws import numbers_below
 from bilevel.backend.tree import norm
 from bilevel.parts.estimators import SagaTable, saga, saga_init
 from bilevel.parts.tuning import Iterates, start
@@ -118,9 +119,7 @@ class SABA(Solver):
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         it = state.iterates
-        key_upper, key_lower = jax.random.split(key)
-        j = jax.random.randint(key_upper, (), 0, problem.upper_data.num_blocks)
-        i = jax.random.randint(key_lower, (), 0, problem.lower_data.num_blocks)
+        j, i = numbers_below(key, problem.upper_data.num_blocks, problem.lower_data.num_blocks)
 
         new_upper = oracles.upper_gradients(problem, it.x, it.y, problem.upper_data.block(j))
         new_lower = oracles.directions(problem, it.x, it.y, it.v, problem.lower_data.block(i))
