@@ -18,6 +18,7 @@ from jax import Array
 from bilevel import oracles
 from bilevel.backend.checks import check_like
 from bilevel.backend.precision import full_precision
+from bilevel.backend.tree import norm
 from bilevel.diagnostics import exact
 from bilevel.diagnostics.descent import descent_rate
 from bilevel.oracles import samples as sample_oracles
@@ -31,6 +32,7 @@ from bilevel.struct import invalid
 PyTree = Any
 TOL = 1e-6  # violation up to which a point counts as feasible
 LINE = 64  # points whose coordinates are tried, one by one
+APART = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # how far starts are from each other, in diameters of Y(x)
 
 
 class LowerGap(NamedTuple):
@@ -147,14 +149,32 @@ def _starts(
     chunk: int | None = None,
 ) -> Array:  # fmt: skip
     """Where `exact.minima` starts from, [K, n]: y, and below a g that may have several minima the best points of a
-    cover.
+    cover, of its parts and far from each other: at a jump of F two minimisers are worth the same, and the points of
+    least g may all be near one of them.
     """
     given = view.pack(y)
     if oracles.constant_residual(view.problem, x, y, view.lower):
         return given
     points = _cover(view, x, num_points, given.dtype)
     worth = oracles.batched(partial(_worth, view, x), chunk)(points)
-    return jnp.concatenate([given, _best_of_parts(points, worth, num_starts, tol)[0][:, 0]])
+    best = _best_of_parts(points, worth, num_starts - len(APART), tol)[0][:, 0]
+    return jnp.concatenate([given, best, _best_apart(points[:, 0], worth.within(tol)[:, 0])])
+
+
+def _best_apart(points: Array, g: Array) -> Array:
+    """Of points [N, m] with the values g [N], in turn the best one of those that are farther from all that were taken
+    than a share of the points' diameter, `APART`; shape [len(APART), m].
+    """
+    width = norm(jnp.max(points, axis=0) - jnp.min(points, axis=0))
+
+    def take(chosen: Array, share: Array) -> tuple[Array, Array]:
+        away = jnp.min(jnp.linalg.norm(points[:, None] - chosen[None], axis=2), axis=1)
+        best = points[jnp.argmin(jnp.where(away > share * width, g, jnp.inf))]
+        return jnp.concatenate([chosen[1:], best[None]]), best
+
+    nearest = points[jnp.argmin(g)]
+    begin = jnp.broadcast_to(nearest, (len(APART), points.shape[1]))
+    return jax.lax.scan(take, begin, jnp.asarray(APART, points.dtype))[1]
 
 
 def _exact_gap(view: Blocks, x: PyTree, y: PyTree, found: exact.Found, tol: Any) -> LowerGap:

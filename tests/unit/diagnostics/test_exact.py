@@ -15,6 +15,7 @@ from bilevel.diagnostics.gap import lower_gap
 from bilevel.qp.active_set import Rows
 from bilevel.qp.step import step
 from bilevel.run import referee_of
+from problems import coupled
 
 
 @pytest.mark.parametrize(
@@ -59,6 +60,19 @@ def test_of_many_minimisers_the_best_one_counts():
     np.testing.assert_allclose(column("lower_residual"), [0, 0, 0, 0.5], atol=1e-9)
     np.testing.assert_allclose(column("hypergradient"), [2, 2, 0, 0], atol=1e-6)
     np.testing.assert_allclose(column("lower_distance"), [0, 4 / 15, 0, 0.5 / 17], atol=1e-6)  # f could be lower here
+
+
+def test_both_minimisers_are_followed_from_a_jump():
+    """Of g = -(y - 3.3288 - 0.258 x)^2/2 over 2 + x/3 <= y <= min(6, 8 - 2 x) the left end is the least one from
+    x = 1.5313 on, where F = 2 x + 2 y jumps down from 12.94 to 8.0834. A hair to the right, points of least g are all
+    near it.
+    """
+    problem = coupled.make("concave", 1, 1, 1).problem
+    x = 1.53127214 + 2e-8
+    found = jax.jit(BY_VALUE.measure)(problem, jnp.array([x]), jnp.array([2 + x / 3]))
+    np.testing.assert_allclose(found.value, 8.083392, atol=1e-6)
+    assert found.lower_residual <= 1e-8
+    assert found.hypergradient == 0
 
 
 def test_rows_that_contradict_each_other_say_how():
