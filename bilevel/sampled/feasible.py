@@ -16,6 +16,7 @@ a descent on one of its objectives (`pressed`); for a minimiser lam is then its 
 envelope theorem.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,8 @@ class Feasible(NamedTuple):
     """The rows onto which y was moved, 1 at the upper bound and -1 at the lower, 0 for others; independent. Shape
     [n, rows]: rows of the coupling, inequalities first, then those of Y; [n, 0] where these are not affine.
     """
+    lift: Array
+    """What a change of the bounds of these rows adds to y, shape [rows, m]: zero for rows that do not hold it."""
 
 
 class Local(NamedTuple):
@@ -89,12 +92,19 @@ def to_feasible(view: Blocks, x: PyTree, y: Array, held: Array | None = None) ->
     to stay on.
     """
     if view.problem.coupling is None:
-        return Feasible(view.project(y), jnp.array(False), jnp.zeros((view.n, 0), y.dtype))
+        return _on_no_rows(view, view.project(y), jnp.array(False))
     if not is_affine(view):
         return _by_newton(view, x, y)
     limits, soft = local(view, x, y)
-    found = constraints.project_on(limits, y[0], soft, None if held is None else held[0])
-    return Feasible(found.y[None], ~found.exact, found.active[None])
+    region = Region.of(limits)
+    found = region.project(y[0], soft, None if held is None else held[0])
+    lift = jnp.where(found.empty, 0, region.d[:, None] * (found.inverse @ region.W))
+    return Feasible(found.y[None], ~found.exact, found.active[None], lift)
+
+
+def _on_no_rows(view: Blocks, y: Array, failed: Array) -> Feasible:
+    """The point y [n, m], of which no row is said to hold it."""
+    return Feasible(y, failed, jnp.zeros((view.n, 0), y.dtype), jnp.zeros((0, view.m), y.dtype))
 
 
 def restore_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> Feasible:
@@ -142,7 +152,7 @@ def near_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> F
 
     points = jax.vmap(lambda y: lax.fori_loop(0, FEW, step, view.project(y)))(ys)
     failed = jax.vmap(lambda y: view.violation(x, y))(points) > FEASIBLE
-    return Feasible(points, failed, jnp.zeros((len(ys), view.n, 0), ys.dtype))
+    return jax.vmap(partial(_on_no_rows, view))(points, failed)
 
 
 def _where(chosen: Array, there: Feasible, here: Feasible) -> Feasible:
@@ -187,7 +197,7 @@ def _by_newton(view: Blocks, x: PyTree, y: Array) -> Feasible:
     begin = _Newton(y, outside(y), jnp.zeros((), int))
     end = lax.while_loop(lambda c: c.outside & (c.count < STEPS), step, begin)
     failed = end.outside | ~jnp.all(jnp.isfinite(end.y))
-    return Feasible(end.y, failed, jnp.zeros((view.n, 0), y.dtype))
+    return _on_no_rows(view, end.y, failed)
 
 
 def _is_on(limits: Rows, y: Array) -> tuple[Array, Array]:
@@ -265,10 +275,13 @@ def motion(view: Blocks, x: PyTree, y: Array, held: Array) -> Motion:
 
 
 def moved(view: Blocks, x: PyTree, y: Array, motion: Motion) -> tuple[Array, Array]:
-    """(where the point y [1, m] of another x moves on affine rows; whether that is in Y(x), [])."""
+    """(where the point y [1, m] of another x moves on affine rows, back to Y where it leaves it; whether that is in
+    Y(x), []).
+    """
     limits, on = local(view, x, y).limits, motion.held[0]
     bound = jnp.where(on > 0, limits.hi, jnp.where(on < 0, limits.lo, 0))
     y = y + (jnp.where(on != 0, bound - limits.C @ y[0], 0) @ motion.lift)[None]
+    y = view.project(y)
     at, size = limits.C @ y[0], jnp.linalg.norm(limits.C, axis=1)
     reach = NEAR / 10 if y.dtype == jnp.float64 else 1e-5
     reach = reach * size * (1 + jnp.max(jnp.abs(y)))

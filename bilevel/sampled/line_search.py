@@ -1,7 +1,7 @@
 """The line search of a penalised objective whose samples follow x: of lengths tried all at once, the best is taken.
 
 Only the samples near the minimisers at the old x would be near those at a new one by chance: in each trial the best
-sample of either kind takes a few truncated Newton steps at the new x first. Where Y(x) moves with x, all samples move
+slot of either kind takes a few truncated Newton steps at the new x first. Where Y(x) moves with x, all samples move
 with it, on the rows that hold them, and x is moved to where Y(x) is not empty (`arrive`).
 """
 
@@ -15,9 +15,11 @@ from jax import Array, lax
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, take
+from bilevel.sampled.blocks import pick
 from bilevel.sampled.feasible import Feasible, joint_step, most_steps, moved, near_all, restore_all
 from bilevel.sampled.penalised import Direction, Penalised
 from bilevel.sampled.refine import improve
+from bilevel.sampled.renewal import niches
 
 PyTree = Any
 LENGTHS = (8.0, 2.0, 0.5, 0.125, 0.0)  # of the trials, times the last length, beside a random one
@@ -70,9 +72,10 @@ class Arrival(NamedTuple):
 def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Array, slots: int) -> Arrival:
     """The samples at x, and x in X. last: the last sample there, where it is a variable.
 
-    Of a coupled set all samples move on the rows that hold them, and the last `slots` are moved into Y(x) exactly, or
-    x is where Y(x) would be empty. Those that come to be outside on affine rows are left out; rows that are not affine
-    are met nearly, and x takes one step of `joint_step` where no sample meets them.
+    Of a coupled set all samples move on the rows that hold them, and the first and the last of the `slots`, which are
+    the best ones, are moved into Y(x) exactly, or x to where that is not empty. Samples that come to be outside on
+    affine rows are left out; rows that are not affine are met nearly, and x takes one step of `joint_step` where no
+    sample meets them.
     """
     view, everyone = P.view, jnp.ones((len(here.points), 1), bool)
     x = view.problem.x_set.project(x)
@@ -81,28 +84,28 @@ def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Arr
         points = start.at[-1].set(view.project(last)) if P.form.joint else start
         return Arrival(x, points, everyone, jnp.array(False))
     if direction.motion is None:
-        points, failed, _ = near_all(view, x, start)
+        points, failed, *_ = near_all(view, x, start)
         inside = joint_step(view, x, points[-1])
         x = jax.tree.map(partial(jnp.where, jnp.all(failed)), inside, x)
-        points, failed, _ = near_all(view, x, points)
+        points, failed, *_ = near_all(view, x, points)
         return Arrival(x, points, everyone, jnp.all(failed))
-    own = direction.motion.held[-slots:]
+    ends, motion = np.array([-slots, -1]), direction.motion
+    own = motion.held[ends]
     own = own.at[-1].set(0) if P.form.joint else own
 
     def settle(at: _Settling) -> _Settling:
-        x = jax.tree.map(partial(jnp.where, at.count > 0), joint_step(view, at.x, at.slots.y[-1]), at.x)
-        return _Settling(x, restore_all(view, x, start[-slots:], own), at.count + 1)
+        x = jax.tree.map(partial(jnp.where, at.count > 0), joint_step(view, at.x, at.ends.y[-1]), at.x)
+        return _Settling(x, restore_all(view, x, start[ends], own), at.count + 1)
 
-    begin = Feasible(start[-slots:], jnp.ones(slots, bool), own)
+    begin = Feasible(start[ends], jnp.ones(2, bool), own, jnp.zeros_like(motion.lift[ends]))
     end = lax.while_loop(
-        lambda at: jnp.all(at.slots.failed) & (at.count <= most_steps(view)),
+        lambda at: jnp.all(at.ends.failed) & (at.count <= most_steps(view)),
         settle,
         _Settling(x, begin, jnp.zeros((), int)),
     )
-    others, motion = start[:-slots], jax.tree.map(lambda leaf: leaf[:-slots], direction.motion)
-    others, fits = jax.vmap(lambda y, motion: moved(view, end.x, y, motion))(others, motion)
-    points, outside = jnp.concatenate([others, end.slots.y]), jnp.all(end.slots.failed)
-    fits = jnp.concatenate([fits, ~end.slots.failed]) | (outside & here.outside)
+    points, fits = jax.vmap(lambda y, motion: moved(view, end.x, y, motion))(start, motion)
+    outside = jnp.all(end.ends.failed)
+    points, fits = points.at[ends].set(end.ends.y), fits.at[ends].set(~end.ends.failed) | (outside & here.outside)
     return Arrival(end.x, points, fits[:, None], outside)
 
 
@@ -110,7 +113,7 @@ class _Settling(NamedTuple):
     """Carry of a search for an x with a follower."""
 
     x: PyTree
-    slots: Feasible
+    ends: Feasible
     count: Array
 
 
@@ -118,21 +121,30 @@ def attempt(P: Penalised, here: Place, direction: Direction, sizes: Array, lengt
     """Where `length` along -`direction` leads. sizes [K, n]: the step lengths of the last K samples, the slots."""
     step = jax.tree.map(lambda p, d: p - length * d, (here.x, here.points[-1]), (direction.x, direction.last))
     x, points, fits, outside = arrive(P, here, direction, step[0], step[1], len(sizes))
-    if not P.form.frozen:
-        points = _follow(P, x, points, sizes)
     f, g = (jnp.where(fits, part, jnp.inf) for part in P.view.values(x, points, P.chunk))
+    if not P.form.frozen:
+        points, f, g = _follow(P, x, points, f, g, sizes)
     value = P.at(f, g).value
     good = jnp.isfinite(value) & (here.outside | ~outside)
     return Place(x, points, f, g, jnp.where(good, value, jnp.inf), outside)
 
 
-def _follow(P: Penalised, x: PyTree, points: Array, sizes: Array) -> Array:
-    """The samples after the first slot has descended g(x, .), and the last one f + rho g where it is no variable."""
+def _follow(P: Penalised, x: PyTree, points: Array, f: Array, g: Array, sizes: Array) -> tuple[Array, Array, Array]:
+    """The samples with f and g there; new are the first slot and, where it is no variable, the last one, after a
+    descent on g and on f + rho g.
+
+    The first one is the slot of a niche if g is lower there: where g has another global minimiser than at the old x,
+    what v would be too large by, rho would make a descent of P.
+    """
     ends = np.array([-len(sizes)] if P.form.joint else [-len(sizes), -1])
+    rivals = np.append(0, niches(len(sizes))) - len(sizes)
+    lowest = pick(points[rivals], jnp.argmin(g[rivals], axis=0))
     a = jnp.arange(len(ends), dtype=sizes.dtype)
     b = jnp.stack([jnp.ones_like(P.rho), P.rho])[: len(ends)]
     follow = lambda y, a, b, size: improve(P.view, x, y, a, b, TRACK, size).y  # noqa: E731
-    return points.at[ends].set(oracles.batched(follow)(points[ends], a, b, sizes[ends]))
+    found = oracles.batched(follow)(points[ends].at[0].set(lowest), a, b, sizes[ends])
+    there = P.view.values(x, found, P.chunk)
+    return points.at[ends].set(found), f.at[ends].set(there[0]), g.at[ends].set(there[1])
 
 
 def search(P: Penalised, here: Place, direction: Direction, sizes: Array, size: Array, chance: Array) -> Found:

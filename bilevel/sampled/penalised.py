@@ -18,9 +18,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from bilevel.backend.tree import join
 from bilevel.sampled.blocks import Blocks
 from bilevel.sampled.feasible import Motion, is_affine, motion, pressed
 from bilevel.sampled.refine import multipliers
+from bilevel.sampled.renewal import Samples
 from bilevel.sampled.smoothing import SmoothMin, smooth_min
 
 PyTree = Any
@@ -103,29 +105,33 @@ class Penalised:
         u = least(f + rho * g, smooth)
         return Value(jnp.sum(u.value - rho * v.value), u.weights, v.weights)
 
-    def gradient(self, x: PyTree, points: Array, held: Array, weights: Value, slots: int) -> Direction:
-        """The gradient of P at the samples `points` [N, n, m] that the rows `held` [N, n, rows] hold, in x, and in y
-        where it is joint (Danskin). The last `slots` of them were not moved onto their rows at this x: see `pressed`.
+    def gradient(self, x: PyTree, samples: Samples, lift: Array, weights: Value) -> Direction:
+        """The gradient of P at the samples, N of them, in x, and in y where it is joint (Danskin).
+
+        lift: `Feasible.lift` of the first samples, which were moved onto their rows at this x; that of the other ones,
+        the slots, is found here: see `feasible.pressed`.
         """
         if self.view.problem.coupling is not None:
-            return self._coupled_gradient(x, points, held, weights, slots)
+            return self._coupled_gradient(x, samples, lift, weights)
         a, b, rho = weights.upper, weights.lower, self.rho
-        by_x, by_y = self.view.gradients(x, points, a, rho * (a - b), self.chunk)
+        by_x, by_y = self.view.gradients(x, samples.points, a, rho * (a - b), self.chunk)
         return Direction(by_x, self._last(by_y), None)
 
     def _last(self, by_y: Array) -> Array:
         """The gradient in the last sample, where it is a variable."""
         return by_y[-1] if self.form.joint else jnp.zeros_like(by_y[-1])
 
-    def _coupled_gradient(self, x: PyTree, points: Array, held: Array, weights: Value, slots: int) -> Direction:
+    def _coupled_gradient(self, x: PyTree, samples: Samples, lift: Array, weights: Value) -> Direction:
         """The same with the motion of every sample: see `feasible`."""
-        view, rho, a, b = self.view, self.rho, weights.upper, weights.lower
+        view, rho, a, b, points = self.view, self.rho, weights.upper, weights.lower, samples.points
         by_x, by_y = view.gradients(x, points, a, rho * a, self.chunk)
         minus, low = view.gradients(x, points, jnp.zeros_like(b), rho * b, self.chunk)
         both = jnp.concatenate([by_y, low], axis=1)
         if is_affine(view):
-            now = jax.vmap(partial(pressed, view, x))(points[-slots:], held[-slots:], both[-slots:])
-            motions = jax.vmap(partial(motion, view, x))(points, held.at[-slots:].set(now))
+            first = len(lift)
+            now = jax.vmap(partial(pressed, view, x))(points[first:], samples.held[first:], both[first:])
+            slots = jax.vmap(partial(motion, view, x))(points[first:], now)
+            motions = join(Motion(samples.held[:first], lift), slots)
             num = len(view.coupling_rows(x, points[0]).values)
             lam = jax.vmap(lambda motion, G: motion.multipliers(G[0]))(motions, by_y - low)[:, :num]
         else:

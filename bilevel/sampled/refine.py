@@ -15,7 +15,7 @@ from bilevel import oracles
 from bilevel.problem import LinearCoupling
 from bilevel.sampled.blocks import Blocks, Model, Objective, pick
 from bilevel.sampled.dual import MAX_CG, Conjugate, dual, safe
-from bilevel.sampled.feasible import near_all, restore
+from bilevel.sampled.feasible import is_near, near_all, restore
 
 PyTree = Any
 FEASIBLE = 1e-10
@@ -103,12 +103,26 @@ def _descend(objective: Objective, at: Descent) -> Descent:
     d = _newton(model, tangent(view, x, y, G), view.m)
     steep = jnp.linalg.norm(G, axis=1)
     size = jnp.where(at.size > 0, at.size, 0.05 * (1 + jnp.linalg.norm(y, axis=1)) / safe(steep))
-    lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
-    moves = [lengths * d[None], -sizes * (size[:, None] * G)[None], jnp.zeros_like(y)[None]]
-    trials = near_all(view, x, y[None] + jnp.concatenate(moves)).y
+    trials = _trials(view, x, y, d, -size[:, None] * G)
     k = jnp.argmin(_judge(objective, model, trials), axis=0)
     factors = jnp.asarray((1.0,) * len(LENGTHS) + SIZES + (1 / 16,), y.dtype)
     return Descent(pick(trials, k), size * factors[k])
+
+
+def _trials(view: Blocks, x: PyTree, y: Array, d: Array, away: Array) -> Array:
+    """`LENGTHS` along d [n, m], `SIZES` along `away`, and y itself, all in Y(x): shape [6, n, m].
+
+    In a polyhedron that moves with x the longest move of either kind and the shortest one along `away` are projected;
+    the others are between y and these, as good as projected ones and at no cost.
+    """
+    lengths, sizes = (jnp.asarray(row, y.dtype)[:, None, None] for row in (LENGTHS, SIZES))
+    if view.problem.coupling is None or is_near(view):
+        moves = [lengths * d[None], sizes * away[None], jnp.zeros_like(y)[None]]
+        return near_all(view, x, y[None] + jnp.concatenate(moves)).y
+    moves = jnp.stack([LENGTHS[0] * d, SIZES[0] * away, SIZES[-1] * away, jnp.zeros_like(y)])
+    newton, longest, shortest, stay = near_all(view, x, y[None] + moves).y
+    between = [stay + LENGTHS[1] / LENGTHS[0] * (newton - stay), stay + SIZES[1] / SIZES[0] * (longest - stay)]
+    return jnp.stack([newton, between[0], longest, between[1], shortest, stay])
 
 
 def _newton(model: Model, along: Tangent, m: int) -> Array:

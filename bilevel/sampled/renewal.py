@@ -2,7 +2,8 @@
 
 Slots are the samples that stay: the first half descends g(x, .), the second one f + rho g. Each takes a gradient step
 of its own length and moves to the best of its share of the new points where that is lower, so that the minimisers that
-matter are followed as x moves, while the fresh points find others. The number of points never changes.
+matter are followed as x moves, while the fresh points find others. A few slots of the first half have a niche, and
+follow other minimisers of g than the least one. The number of points never changes.
 """
 
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from bilevel.sampled.feasible import near_all
 from bilevel.sampled.nets import shifted
 
 PyTree = Any
+APART = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # radii of niches, in turn, in diameters of Y(x)
 
 
 class Samples(NamedTuple):
@@ -56,6 +58,9 @@ class Renewed(NamedTuple):
     sizes: Array
     """The lengths of the slots' next steps, shape [K, n]."""
 
+    lift: Array
+    """How the other samples move with the rows that hold them, shape [N - K, rows, m]: `feasible.Feasible.lift`."""
+
     outside: Array
     """Whether Y(x) is empty as far as the samples can tell, shape []."""
 
@@ -68,6 +73,21 @@ class Goal(NamedTuple):
 
     b: Array
     """Likewise 1, and rho."""
+
+
+class Niche(NamedTuple):
+    """Balls that are not open to the slots."""
+
+    middle: Array
+    """Their middle, shape [n, m]."""
+
+    radius: Array
+    """Shape [K, n]: 0 for slots to which all of Y is open."""
+
+    def closed(self, points: Array, values: Array) -> Array:
+        """`values` [..., K, n] of points for the slots, [..., K, n, m]; infinite inside of the slot's ball."""
+        away = jnp.linalg.norm(points - jnp.broadcast_to(self.middle, points.shape), axis=-1)
+        return jnp.where(away < jnp.broadcast_to(self.radius, values.shape), jnp.inf, values)
 
 
 def fresh(view: Blocks, u: Array, num: int, key: Array) -> Array:
@@ -88,16 +108,19 @@ def renew(
     goal = Goal(is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1))
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
     sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
-    parts = [points, near(view, u, slots.points, points), trial, slots.points]
-    points, failed, held = near_all(view, x, jnp.concatenate(parts))
+    open_ones = np.setdiff1d(np.arange(count), niches(count))
+    parts = [points, near(view, u, slots.points[open_ones], points), trial, slots.points]
+    points, failed, held, lift = near_all(view, x, jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
     all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk), held))
     new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))
     # so that rounding decides nothing
     margin = -1e3 * jnp.finfo(here.f.dtype).eps * (jnp.abs(goal.a * here.f) + jnp.abs(goal.b * here.g))
     here, sizes = _keep_lower(here, trial, sizes, goal, margin)
-    here, sizes = _challenge(here, new, sizes, goal, jnp.where(fixed, -jnp.inf, margin))
-    return Renewed(join(new, here), sizes, jnp.all(failed) & (view.problem.coupling is not None))
+    niche = _niche(here, new)
+    here, sizes = _challenge(here, new, sizes, goal, jnp.where(fixed, -jnp.inf, margin), niche)
+    outside = jnp.all(failed) & (view.problem.coupling is not None)
+    return Renewed(join(new, here), sizes, lift[: len(new.f)], outside)
 
 
 def _gradient_step(
@@ -119,13 +142,33 @@ def _keep_lower(here: Samples, trial: Samples, sizes: Array, goal: Goal, margin:
     return _where(falls, trial, here), sizes
 
 
-def _challenge(here: Samples, new: Samples, sizes: Array, goal: Goal, margin: Array) -> tuple[Samples, Array]:
+def niches(count: int) -> np.ndarray:
+    """Which of `count` slots have a niche: every fourth one of those that descend g, and one of two or three."""
+    return np.arange(1, count // 2, 4)
+
+
+def _niche(here: Samples, new: Samples) -> Niche:
+    """The part of Y that is not open to the slots: those with a niche keep away from the point of least g, so that at a
+    jump, where two minimisers of g are worth the same, both are at hand.
+    """
+    own, nearby = niches(len(here.f)), np.zeros(len(here.f))
+    nearby[own] = np.resize(APART, len(own))
+    both = join(new, here)
+    best = pick(both.points, jnp.argmin(both.g, axis=0))
+    width = jnp.linalg.norm(jnp.max(both.points, axis=0) - jnp.min(both.points, axis=0), axis=1)
+    return Niche(best, jnp.asarray(nearby, width.dtype)[:, None] * width[None])
+
+
+def _challenge(
+    here: Samples, new: Samples, sizes: Array, goal: Goal, margin: Array, niche: Niche
+) -> tuple[Samples, Array]:
     """(the slots, slot j at the best of the new points j, j + K, … where that is lower; their sizes, 0 after it)."""
     count = len(here.f)
     share = len(new.f) // count * count
     rivals = jax.tree.map(lambda part: part[:share].reshape(share // count, count, *part.shape[1:]), new)
-    score = goal.a[None] * rivals.f + goal.b[None] * rivals.g
-    wins = jnp.min(score, axis=0) - goal.a * here.f - goal.b * here.g < margin
+    score = niche.closed(rivals.points, goal.a[None] * rivals.f + goal.b[None] * rivals.g)
+    own = niche.closed(here.points, goal.a * here.f + goal.b * here.g)
+    wins = jnp.min(score, axis=0) - own < margin
     best = jnp.argmin(score, axis=0) * count + jnp.arange(count)[:, None]
     return _where(wins, Samples(*(pick(part, best) for part in new)), here), jnp.where(wins, 0, sizes)
 

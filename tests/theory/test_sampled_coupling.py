@@ -14,6 +14,7 @@ from bilevel import oracles
 from bilevel.sampled import Blocks, Smoothness
 from bilevel.sampled.feasible import restore_all
 from bilevel.sampled.penalised import Form, Penalised
+from bilevel.sampled.renewal import Samples
 
 KEY = jax.random.key(0)
 BOX = bilevel.Box(-1.0, 1.0)
@@ -90,9 +91,10 @@ def slope(form, smoothing):
     def look(problem, x, samples, held, rho, t):
         view = Blocks.of(problem, samples[0, 0])
         P = Penalised(view, Form(form == "joint", smoothing == "entropic", frozen=False), rho, rho * t, chunk=1024)
-        samples, failed, held = restore_all(view, x, samples, held)
-        found = P.at(*view.values(x, samples))
-        direction = P.gradient(x, samples, held, found, len(samples))
+        samples, failed, held, lift = restore_all(view, x, samples, held)
+        f, g = view.values(x, samples)
+        found = P.at(f, g)
+        direction = P.gradient(x, Samples(samples, f, g, held), lift[:4], found)
         return samples, direction.motion.held, jnp.where(jnp.any(failed), jnp.nan, found.value), direction.x
 
     return look

@@ -50,7 +50,7 @@ class State(NamedTuple):
     last: Array
     """rho at its top, shape [L]."""
     smooth: Array
-    """rho t at the foot, shape []; not stacked."""
+    """rho t at the foot of the lowest ladder, shape []; not stacked."""
     scales: tuple[Array, Array]
     """The spreads of f and of g over the samples at the starts, shapes []; not stacked."""
     count: Array
@@ -114,16 +114,16 @@ class SampledPenalty(Solver):
     M the entropic or quadratic smoothed minimum of `sampled.smoothing`. The lifted P has no minimum that comes only
     from a local minimiser of g; the joint one has one for each. Over the steps rho climbs a ladder from `penalty` to
     `max_penalty` while rho t falls like 1/rho. There are num_starts times num_ladders independent lanes, which start
-    at points of X and on different rungs of the ladder; `output` takes the best of them. A separable problem
-    (`bilevel.Separable`) has these minima and samples for each block: P is the sum.
+    at points of X and on different rungs, for each start one at the top, since low penalties draw all x together;
+    `output` takes the best lane. A separable problem (`bilevel.Separable`) has these minima and samples for each block.
 
     Samples are renewed at each step, N fixed: fresh Sobol points of Y and its boundary, points near the slots, and the
-    slots. Half of the slots descend g(x, .), half f + rho g, y among them; each moves to the best of its share of the
-    new points where that is lower. During a line search the best sample of either kind follows x by TRACK truncated
-    Newton steps (`refine.improve`). With `refresh=False` the samples stay as drawn and P is a fixed function. Samples
-    of a coupled Y(x) are in it at each x that is looked at, and P's gradient has their motion (`sampled.feasible`);
-    where affine rows leave Y(x) empty, x is moved to where it is not. Other rows are met nearly, and f and g
-    have the squared violation that is left. Frozen samples have no coupling.
+    slots. Half of the slots descend g(x, .), some of these away from the best one, and half f + rho g, y among them;
+    each moves to the best of its share of the new points where that is lower. In a trial of the line search the best
+    slot of either kind takes TRACK truncated Newton steps (`refine.improve`). With `refresh=False` the samples stay
+    as drawn and P is a fixed function. Samples of a coupled Y(x) are in it at each x that is looked at, and P's
+    gradient has their motion (`sampled.feasible`); where affine rows leave Y(x) empty, x is moved to where it is not.
+    Other rows are met nearly, f and g have the squared violation that is left. Frozen samples have no coupling.
 
     `output` polishes y to a minimiser of g(x, .) over Y(x), checks it against g at other points, and takes the lane of
     least f with a gap of at most `lower_tol`. Where the polished y is worse by more than 1e-3 (1 + |f|), it is the
@@ -131,9 +131,8 @@ class SampledPenalty(Solver):
 
     Assumptions: f and g smooth, Y bounded, its blocks of low dimension (1 to about 10; more, where g has few minima).
     Guarantee, with `from_theory`: min_k |G_k|^2 <= 2 L (P_0 - inf P)/K for the gradient mapping G of P.
-    Cost per step: L (7 N + 2 num_slots + 144) values, L (N + 2 num_slots + 24) gradients of f and of g and 48 L m HVPs,
-    with N samples a lane in m dimensions (2 N gradients with a coupling); 144, 24, 48 m and six of the 7 N are the line
-    search's.
+    Cost per step: L (7 N + 2 num_slots + 156) values, L (N + 2 num_slots + 24) gradients of f and of g, 48 L m HVPs,
+    with N samples a lane in m dimensions (2 N gradients with a coupling); most of it is the line search's.
 
     Args:
         upper_step_size: s > 0. A number, an optax schedule or an optax transformation. Default: the best of five
@@ -243,8 +242,8 @@ class SampledPenalty(Solver):
         x0, y0 = problem.x_set.project(x0), problem.y_set.project(y0)
         view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
-        x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
-        x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x)
+        lanes, inside = own.starts * own.ladders, lambda x: into_domain(view, x, view.pack(y0))
+        x = jax.vmap(inside)(starts(problem.x_set, key_x, own.starts, x0))
         samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
@@ -262,12 +261,12 @@ class SampledPenalty(Solver):
                 (self.temperature, FIRST_TEMPERATURE * scales[0]),
             )
         )
-        foot = first * (last / first) ** (jnp.arange(own.ladders, dtype=unit.dtype) / (2 * own.ladders))
+        height = np.append(np.arange(max(own.ladders - 1, 1)) / (2 * own.ladders), 1.0)[: own.ladders]
+        foot = first * (last / first) ** jnp.asarray(height, unit.dtype)
         x = jax.tree.map(lambda leaf: jnp.repeat(leaf, own.ladders, axis=0), x)
         y, zero = repeat(y0, lanes), jnp.zeros(lanes, unit.dtype)
         rule = () if self.upper_step_size is None else jax.vmap(as_step(self.upper_step_size).init)((x, y))
-        samples = repeat(samples, lanes)
-        samples = samples.at[:, -1].set(view.pack(y0)) if self._movable else samples
+        samples = repeat(samples.at[-1].set(view.pack(y0)) if self._movable else samples, lanes)
         return State(
             x, y, samples, jnp.zeros((lanes, 2 * own.slots, view.n), unit.dtype), zero, rule,
             jnp.tile(foot, own.starts), last + zero, smooth, scales, jnp.zeros((), int),
@@ -293,8 +292,9 @@ class SampledPenalty(Solver):
     def _rungs(self, state: State) -> Rung:
         """Where each lane is on its ladder: rho climbs geometrically, rho t falls as it grows; shapes [L]."""
         climbed = jnp.minimum(state.count / self.num_ladder_steps, 1).astype(state.first.dtype)
-        growth = (state.last / state.first) ** climbed
-        return Rung(state.first * growth, state.smooth / growth, jnp.sqrt(growth))
+        rho = state.first * (state.last / state.first) ** climbed
+        growth = rho / state.first[0]
+        return Rung(rho, state.smooth / growth, jnp.sqrt(growth))
 
     def _draw(self, view: Blocks, key: Array, rho: Array) -> tuple[Array | None, Noise]:
         """(fresh points of Y for all lanes, [num_samples, n, m], None without refresh; each lane's noise)."""
@@ -318,10 +318,10 @@ class SampledPenalty(Solver):
         """One lane's step: samples, the gradient of P over them, x, y. scales: of f and g; fresh: points of Y."""
         view = Blocks.of(uncoupled(problem, rung.weight * scales[0], scales[1]), lane.y)
         P = Penalised(view, self._form, rung.rho, rung.smooth, self.chunk)
-        (points, f, g, held), sizes, outside = self._samples(P, lane, fresh, noise)
-        found = P.at(f, g)
-        direction = P.gradient(lane.x, points, held, found, len(sizes))
-        here = Place(lane.x, points, f, g, found.value, outside)
+        samples, sizes, lift, outside = self._samples(P, lane, fresh, noise)
+        found = P.at(samples.f, samples.g)
+        direction = P.gradient(lane.x, samples, lift, found)
+        here = Place(lane.x, samples.points, samples.f, samples.g, found.value, outside)
         if self.upper_step_size is None:
             here, size = line_search.search(P, here, direction, sizes, lane.size, noise.length)
             lane = lane._replace(size=size)
@@ -339,14 +339,15 @@ class SampledPenalty(Solver):
         if fresh is None:
             f, g = P.view.values(lane.x, lane.samples, self.chunk)
             samples = renewal.Samples(lane.samples, f, g, lane.samples[..., :0])
-            return renewal.Renewed(samples, lane.sizes, jnp.array(False))
+            return renewal.Renewed(samples, lane.sizes, samples.points[:0], jnp.array(False))
         joint = P.form.joint
-        samples, sizes, outside = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, joint, self.chunk)
+        found = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, joint, self.chunk)
+        samples, sizes = found.samples, found.sizes
         up = jnp.argmin(samples.f + P.rho * samples.g, axis=0)
         last = jnp.full_like(up, len(samples.f) - 1) if joint else up
         ends = jnp.stack([jnp.argmin(samples.g, axis=0), last])
         put = lambda part: part.at[np.array([-len(sizes), -1])].set(pick(part, ends))  # noqa: E731
-        return renewal.Renewed(renewal.Samples(*map(put, samples)), sizes, outside)
+        return found._replace(samples=renewal.Samples(*map(put, samples)))
 
     def _move(self, P: Penalised, here: Place, direction: Direction, lane: Lane) -> tuple[Place, PyTree]:
         """(the place after a step of `upper_step_size`, with the values from before it; the rule's next state)."""
@@ -375,8 +376,9 @@ class SampledPenalty(Solver):
         own, m, count = self.sizes(view.n), view.m, self._count(view.n)
         lanes, slots = own.starts * own.ladders, 2 * own.slots if self.refresh else 0
         trials = 1 + len(line_search.LENGTHS) if self.upper_step_size is None else 0
-        tracked = trials * line_search.TRACK * (1 + (self.form == "lifted")) * self.refresh
-        values = count * (1 + trials) + slots + tracked * (len(refine.LENGTHS) + len(refine.SIZES) + 1)
+        ends = trials * (1 + (self.form == "lifted")) * self.refresh
+        tracked, looks = ends * line_search.TRACK, len(refine.LENGTHS) + len(refine.SIZES) + 1
+        values = count * (1 + trials) + slots + tracked * looks + ends
         gradients = count * (1 + (problem.coupling is not None)) + slots + tracked
         values, gradients, hvps = (lanes * n for n in (values, gradients, 2 * tracked * min(m, MAX_CG)))
         return OracleCount(values, gradients, values, gradients, hvps)
@@ -386,10 +388,8 @@ class SampledPenalty(Solver):
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if problem.coupling is not None and not self.refresh:
-            return (
-                f"SampledPenalty with refresh=False keeps its samples, which Y(x) would have to move; got "
-                f"{type(problem.coupling).__name__}. Use refresh=True."
-            )
+            moving = type(problem.coupling).__name__
+            return f"SampledPenalty with refresh=False keeps its samples, and {moving} moves Y(x). Use refresh=True."
         return refuse_unbounded_set(self, problem)
 
 

@@ -47,7 +47,7 @@ def never(x, y):
 
 def test_smooth_rows_hold_inside_a_ball():
     """The points are beyond both discs and the ball, up to five radii away."""
-    _, x, (points, failed, _) = rows_of(bilevel.SmoothCoupling(lens), bilevel.Ball(0.8), points_in(-5.0, 5.0), 0.1)
+    _, x, (points, failed, *_) = rows_of(bilevel.SmoothCoupling(lens), bilevel.Ball(0.8), points_in(-5.0, 5.0), 0.1)
     assert not failed.any()
     values = jax.vmap(lambda y: lens(x, y))(points[:, 0])
     assert values.max() <= 1e-11
@@ -55,18 +55,18 @@ def test_smooth_rows_hold_inside_a_ball():
 
 
 def test_points_start_again_where_rows_are_not_convex():
-    _, x, (points, failed, _) = rows_of(bilevel.SmoothCoupling(rings), bilevel.Box(-2.0, 2.0), points_in(-0.3, 0.3))
+    _, x, (points, failed, *_) = rows_of(bilevel.SmoothCoupling(rings), bilevel.Box(-2.0, 2.0), points_in(-0.3, 0.3))
     assert not failed.any()
     assert jax.vmap(lambda y: rings(x, y))(points[:, 0]).max() <= 1e-11
 
 
 def test_an_empty_set_is_named():
     box = bilevel.Box(-1.0, 1.0)
-    *_, (points, failed, _) = rows_of(bilevel.SmoothCoupling(never), box, points_in(-1.0, 1.0, 8))
+    *_, (points, failed, *_) = rows_of(bilevel.SmoothCoupling(never), box, points_in(-1.0, 1.0, 8))
     assert failed.all()
     assert jnp.isfinite(points).all()
     contradicting = bilevel.LinearCoupling(jnp.array([[1.0, 1.0]]), b=jnp.array([-3.0]))
-    view, x, (points, failed, _) = rows_of(contradicting, box, points_in(-1.0, 1.0, 8))
+    view, x, (points, failed, *_) = rows_of(contradicting, box, points_in(-1.0, 1.0, 8))
     assert failed.all()
     np.testing.assert_allclose(points, -1.0, atol=1e-6)  # the box's corner of least violation
     found = to_feasible(view, x, points[0])
@@ -97,7 +97,7 @@ def test_smooth_equalities_with_data_share_a_compile():
             no_objective, bilevel.Minimize(no_objective), y_set=bilevel.Box(-2.0, 2.0),
             coupling=bilevel.SmoothCoupling(left, circle, data), init=start,
         ).validate()  # fmt: skip
-        points, failed, _ = move(problem, points_in(-2.0, 2.0, 16))
+        points, failed, *_ = move(problem, points_in(-2.0, 2.0, 16))
         assert not failed.any()
         np.testing.assert_allclose(jnp.sum(points[:, 0] ** 2, axis=1), radius**2 + 0.5, atol=1e-10)
         assert points[:, 0, 0].max() <= end + 1e-10
