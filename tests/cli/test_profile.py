@@ -9,7 +9,7 @@ import pytest
 
 import bilevel
 import problems
-from benchmarks.experiments import accelerator, profile, scale
+from benchmarks.experiments import accelerator, profile, scale, stochastic_step
 from benchmarks.study.registry import Cell
 from bilevel.run import lanes
 
@@ -71,3 +71,7 @@ def test_without_an_accelerator_there_is_nothing_to_compare(capsys, monkeypatch)
         accelerator.main()
     assert ended.value.code == 2
     assert "no accelerator" in capsys.readouterr().err
+
+
+def test_the_scans_that_stochastic_steps_are_compared_with_are_the_same_methods():
+    stochastic_step.check("SABA")  # the others are checked where the command runs

@@ -107,6 +107,7 @@ class SABA(Solver):
     def init(self, problem: BilevelProblem, key: Array) -> State:
         rules = self.upper_step_size, self.lower_step_size, self.linear_step_size
         it = start(problem, key, *rules, num_lower_steps=0, caution=1 / 3)
+        it = it._replace(upper=(), lower=())  # blocks are drawn here, not by the sources
 
         def upper(j: Array) -> PyTree:
             return oracles.upper_gradients(problem, it.x, it.y, problem.upper_data.block(j))
