@@ -16,6 +16,7 @@ from jax import Array, lax
 
 from bilevel.backend import permutation
 from bilevel.backend.checks import check_finite
+from bilevel.backend.draws import below
 from bilevel.backend.sharding import several_devices, split
 from bilevel.struct import invalid, static, struct
 
@@ -129,7 +130,7 @@ class Minibatch(Source):
     def indices(self, state: PyTree, key: Array) -> tuple[Array, PyTree]:
         """The next batch's indices, shape [batch_size], and the state after it."""
         if self.order == "independent":
-            return jax.random.randint(key, (self.batch_size,), 0, self.num_samples), state
+            return below(jax.random.bits(key, (self.batch_size,), jnp.uint32), self.num_samples), state
         if self.order == "blocks":
             return self._members(state.ready[0]), permutation.following(state, self.num_blocks)
         return state.ready, permutation.following(state, self.num_samples)

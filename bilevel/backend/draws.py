@@ -34,23 +34,23 @@ def check_distribution(name: str, distribution: str) -> None:
         invalid(name, repr(distribution), f"one of {DISTRIBUTIONS}", "Choose the law of the perturbation q.")
 
 
-def numbers_below(key: Array, *bounds: int) -> tuple[Array, ...]:
-    """A number, uniform in [0, bound), for each of `bounds` < 2^31, from 32 bits each: of probability 1/bound to 2^-32.
+def below(bits: Array, bound: int) -> Array:
+    """Numbers in [0, bound), bound < 2^31, from 32 random bits each, uint32: each of probability 1/bound to 2^-32.
 
-    `jax.random.randint` draws twice as many bits under two keys of their own; where a step is short, that is most of
-    it. The number is the upper half of bits x bound, in parts that need no 64 bits.
+    The number is the upper half of bits x bound, in parts that need no 64 bits. `jax.random.randint` draws twice as
+    many bits under two keys of their own, and divides; where a step is short, that is much of it.
     """
+    high, low = divmod(bound, 2**16)
+    upper, lower = bits >> 16, bits & 0xFFFF
+    middle = ((lower * low) >> 16) + upper * low  # < 2^32
+    carry = (middle & 0xFFFF) + lower * high  # < 2^32
+    return (upper * high + (middle >> 16) + (carry >> 16)).astype(int)
 
-    def below(bits: Array, bound: int) -> Array:
-        high, low = divmod(bound, 2**16)
-        upper, lower = bits >> 16, bits & 0xFFFF
-        middle = ((lower * low) >> 16) + upper * low  # < 2^32
-        carry = (middle & 0xFFFF) + lower * high  # < 2^32
-        return (upper * high + (middle >> 16) + (carry >> 16)).astype(int)
 
-    return tuple(
-        below(bits, bound) for bits, bound in zip(jax.random.bits(key, (len(bounds),), jnp.uint32), bounds, strict=True)
-    )
+def numbers_below(key: Array, *bounds: int) -> tuple[Array, ...]:
+    """A number in [0, bound) for each of `bounds`, drawn together."""
+    bits = jax.random.bits(key, (len(bounds),), jnp.uint32)
+    return tuple(below(bits[k], bound) for k, bound in enumerate(bounds))
 
 
 def in_box(lo: Array, hi: Array, uniform: Array, both: Array) -> Array:
