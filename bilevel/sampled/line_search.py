@@ -16,7 +16,8 @@ from jax import Array, lax
 from bilevel import oracles
 from bilevel.backend.tree import norm, take
 from bilevel.sampled.blocks import pick
-from bilevel.sampled.feasible import Feasible, joint_step, most_steps, moved, near_all, restore_all
+from bilevel.sampled.domain import joint_step, most_steps
+from bilevel.sampled.feasible import Feasible, moved, near_all, restore_all
 from bilevel.sampled.penalised import Direction, Penalised
 from bilevel.sampled.refine import improve
 from bilevel.sampled.renewal import niches

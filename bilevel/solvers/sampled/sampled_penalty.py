@@ -16,8 +16,9 @@ from bilevel.record import OracleCount, Referee
 from bilevel.sampled import answer, line_search, refine, renewal
 from bilevel.sampled.blocks import Blocks, pick, uncoupled
 from bilevel.sampled.covering import cover_blocks, starts
+from bilevel.sampled.domain import into_domain
 from bilevel.sampled.dual import MAX_CG
-from bilevel.sampled.feasible import into_domain, is_near, restore
+from bilevel.sampled.feasible import is_near, restore
 from bilevel.sampled.line_search import Place
 from bilevel.sampled.penalised import Direction, Form, Penalised, Rung
 from bilevel.sampled.smoothing import Smoothness
@@ -242,8 +243,8 @@ class SampledPenalty(Solver):
         x0, y0 = problem.x_set.project(x0), problem.y_set.project(y0)
         view = Blocks.of(problem, y0)
         own = self.sizes(view.n)
-        lanes, inside = own.starts * own.ladders, lambda x: into_domain(view, x, view.pack(y0))
-        x = jax.vmap(inside)(starts(problem.x_set, key_x, own.starts, x0))
+        x, lanes = starts(problem.x_set, key_x, own.starts, x0), own.starts * own.ladders
+        x = jax.vmap(lambda x: into_domain(view, x, view.pack(y0)))(x)
         samples = cover_blocks(view, key_y, self._count(view.n))
 
         def spreads(x: PyTree) -> tuple[Array, Array]:
@@ -293,8 +294,7 @@ class SampledPenalty(Solver):
         """Where each lane is on its ladder: rho climbs geometrically, rho t falls as it grows; shapes [L]."""
         climbed = jnp.minimum(state.count / self.num_ladder_steps, 1).astype(state.first.dtype)
         rho = state.first * (state.last / state.first) ** climbed
-        growth = rho / state.first[0]
-        return Rung(rho, state.smooth / growth, jnp.sqrt(growth))
+        return Rung(rho, state.smooth * state.first[0] / rho, jnp.sqrt(rho / state.first[0]))
 
     def _draw(self, view: Blocks, key: Array, rho: Array) -> tuple[Array | None, Noise]:
         """(fresh points of Y for all lanes, [num_samples, n, m], None without refresh; each lane's noise)."""
