@@ -11,6 +11,7 @@ import typing as _typing
 from bilevel import data, diagnostics, linear, lower, oracles, report, run, sets, solver, solvers, step, struct, theory
 from bilevel.backend import moved as _moved
 from bilevel.data import Full, Minibatch, PerSample, Source
+from bilevel.diagnostics.sensitivity import sensitivity
 from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective, solution_map
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
@@ -21,6 +22,7 @@ from bilevel.record import OracleCount, Record, Row, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
 from bilevel.sets import Ball, Box, Intersection, Polyhedron, Product, Reals, Simplex, SmoothSet
+from bilevel.sets.coupling import UpperConstraints
 from bilevel.solution import Solution, SolveError
 from bilevel.solver import Solver, Unsupported
 from bilevel.solvers.coupled.bicgaffa import BiCGAFFA
@@ -28,8 +30,10 @@ from bilevel.solvers.coupled.blocc import BLOCC
 from bilevel.solvers.coupled.f2cba import F2CBA
 from bilevel.solvers.coupled.lvhba import LVHBA
 from bilevel.solvers.coupled.sflcb import SFLCB
+from bilevel.solvers.exact.augmented_lagrangian import AugmentedLagrangian
 from bilevel.solvers.exact.implicit import Implicit
 from bilevel.solvers.exact.lbfgs import LBFGS
+from bilevel.solvers.exact.sqp import SQP
 from bilevel.solvers.implicit.aid import AID
 from bilevel.solvers.implicit.amigo import AmIGO
 from bilevel.solvers.implicit.itd import ITD
@@ -75,12 +79,14 @@ __all__ = [
     "SABA",
     "SFLCB",
     "SOBA",
+    "SQP",
     "SSIGD",
     "VPBGD",
     "ActiveSet",
     "AiPOD",
     "AmIGO",
     "AsGiven",
+    "AugmentedLagrangian",
     "Ball",
     "BiCGAFFA",
     "BilevelProblem",
@@ -125,6 +131,7 @@ __all__ = [
     "StocBiO",
     "Unrolled",
     "Unsupported",
+    "UpperConstraints",
     "advance",
     "checkpoint",
     "data",
@@ -137,6 +144,7 @@ __all__ = [
     "oracles",
     "report",
     "run",
+    "sensitivity",
     "sets",
     "solution_map",
     "solve",

@@ -43,6 +43,7 @@ from bilevel.lower import (
     given_for_none,
 )
 from bilevel.lower.method import refuse_warm, start_y
+from bilevel.lower.upper_rows import with_constraints
 from bilevel.problem import BilevelProblem, Constants, check_problem
 from bilevel.record import Hypergradient
 from bilevel.struct import invalid
@@ -67,7 +68,8 @@ def hypergradient(
     """The gradient of F at x, with its error. Pure; use it under jit and vmap.
 
     Args:
-        problem: any; a constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices
+        problem: any; with `upper_constraints` the Jacobian of G(x, y(x)) and H(x, y(x)) comes with it, as
+            `constraints`. A constrained lower level must be polyhedral (`polyhedral`), or on boxes, balls and simplices
             (`projected`). All of its data is used, unless `batch` says otherwise.
         x: the point, shaped like init's x0, of y's dtype.
         y: warm start of the lower level; default init's y0.
@@ -135,7 +137,7 @@ def _hypergradient(
     chosen = choose_for_derivatives(problem, x, y, lower, "hypergradient")
     if not isinstance(chosen, ActiveSet):
         refuse_warm(adjoint.warm, chosen)
-    return chosen.hypergradient(problem, x, y, adjoint)
+    return with_constraints(problem, x, y, chosen, adjoint)
 
 
 def check_constants(constants: Constants | None) -> None:

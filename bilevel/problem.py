@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import sharding
 from bilevel.backend.checks import (
@@ -26,10 +25,16 @@ from bilevel.backend.checks import (
     check_value,
     shape_of,
 )
-from bilevel.backend.columns import check_columns, check_shape, columns
 from bilevel.backend.functions import WithAux, keep_value, returns_aux
 from bilevel.data import Full, Source, check_per_sample
 from bilevel.sets import Reals, Set
+from bilevel.sets.coupling import (
+    LinearCoupling,
+    SmoothCoupling,
+    UpperConstraints,
+    check_coupling,
+    check_upper_constraints,
+)
 from bilevel.struct import InvalidInput, invalid, static, struct
 
 PyTree = Any
@@ -96,70 +101,6 @@ class FixedPoint:
     T: Callable[[PyTree, PyTree, PyTree], PyTree] = static()
 
 
-@struct
-class LinearCoupling:
-    """Linear constraints of the lower level that may move with x: A y + B x <= b, and A_eq y + B_eq x = b_eq.
-
-    Either kind may be left out, and B alone, which means zero: `LinearCoupling(A_eq=A, b_eq=b)` is A y = b.
-
-    Args:
-        A, B, b: the inequalities, shapes [rows, dim y], [rows, dim x] and [rows]. Columns belong to the entries of the
-            raveled y and x: their leaves one after the other in one vector, as `jax.flatten_util.ravel_pytree` does.
-            Or they have the names of the leaves: A is a pytree like y, and B like x, with a leaf [rows, *shape] for
-            each leaf of that shape, and None for one that no row holds.
-        A_eq, B_eq, b_eq: the equalities, likewise, with a number of rows of their own.
-    """
-
-    A: Any = None
-    B: Any = None
-    b: Any = None
-    A_eq: Any = None
-    B_eq: Any = None
-    b_eq: Any = None
-
-    @property
-    def num_inequalities(self) -> int:
-        """How many rows of A y + B x <= b there are."""
-        return 0 if self.b is None else jnp.shape(self.b)[0]
-
-    @property
-    def num_equalities(self) -> int:
-        """How many rows of A_eq y + B_eq x = b_eq there are."""
-        return 0 if self.b_eq is None else jnp.shape(self.b_eq)[0]
-
-    def raveled(self, x: PyTree, y: PyTree) -> "LinearCoupling":
-        """The same rows as arrays with a column for each raveled entry: six of them, with zeros, or no rows, for what
-        is left out; x and y give shapes only.
-        """
-        dtype, parts = ravel_pytree(y)[0].dtype, []
-        for A, B, b in ((self.A, self.B, self.b), (self.A_eq, self.B_eq, self.b_eq)):
-            b = jnp.zeros(0, dtype) if b is None else b
-            parts += [columns(A, y, b, dtype), columns(B, x, b, dtype), b]
-        return LinearCoupling(*parts)
-
-
-@struct
-class SmoothCoupling:
-    """Constraints h(x, y) <= 0 of the lower level, in every row, and equality(x, y) = 0; one of them may be left out.
-
-    Args:
-        h: (x, y) -> [rows], or [] for one row, differentiable; (x, y, data) -> the same where data are given.
-        equality: likewise.
-        data: arrays that both take, leaves: with module-level functions another instance compiles nothing. Default:
-            None, they take x and y alone.
-    """
-
-    h: Callable[..., Array] | None = static(default=None)
-    equality: Callable[..., Array] | None = static(default=None)
-    data: PyTree = None
-
-    def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
-        """h and equality at (x, y), shapes [rows]; None for one that was left out."""
-        args = (x, y) if self.data is None else (x, y, self.data)
-        h, equality = (None if part is None else jnp.atleast_1d(part(*args)) for part in (self.h, self.equality))
-        return h, equality
-
-
 def _no_init(key: Array) -> tuple[PyTree, PyTree]:
     invalid("init", "nothing", "a function key -> (x0, y0)", "Pass init=lambda key: (x0, y0).")
 
@@ -175,6 +116,7 @@ class BilevelProblem:
         coupling: `LinearCoupling` or `SmoothCoupling`, constraints of the lower level in x and y; default None.
         upper_data, lower_data: sources; the batch is None where there is no data.
         init: key -> (x0, y0), pytrees of float arrays. It fixes all shapes and dtypes; x0 is jnp.zeros(0) without x.
+        upper_constraints: `UpperConstraints`, constraints of the upper level in x and y(x); default None.
         has_aux: whether `upper` returns (value, aux), as `jax.grad` has it: `solve` gives the aux of the end as
             `solution.aux`, and `problem.aux(x, y)` that of any point.
     """
@@ -187,6 +129,7 @@ class BilevelProblem:
     upper_data: Source = Full()
     lower_data: Source = Full()
     init: Callable[[Array], tuple[PyTree, PyTree]] = static(default=_no_init)
+    upper_constraints: UpperConstraints | None = None
     has_aux: dataclasses.InitVar[bool] = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self, has_aux: bool) -> None:
@@ -277,7 +220,8 @@ class BilevelProblem:
                 check_map("lower.diagonal", self.lower.diagonal, shape_x, shape_y, batches["lower_data"])
         else:
             check_map("lower (FixedPoint)", self.lower.T, shape_x, shape_y, batches["lower_data"])
-        _check_coupling(self.coupling, x, y)
+        check_coupling(self.coupling, x, y)
+        check_upper_constraints(self.upper_constraints, x, y)
         return self
 
 
@@ -309,6 +253,13 @@ def _check_kinds(problem: BilevelProblem) -> None:
     if not isinstance(problem.coupling, LinearCoupling | SmoothCoupling | None):
         got = type(problem.coupling).__name__
         invalid("coupling", got, "LinearCoupling, SmoothCoupling or None", "Wrap the constraint.")
+    if not isinstance(problem.upper_constraints, UpperConstraints | None):
+        got, do = type(problem.upper_constraints).__name__, "Wrap the functions: UpperConstraints(inequality=G)."
+        invalid("upper_constraints", got, "UpperConstraints or None", do)
+    curved = next((type(one).__name__ for one in problem.x_set.simple() if not one.polyhedral), None)
+    if problem.upper_constraints is not None and curved is not None:  # who judges x knows X by its rows
+        do = "Write its functions as rows of the inequality."
+        invalid("x_set (with upper_constraints)", curved, "Reals, Box, Simplex, Polyhedron or a Product of them", do)
 
 
 def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: PyTree) -> None:
@@ -333,40 +284,6 @@ def _check_scalar(name: str, function: Objective, x: PyTree, y: PyTree, batch: P
 
 def _is_shape(value: object) -> bool:
     return isinstance(value, tuple) and all(isinstance(size, int) for size in value)
-
-
-def _check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree, y: PyTree) -> None:
-    if coupling is None:
-        return
-    if isinstance(coupling, SmoothCoupling):
-        _check_smooth(coupling, x, y)
-        return
-    if all(part is None for part in vars(coupling).values()):
-        invalid("coupling (LinearCoupling)", "nothing", "A and b, or A_eq and b_eq", "Leave the coupling out: None.")
-    for suffix in ("", "_eq"):
-        A, B, b = (getattr(coupling, name + suffix) for name in ("A", "B", "b"))
-        if A is None and B is None and b is None:
-            continue
-        label = f"coupling.%s{suffix} (LinearCoupling)"
-        rows = np.shape(b) if b is not None else None
-        check_shape(label % "b", b, rows if rows and len(rows) == 1 else "(rows,)")
-        rows = rows or ()
-        for name, part, like in (("A", A, y), ("B", B, x)):
-            check_columns(label % name, part, like, rows, optional=name == "B")
-
-
-def _check_smooth(coupling: SmoothCoupling, x: PyTree, y: PyTree) -> None:
-    given = {name: getattr(coupling, name) for name in ("h", "equality") if getattr(coupling, name) is not None}
-    if not given:
-        invalid("coupling (SmoothCoupling)", "nothing", "h, or equality", "Leave the coupling out: None.")
-    for name, function in given.items():
-        text = f"coupling{'' if name == 'h' else '.equality'} (SmoothCoupling)"
-        check_callable(text, function, f"{name}(x, y) -> [rows]")
-        args = (x, y) if coupling.data is None else (x, y, coupling.data)
-        out = shape_of(text, function, *args)
-        if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) > 1:
-            got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
-            invalid(text, got, f"{name}(x, y) of shape [rows] or []", "Stack the constraints in one vector.")
 
 
 def check_problem(problem: object) -> None:

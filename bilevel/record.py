@@ -131,6 +131,18 @@ def solved(status: Array | int) -> Array:
 
 
 @struct
+class ConstraintGradients:
+    """The upper constraints at x and y(x), G first and then H, and their gradients through y(x); `rows` of them."""
+
+    values: Array
+    """[rows]."""
+    jacobian: PyTree
+    """Of G(x, y(x)) and H(x, y(x)), shaped like x with a leading axis [rows]."""
+    error_bound: Array
+    """Of each row's gradient in the 2-norm, [rows], as `Hypergradient.error_bound`; never proved."""
+
+
+@struct
 class Hypergradient:
     """A hypergradient, and how far to trust it."""
 
@@ -154,14 +166,17 @@ class Hypergradient:
     UNCHECKED (no bound was asked for), UNSOLVED_LINEAR, or why the lower level failed."""
     v: PyTree
     """The adjoint, shaped like y: a warm start for the next call."""
+    constraints: ConstraintGradients | None = None
+    """The upper constraints and their gradients, where the problem has some. `status` is the worst of theirs, too."""
 
     def checked(self) -> "Hypergradient":
-        """The same with value, gradient, y and v NaN where the status is not one of a solved problem (`solved`).
+        """The same with its numbers NaN where the status is not one of a solved problem (`solved`).
 
         For whoever takes the numbers without reading the status.
         """
-        value, gradient, y, v = poisoned((self.value, self.gradient, self.y, self.v), solved(self.status))
-        return dataclasses.replace(self, value=value, gradient=gradient, y=y, v=v)
+        numbers = self.value, self.gradient, self.y, self.v, self.constraints
+        value, gradient, y, v, constraints = poisoned(numbers, solved(self.status))
+        return dataclasses.replace(self, value=value, gradient=gradient, y=y, v=v, constraints=constraints)
 
     def __str__(self) -> str:
         """The numbers in a line, and the status with its sentence in another; a gradient of which nothing is known is
@@ -218,19 +233,23 @@ class Measurement(NamedTuple):
     value: Array
     """F(x) = f(x, y(x)), with y(x) solved by the referee."""
     hypergradient: Array
-    """The norm of the gradient mapping of F at x."""
+    """The norm of the gradient mapping of F at x; with upper constraints the distance to a KKT point's equations
+    (`parts.reduced`)."""
     error_bound: Array
     """A bound or an estimate of the error of the gradient behind it."""
     lower_residual: Array
     """|R(x, y)| at the solver's y; for a constrained lower level |y - Proj(y - grad_y g)| on its feasible set."""
     violation: Array
-    """The distance of x to X, plus that of y to Y, plus the norm of the coupling's violations."""
+    """The distance of x to X, plus that of y to Y, plus the norm of the coupling's violations, plus that of the upper
+    constraints' at y(x)."""
     status: Array
     """The status of the hypergradient."""
     lower_distance: Array | float = 0.0
     """|y - y(x)|/(1 + |y(x)|) at the solver's y."""
     margin: Array | float = math.inf
     """The distance to a change of the lower level's active set, over 1 + |y(x)|; infinite where there is none."""
+    multiplier: Array | float = math.nan
+    """The largest |multiplier| of the upper constraints; NaN without."""
 
 
 class Row(TypedDict):
@@ -248,7 +267,7 @@ class Row(TypedDict):
     lower_residual: float
     """The norm of R(x, y) at the *solver's* y."""
     violation: float
-    """The distance of (x, y) to the sets, and the norm of the coupling's violations."""
+    """The distance of (x, y) to the sets, and the norms of the violations of the coupling and the upper constraints."""
     oracles: float
     """Oracle calls so far, in passes over the data (`OracleCount.passes`)."""
     time: float
@@ -323,6 +342,8 @@ class Referee:
     kink: Callable[[Any, PyTree, PyTree, float], Any] | None = None
     """A function (problem, x, y, near) -> `diagnostics.kinks.Kink`: the steepest descent of F where its gradient jumps.
     None where nothing is known of kinks."""
+    multipliers: Callable[[Any, PyTree, PyTree], Any] | None = None
+    """A function (problem, x, y) -> the multipliers of the upper constraints at x; None where it knows of none."""
     hull: Callable[[Any, PyTree, float], float] | None = None
     """A function (problem, x, radius) -> the distance of zero to the convex hull of gradients of F around x."""
 

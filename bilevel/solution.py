@@ -1,6 +1,8 @@
 """What `solve` returns, and how it prints: header, table and footer."""
 
+import functools
 import math
+from collections.abc import Callable
 from html import escape
 from typing import Any, NamedTuple
 
@@ -53,10 +55,19 @@ class Solution:
         info: PyTree,
         best: Best | None = None,
         aux: PyTree = None,
+        multipliers: Callable[[], Any] = lambda: None,
     ) -> None:
         """Collect the parts."""
         self.x, self.y, self.status, self.record = x, y, status, record
         self.stats, self.state, self.info, self.best, self.aux = stats, state, info, best, aux
+        self._multipliers = multipliers
+
+    @functools.cached_property
+    def multipliers(self) -> Any:
+        """Those of the upper constraints at x, `parts.reduced.Multipliers`, computed when first asked for; None without
+        upper constraints.
+        """
+        return self._multipliers()
 
     def __str__(self) -> str:
         """Header, table and footer."""

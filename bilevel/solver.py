@@ -65,6 +65,9 @@ class Solver:
     record says of oracle calls is NaN.
     """
 
+    upper_constraints: ClassVar[bool] = False
+    """Whether the method holds `problem.upper_constraints`; `solve` refuses problems with some to all others."""
+
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
 
@@ -124,6 +127,14 @@ class Solver:
         By default a constrained lower level is refused.
         """
         return refuse_constrained_lower(self, problem)
+
+
+def refusal(solver: Solver, problem: BilevelProblem) -> str | None:
+    """Why `solver` is not run on this problem, a sentence, or None: its own reason, or upper constraints."""
+    name = type(solver).__name__
+    if problem.upper_constraints is not None and not solver.upper_constraints:
+        return f"{name} does not see upper constraints. Use bilevel.SQP(), or bilevel.AugmentedLagrangian({name}())."
+    return solver.unsupported(problem)
 
 
 def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | None:

@@ -34,6 +34,7 @@ import numpy as np
 import bilevel
 from benchmarks.study.registry import build_instance, read_suite
 from bilevel.diagnostics import lower_gap
+from bilevel.solver import refusal
 
 SEEDS, STEPS, PIECE = 20, 300, 2000
 ROWS = {
@@ -105,7 +106,7 @@ def run(text: str, names: list[str]) -> Iterator[dict[str, Any]]:
     for name in names:
         solver = ROWS[name]
         row: dict[str, Any] = {"problem": text, "row": name, "truth": truth}
-        reason = solver.unsupported(problem)
+        reason = refusal(solver, problem)
         if reason is not None:
             yield row | {"refused": reason}
             continue

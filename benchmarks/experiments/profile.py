@@ -15,7 +15,7 @@ import jax
 from benchmarks.study.files import write_json
 from benchmarks.study.registry import Cell, build_instance, build_solver
 from bilevel.run import lanes
-from bilevel.solver import Unsupported
+from bilevel.solver import Unsupported, refusal
 
 HEADINGS = ["solver", "x", "y", "trace s", "compile s", "data MB", "state MB", "temporary MB", "peak MB", "Mflop"]
 
@@ -26,7 +26,7 @@ def of(problem: Any, solver: Any, key: jax.Array) -> dict[str, float]:
     Raises:
         Unsupported: with the solver's reason.
     """
-    reason = solver.unsupported(problem)
+    reason = refusal(solver, problem)
     if reason is not None:
         raise Unsupported(reason)
     state = lanes.init(problem, solver, key, False)

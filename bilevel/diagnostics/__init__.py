@@ -4,13 +4,14 @@ from bilevel.backend.tree import distance, norm
 from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
-from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure
-from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, as_referee, for_many_minimisers
+from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure, multipliers
+from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, REDUCED, as_referee, for_many_minimisers
 from bilevel.record import Measurement, Referee
 
 __all__ = [
     "BY_VALUE",
     "IMPLICIT",
+    "REDUCED",
     "Kink",
     "LowerGap",
     "Measurement",
@@ -24,6 +25,7 @@ __all__ = [
     "lower_gap",
     "measure",
     "measure_global",
+    "multipliers",
     "norm",
     "steepest_descent",
 ]

@@ -9,15 +9,17 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.backend.tree import distance, norm
+from bilevel.backend.tree import distance, norm, poisoned
 from bilevel.diagnostics.gap import LowerGap as LowerGap
 from bilevel.diagnostics.gap import lower_gap as lower_gap
 from bilevel.diagnostics.goldstein import goldstein as goldstein
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import LowerMethod, Newton, given_for_none, polyhedral
+from bilevel.parts.reduced import Multipliers, stationarity
 from bilevel.problem import BilevelProblem
 from bilevel.record import Measurement as Measurement
-from bilevel.record import Status
+from bilevel.record import Status, solved
+from bilevel.struct import invalid
 
 PyTree = Any
 
@@ -59,17 +61,37 @@ def measure(
         if problem.constrained_lower:
             moved = problem.y_set.project(jax.tree.map(operator.sub, y, residual))
             residual = jax.tree.map(operator.sub, y, moved)
-    violation = problem.x_set.violation(x) + problem.y_set.violation(y)
+    violation = problem.x_set.violation(x) + problem.y_set.violation(y) + norm(oracles.coupling_residual(problem, x, y))
+    if problem.upper_constraints is None:
+        size, error, largest = norm(gradient_mapping(problem, x, h.gradient)), h.error_bound, jnp.nan
+    else:
+        reduced = stationarity(problem, x, h)
+        size, error, violation = reduced.residual, reduced.error, violation + reduced.violation
+        largest = jnp.max(jnp.abs(jnp.concatenate(reduced.multipliers)))
     return Measurement(
         value=h.value,
-        hypergradient=norm(gradient_mapping(problem, x, h.gradient)),
-        error_bound=h.error_bound,
+        hypergradient=size,
+        error_bound=error,
         lower_residual=norm(residual),
-        violation=violation + norm(oracles.coupling_residual(problem, x, y)),
+        violation=violation,
         status=jnp.where(h.status == Status.MAX_STEPS, Status.UNSOLVED_LOWER, h.status),
         lower_distance=distance(y, h.y) / (1 + norm(h.y)),
         margin=h.active_margin / (1 + norm(h.y)),
+        multiplier=largest,
     )
+
+
+def multipliers(problem: BilevelProblem, x: PyTree, y: PyTree = None) -> Multipliers:
+    """The multipliers of the upper constraints at x, with y(x) solved from y (default: init's y0), each NaN where the
+    lower level is not solved: `parts.reduced` has their equations.
+
+    Raises:
+        InvalidInput: the problem has no upper constraints.
+    """
+    if problem.upper_constraints is None:
+        invalid("problem (multipliers)", "no upper_constraints", "some", "Without them there are no multipliers.")
+    found = hypergradient(problem, x, y).checked()
+    return poisoned(stationarity(problem, x, found).multipliers, solved(found.status))
 
 
 def fit_rate(steps: np.ndarray, values: np.ndarray) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""The two referees that serve most problems. `bilevel.run.referee_of` says which one a run has."""
+"""The referees that serve most problems. `bilevel.run.referee_of` says which one a run has."""
 
 from collections.abc import Callable
 
@@ -8,11 +8,11 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
-from bilevel.diagnostics.checks import check_by_value, check_implicit
+from bilevel.diagnostics.checks import check_by_value, check_implicit, check_reduced
 from bilevel.diagnostics.gap import measure_global
 from bilevel.diagnostics.goldstein import distance_to_hull
 from bilevel.diagnostics.kinks import steepest_descent
-from bilevel.diagnostics.measures import measure
+from bilevel.diagnostics.measures import measure, multipliers
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Referee
 
@@ -27,6 +27,11 @@ BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, chec
 """f(x, y) and the true lower gap g(x, y) - v(x), `gap.measure_global`: where g(x, .) may have many minimisers, or where
 F has no implicit derivative. Default tolerance eps^(1/5): the rate of descent is a difference quotient.
 """
+
+
+REDUCED = Referee("the lower level solved again from y, and the KKT equations of the reduced problem", measure,
+                  check=check_reduced, multipliers=multipliers)  # fmt: skip
+"""As IMPLICIT, with upper constraints: their violation at y(x), and how far x is from a KKT point (`parts.reduced`)."""
 
 
 def for_many_minimisers(problem: BilevelProblem) -> Referee | None:

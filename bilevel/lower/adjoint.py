@@ -88,13 +88,14 @@ def implicit_solution(
     problem: BilevelProblem, x: PyTree, y: PyTree, solve_lower: Callable[..., LowerSolution],
     method: LinearSolver | None,
 ) -> Solved:  # fmt: skip
-    """y(x), differentiable in x in both modes and again; by `solve_lower` from the warm start y.
+    """y(x), differentiable in x and the problem's arrays in both modes and again: `solve_lower`'s from y.
 
     NaN where the lower level is not solved, and so are derivatives where their linear system is not.
     """
     symmetric = isinstance(problem.lower, Minimize)
     lower_batch = problem.lower_data.full()
-    found = solve_lower(problem, lax.stop_gradient(x), lax.stop_gradient(y), lower_batch)
+    fixed, fixed_x = lax.stop_gradient((problem, x))  # the search has no derivatives, in the problem's arrays either
+    found = solve_lower(fixed, fixed_x, lax.stop_gradient(y), fixed.lower_data.full())
     flat, unravel = ravel_pytree(found.y)
     linear = default_solver(flat.size, symmetric, found.sketch) if method is None else method
 

@@ -151,16 +151,17 @@ def conclude(
 
 
 def implicit_solution(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Solved:
-    """y(x), differentiable in x in both modes and again: a root of the masked KKT system
+    """y(x), differentiable in x and in the problem's arrays in both modes and again: a root of the masked KKT system
 
         grad_y g + C_a' lam_a = 0,    (C y - bound)_a = 0,    lam_i = 0 for i outside of a,
 
     whose Jacobian is symmetric. NaN where the lower level is infeasible or unsolved.
     """
     lower_batch = problem.lower_data.full()
-    fixed_x = lax.stop_gradient(x)
-    found = polyhedral.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings)
-    found = lax.stop_gradient(at_solution(problem, fixed_x, found, lower_batch))
+    fixed, fixed_x = lax.stop_gradient((problem, x))
+    fixed_batch = fixed.lower_data.full()
+    found = polyhedral.solve(fixed, fixed_x, lax.stop_gradient(y), fixed_batch, settings)
+    found = lax.stop_gradient(at_solution(fixed, fixed_x, found, fixed_batch))
     inside = found.active != 0
     flat, unravel = ravel_pytree(found.iterate)
     n = flat.size

@@ -136,19 +136,20 @@ def _solved(seen: _Seen, begin: _Point) -> Array:
 
 
 def implicit_solution(problem: BilevelProblem, x: PyTree, y: PyTree, settings: Settings) -> Solved:
-    """y(x), differentiable in x in both modes and again: a root of y - Proj(y - s R(x, y)), s fixed.
+    """y(x), differentiable in x and the problem's arrays in both modes and again: a root of y - Proj(y - s R), s fixed.
 
     With K = P/(1 + s mu) the projection's Jacobian, (I - K (I - s H)) v = b splits into v = b outside of the tangent
     space, and P (H + D) P v = P b (1 + s mu)/s - P H (b - P b) within; its transpose (I - (I - s H) K) w = c into
     P (H + D) P t = P c/s and w = c + (I - s H) t. NaN where the lower level is unsolved.
     """
     lower_batch = problem.lower_data.full()
-    fixed_x = lax.stop_gradient(x)
-    found = lax.stop_gradient(projected.solve(problem, fixed_x, lax.stop_gradient(y), lower_batch, settings))
+    fixed, fixed_x = lax.stop_gradient((problem, x))
+    fixed_batch = fixed.lower_data.full()
+    found = lax.stop_gradient(projected.solve(fixed, fixed_x, lax.stop_gradient(y), fixed_batch, settings))
     face, s = found.face, found.face.s
     flat, unravel = ravel_pytree(found.y)
-    hessian = oracles.flat_operator(problem, fixed_x, found.y, lower_batch)
-    within = projected.tangent_solve(problem, fixed_x, found.y, lower_batch, face, found.sketch)
+    hessian = oracles.flat_operator(fixed, fixed_x, found.y, fixed_batch)
+    within = projected.tangent_solve(fixed, fixed_x, found.y, fixed_batch, face, found.sketch)
 
     def residual(flat: Array) -> Array:
         R = ravel_pytree(oracles.residual(problem, x, unravel(flat), lower_batch))[0]

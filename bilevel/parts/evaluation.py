@@ -9,8 +9,9 @@ from jax import Array
 
 from bilevel import lower
 from bilevel.lower import Adjoint
+from bilevel.lower.upper_rows import with_constraints
 from bilevel.problem import BilevelProblem
-from bilevel.record import OracleCount, solved
+from bilevel.record import ConstraintGradients, OracleCount, solved
 
 PyTree = Any
 
@@ -29,6 +30,8 @@ class Evaluation(NamedTuple):
     """y(x); the warm start there."""
     v: PyTree
     """The adjoint, likewise."""
+    constraints: ConstraintGradients | None
+    """The upper constraints and their gradients, where the problem has some; 0 where y(x) was not found."""
     good: Array
     """Whether y(x) was found, and all of this is finite, shape []."""
 
@@ -36,13 +39,15 @@ class Evaluation(NamedTuple):
 def evaluate(problem: BilevelProblem, x: PyTree, y: PyTree, v: PyTree, what: str) -> Evaluation:
     """F at x on all of the data, from the warm starts y and v; `what` asks, for errors."""
     method = lower.choose(problem, y, None, what)
-    found = method.hypergradient(problem, x, y, Adjoint(v=v, estimate=False))
-    parts = found.value, found.gradient, found.y, found.v
+    found = with_constraints(problem, x, y, method, Adjoint(v=v, estimate=False))
+    rows = None if found.constraints is None else (found.constraints.values, found.constraints.jacobian)
+    parts = found.value, found.gradient, found.y, found.v, rows
     good = solved(found.status) & jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(parts)]).all()
     keep = lambda new, old: optax.tree.where(good, new, old)  # noqa: E731
-    nothing = optax.tree.zeros_like(found.gradient)
+    nothing = optax.tree.zeros_like((found.gradient, found.constraints))
+    gradient, constraints = keep((found.gradient, found.constraints), nothing)
     value = jnp.where(good, found.value, jnp.inf)
-    return Evaluation(value, keep(found.gradient, nothing), keep(found.y, y), keep(found.v, v), good)
+    return Evaluation(value, gradient, keep(found.y, y), keep(found.v, v), constraints, good)
 
 
 def refuse_unsolvable(solver: Any, problem: BilevelProblem) -> str | None:

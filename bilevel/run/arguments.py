@@ -15,7 +15,7 @@ from jax import Array
 
 from bilevel.backend.checks import check_like, check_point
 from bilevel.backend.tracing import under_trace
-from bilevel.diagnostics import BY_VALUE, IMPLICIT, Referee, as_referee
+from bilevel.diagnostics import BY_VALUE, IMPLICIT, REDUCED, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.record import Row
 from bilevel.solver import Solver
@@ -30,14 +30,17 @@ def referee_of(problem: BilevelProblem, solver: Solver, measure: Referee | Calla
     1. `measure`, the argument of `solve`, where it is given: a referee, or a function that measures.
     2. What the solver asks for, `solver.referee(problem)`.
     3. BY_VALUE below a `SmoothCoupling`, where F has no implicit derivative.
-    4. IMPLICIT.
+    4. REDUCED, with upper constraints.
+    5. IMPLICIT.
     """
     if measure is not None:
         return as_referee(measure)
     asked = _asked(problem, solver)
     if asked is not None:
         return asked
-    return BY_VALUE if isinstance(problem.coupling, SmoothCoupling) else IMPLICIT
+    if isinstance(problem.coupling, SmoothCoupling):
+        return BY_VALUE
+    return IMPLICIT if problem.upper_constraints is None else REDUCED
 
 
 def _asked(problem: BilevelProblem, solver: Solver) -> Referee | None:

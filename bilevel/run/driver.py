@@ -11,6 +11,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_s
 from bilevel.run.lanes import At, Many, advance, compiled, lane, nonfinite_end, numbers_of, passes_per_step, scalars
 from bilevel.run.verdicts import last_word, rank, verdict, worse
 from bilevel.solution import Best, Solution, SolveError
-from bilevel.solver import Solver, Unsupported
+from bilevel.solver import Solver, Unsupported, refusal
 from bilevel.struct import invalid
 
 __all__ = ["SolveError", "Unsupported", "advance", "passes_per_step", "solve", "solve_many"]
@@ -198,7 +199,7 @@ class Driver:
         """
         if problem not in _validated:  # by identity: a study solves one problem many times
             _validated.add(problem.validate())
-        reason = solver.unsupported(problem)
+        reason = refusal(solver, problem)
         if reason is not None:
             raise Unsupported(reason)
         self.arguments, self.many, self.mesh = arguments, many, mesh
@@ -339,7 +340,7 @@ class Driver:
             "step": self.at.step, "value": found.value, "hypergradient": found.hypergradient,
             "lower_residual": found.lower_residual, "violation": found.violation, "oracles": self.at.step * self.passes,
             "time": self.clock.solve, "error_bound": found.error_bound, "status": int(found.status),
-        }  # fmt: skip
+        } | ({} if math.isnan(found.multiplier) else {"multiplier": found.multiplier})  # fmt: skip
         if self.at.step > 0:
             own = zip(self.columns, lane(self.at.numbers, self.many, k).tolist(), strict=True)
             row |= {name: number for name, number in own if name not in row}  # the referee's numbers win
@@ -387,12 +388,13 @@ class Driver:
         x, y = self.lanes.output(at.state)
         stats: Stats = {
             "solver": type(self.solver).__name__, "referee": self.referee.name, "steps": at.step, "tol": self.tol,
-            "setup_time": self.clock.setup,
-            "solve_time": self.clock.solve, "measure_time": self.clock.measure, "oracles": at.step * self.passes,
+            "setup_time": self.clock.setup, "solve_time": self.clock.solve, "measure_time": self.clock.measure,
+            "oracles": at.step * self.passes,
             "cost": self.cost.as_dict(),
             "best_step": best.step, "best_value": best.row["value"],
             "end_is_worse": worse(self.records[k].rows[-1], best.row, self.allowed, self.referee.at_y),
             "kink": self.records[k].rows[-1].get("kink"), "goldstein": None if hull is None else hull._asdict(),
             "failed": {self.solver.assumptions[name]: number for name, number in failed.items() if number},
         }  # fmt: skip
-        return Solution(x, y, status, self.records[k], stats, at.state, at.info, best, self.lanes.aux(x, y))
+        weights = partial(self.referee.multipliers or (lambda *_: None), self.problem, x, y)
+        return Solution(x, y, status, self.records[k], stats, at.state, at.info, best, self.lanes.aux(x, y), weights)

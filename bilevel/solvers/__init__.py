@@ -1,9 +1,11 @@
 """One algorithm per file, in a folder for each family, found by discovery: every `Solver` subclass defined in a module
 below this package is exported. There is no list to edit: a new file is enough.
 
-A file whose name begins with _ is a helper, and is passed over.
+A file whose name begins with _ is a helper, and is passed over; so is a method that is made around another solver, a
+class one of whose settings has no default.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -30,9 +32,15 @@ def discover(package: str) -> dict[str, type[Solver]]:
     for module in modules(package):
         for name, value in vars(module).items():
             own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Solver) and not name.startswith("_"):
+            if own and issubclass(value, Solver) and not name.startswith("_") and _complete(value):
                 found[name] = value
     return dict(sorted(found.items()))
+
+
+def _complete(kind: type) -> bool:
+    """Whether the class has a default for each of its settings."""
+    defaults = [(field.default, field.default_factory) for field in dataclasses.fields(kind)]
+    return all(pair != (dataclasses.MISSING, dataclasses.MISSING) for pair in defaults)
 
 
 ALL = discover(__name__)

@@ -1,0 +1,162 @@
+"""Constraints that hold x and y together: of the lower level, and of the upper one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from bilevel.backend.checks import check_callable, check_value, shape_of
+from bilevel.backend.columns import check_columns, check_shape, columns
+from bilevel.struct import invalid, static, struct
+
+PyTree = Any
+
+
+@struct
+class LinearCoupling:
+    """Linear constraints of the lower level that may move with x: A y + B x <= b, and A_eq y + B_eq x = b_eq.
+
+    Either kind may be left out, and B alone, which means zero: `LinearCoupling(A_eq=A, b_eq=b)` is A y = b.
+
+    Args:
+        A, B, b: the inequalities, shapes [rows, dim y], [rows, dim x] and [rows]. Columns belong to the entries of the
+            raveled y and x: their leaves one after the other in one vector, as `jax.flatten_util.ravel_pytree` does.
+            Or they have the names of the leaves: A is a pytree like y, and B like x, with a leaf [rows, *shape] for
+            each leaf of that shape, and None for one that no row holds.
+        A_eq, B_eq, b_eq: the equalities, likewise, with a number of rows of their own.
+    """
+
+    A: Any = None
+    B: Any = None
+    b: Any = None
+    A_eq: Any = None
+    B_eq: Any = None
+    b_eq: Any = None
+
+    @property
+    def num_inequalities(self) -> int:
+        """How many rows of A y + B x <= b there are."""
+        return 0 if self.b is None else jnp.shape(self.b)[0]
+
+    @property
+    def num_equalities(self) -> int:
+        """How many rows of A_eq y + B_eq x = b_eq there are."""
+        return 0 if self.b_eq is None else jnp.shape(self.b_eq)[0]
+
+    def raveled(self, x: PyTree, y: PyTree) -> "LinearCoupling":
+        """The same rows as arrays with a column for each raveled entry: six of them, with zeros, or no rows, for what
+        is left out; x and y give shapes only.
+        """
+        dtype, parts = ravel_pytree(y)[0].dtype, []
+        for A, B, b in ((self.A, self.B, self.b), (self.A_eq, self.B_eq, self.b_eq)):
+            b = jnp.zeros(0, dtype) if b is None else b
+            parts += [columns(A, y, b, dtype), columns(B, x, b, dtype), b]
+        return LinearCoupling(*parts)
+
+
+@struct
+class SmoothCoupling:
+    """Constraints h(x, y) <= 0 of the lower level, in every row, and equality(x, y) = 0; one of them may be left out.
+
+    Args:
+        h: (x, y) -> [rows], or [] for one row, differentiable; (x, y, data) -> the same where data are given.
+        equality: likewise.
+        data: arrays that both take, leaves: with module-level functions another instance compiles nothing. Default:
+            None, they take x and y alone.
+    """
+
+    h: Callable[..., Array] | None = static(default=None)
+    equality: Callable[..., Array] | None = static(default=None)
+    data: PyTree = None
+
+    def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
+        """h and equality at (x, y), shapes [rows]; None for one that was left out."""
+        args = (x, y) if self.data is None else (x, y, self.data)
+        h, equality = (None if part is None else jnp.atleast_1d(part(*args)) for part in (self.h, self.equality))
+        return h, equality
+
+
+@struct
+class UpperConstraints:
+    """Constraints of the leader in which the follower's answer stands: G(x, y) <= 0 and H(x, y) = 0 at y = y(x).
+
+    They restrict the x that may be chosen; the follower does not see them. (The follower's own constraints are
+    `BilevelProblem.coupling`; those of x alone may be an `x_set`.)
+
+        min over x in X of f(x, y(x))   with   G(x, y(x)) <= 0,   H(x, y(x)) = 0.
+
+    Args:
+        inequality: G, (x, y) -> a pytree of float arrays of any shapes, each number of which is a row; (x, y, data) ->
+            the same where data are given. Differentiable. Default: None, no rows.
+        equality: H, likewise.
+        data: arrays that both take, leaves: with module-level functions another instance compiles nothing. Default:
+            None, they take x and y alone.
+    """
+
+    inequality: Callable[..., PyTree] | None = static(default=None)
+    equality: Callable[..., PyTree] | None = static(default=None)
+    data: PyTree = None
+
+    def values(self, x: PyTree, y: PyTree) -> tuple[Array, Array]:
+        """G and H at (x, y), raveled, shapes [rows of G] and [rows of H]; [0] for one that was left out."""
+        args, dtype = (x, y) if self.data is None else (x, y, self.data), ravel_pytree(y)[0].dtype
+        parts = (self.inequality, self.equality)
+        G, H = (jnp.zeros(0, dtype) if part is None else ravel_pytree(part(*args))[0] for part in parts)
+        return G, H
+
+
+def check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree, y: PyTree) -> None:
+    """Raise `InvalidInput` for rows that do not fit x and y."""
+    if coupling is None:
+        return
+    if isinstance(coupling, SmoothCoupling):
+        _check_smooth(coupling, x, y)
+        return
+    if all(part is None for part in vars(coupling).values()):
+        invalid("coupling (LinearCoupling)", "nothing", "A and b, or A_eq and b_eq", "Leave the coupling out: None.")
+    for suffix in ("", "_eq"):
+        A, B, b = (getattr(coupling, name + suffix) for name in ("A", "B", "b"))
+        if A is None and B is None and b is None:
+            continue
+        label = f"coupling.%s{suffix} (LinearCoupling)"
+        rows = np.shape(b) if b is not None else None
+        check_shape(label % "b", b, rows if rows and len(rows) == 1 else "(rows,)")
+        rows = rows or ()
+        for name, part, like in (("A", A, y), ("B", B, x)):
+            check_columns(label % name, part, like, rows, optional=name == "B")
+
+
+def _check_smooth(coupling: SmoothCoupling, x: PyTree, y: PyTree) -> None:
+    given = {name: getattr(coupling, name) for name in ("h", "equality") if getattr(coupling, name) is not None}
+    if not given:
+        invalid("coupling (SmoothCoupling)", "nothing", "h, or equality", "Leave the coupling out: None.")
+    for name, function in given.items():
+        text = f"coupling{'' if name == 'h' else '.equality'} (SmoothCoupling)"
+        check_callable(text, function, f"{name}(x, y) -> [rows]")
+        args = (x, y) if coupling.data is None else (x, y, coupling.data)
+        out = shape_of(text, function, *args)
+        if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) > 1:
+            got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
+            invalid(text, got, f"{name}(x, y) of shape [rows] or []", "Stack the constraints in one vector.")
+
+
+def check_upper_constraints(given: UpperConstraints | None, x: PyTree, y: PyTree) -> None:
+    """Raise `InvalidInput` unless each function that is given returns float arrays at (x, y), with a row at least."""
+    if given is None:
+        return
+    functions = {name: getattr(given, name) for name in ("inequality", "equality") if getattr(given, name) is not None}
+    if not functions:
+        invalid("upper_constraints", "nothing", "inequality, or equality", "Leave the constraints out: None.")
+    for name, function in functions.items():
+        label = f"upper_constraints.{name}"
+        check_callable(label, function, f"{name}(x, y) -> a pytree of arrays")
+        out = shape_of(label, function, *((x, y) if given.data is None else (x, y, given.data)))
+        leaves = jax.tree.leaves(out)
+        if not sum(np.prod(leaf.shape, dtype=int) for leaf in leaves):
+            invalid(label, "no rows", "at least one number", "Leave out what has none.")
+        for leaf in leaves:
+            check_value(label, leaf, y)
