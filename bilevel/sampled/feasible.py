@@ -36,6 +36,7 @@ PyTree = Any
 STEPS, FEW = 30, 4  # of Newton's, at most: to be in Y(x), and to be near it
 RESTARTS = 3
 FEASIBLE = 1e-7  # the violation of a point that is said to be in Y(x), where rows are met nearly
+GOLDEN = 0.6180339887498949  # the ratio, of an additive recurrence
 NEAR = 1e-9  # how near to a row of length one, times 1 + |y|, a point is on it; in float32 at least 100 eps
 
 
@@ -153,6 +154,28 @@ def near_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> F
     points = jax.vmap(lambda y: lax.fori_loop(0, FEW, step, view.project(y)))(ys)
     failed = jax.vmap(lambda y: view.violation(x, y))(points) > FEASIBLE
     return jax.vmap(partial(_on_no_rows, view))(points, failed)
+
+
+def fills(view: Blocks) -> bool:
+    """Whether `fill` is for this problem: Y is a box, and the coupling's rows are affine inequalities."""
+    coupling = view.problem.coupling
+    if not isinstance(coupling, LinearCoupling) or coupling.num_equalities:
+        return False
+    return view.problem.y_set.bounds(view.unpack(jnp.zeros((view.n, view.m), view.dtype))) is not None
+
+
+def fill(view: Blocks, x: PyTree, middle: Array, ys: Array) -> Array:
+    """Points of Y spread inside of Y(x), [N, 1, m]: those that are in it stay, others go back towards the `middle`
+    [1, m], a point of Y(x), to a share of the way that is left to them. Projected, they would pile up on its faces.
+    """
+    limits, d = local(view, x, middle).limits, (ys - middle[None])[:, 0]
+    at, speed = limits.C @ middle[0], d @ limits.C.T
+    above, below = jnp.maximum(limits.hi - at, 0)[None], jnp.maximum(at - limits.lo, 0)[None]
+    room = jnp.where(speed > 0, above, jnp.where(speed < 0, below, jnp.inf))
+    left = jnp.min(room / jnp.where(speed == 0, 1, jnp.abs(speed)), axis=1)
+    share = np.mod(0.5 + np.arange(1, len(ys) + 1) * GOLDEN, 1) ** (1 / view.m)
+    reach = jnp.where(left < 1, jnp.asarray(share, ys.dtype) * left, 1)
+    return middle[None] + (reach[:, None] * d)[:, None]
 
 
 def _where(chosen: Array, there: Feasible, here: Feasible) -> Feasible:

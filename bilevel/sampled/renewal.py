@@ -16,7 +16,7 @@ from jax import Array
 from bilevel.backend.tree import join
 from bilevel.sampled.blocks import Blocks, pick
 from bilevel.sampled.covering import cover_blocks, near
-from bilevel.sampled.feasible import near_all
+from bilevel.sampled.feasible import Feasible, fill, fills, near_all
 from bilevel.sampled.nets import shifted
 
 PyTree = Any
@@ -61,6 +61,11 @@ class Renewed(NamedTuple):
     lift: Array
     """How the other samples move with the rows that hold them, shape [N - K, rows, m]: `feasible.Feasible.lift`."""
 
+    radius: Array
+    """How far a point spread over Y, or inside of Y(x), is at most from the nearest other sample, shape []: about the
+    covering radius of the samples.
+    """
+
     outside: Array
     """Whether Y(x) is empty as far as the samples can tell, shape []."""
 
@@ -103,14 +108,14 @@ def renew(
     points: fresh ones [num, n, m]; u: random numbers of `covering.near`. keep_last: the last slot is a variable and
     stays.
     """
-    count = len(slots.points)
+    count, num = len(slots.points), len(points)
     is_upper = (jnp.arange(count) >= count // 2)[:, None]
     goal = Goal(is_upper.astype(rho.dtype), jnp.where(is_upper, rho, 1))
     fixed = (jnp.arange(count)[:, None] == count - 1) & keep_last
     sizes, trial = _gradient_step(view, x, slots, goal, points, fixed, chunk)
     open_ones = np.setdiff1d(np.arange(count), niches(count))
-    parts = [points, near(view, u, slots.points[open_ones], points), trial, slots.points]
-    points, failed, held, lift = near_all(view, x, jnp.concatenate(parts))
+    parts = [near(view, u, slots.points[open_ones], points), trial, slots.points]
+    points, failed, held, lift = _moved(view, x, points, jnp.concatenate(parts))
     ends = np.array([len(points) - 2 * count, len(points) - count])
     all_parts = (jnp.split(part, ends) for part in (points, *view.values(x, points, chunk), held))
     new, trial, here = (Samples(*parts) for parts in zip(*all_parts, strict=True))
@@ -120,7 +125,27 @@ def renew(
     niche = _niche(here, new)
     here, sizes = _challenge(here, new, sizes, goal, jnp.where(fixed, -jnp.inf, margin), niche)
     outside = jnp.all(failed) & (view.problem.coupling is not None)
-    return Renewed(join(new, here), sizes, lift[: len(new.f)], outside)
+    half, all_samples = num // 2, join(new, here)
+    radius = _radius(view, all_samples.points[:half], all_samples.points[half:])
+    return Renewed(all_samples, sizes, lift[: len(new.f)], radius, outside)
+
+
+def _moved(view: Blocks, x: PyTree, spread: Array, others: Array) -> Feasible:
+    """The points [N, n, m] moved into Y(x), those that are spread over Y first. Every second one of these is spread
+    inside of Y(x), where that can be (`feasible.fill`), and comes first.
+    """
+    if not fills(view):
+        return near_all(view, x, jnp.concatenate([spread, others]))
+    found = near_all(view, x, jnp.concatenate([spread[1::2], others]))
+    inside = fill(view, x, jnp.mean(found.y, axis=0), spread[::2])
+    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(len(inside), *leaf.shape[1:])), found)
+    return join(nothing._replace(y=inside, failed=nothing.failed | jnp.all(found.failed)), found)
+
+
+def _radius(view: Blocks, new: Array, others: Array) -> Array:
+    """How far the farthest of `new` [N, n, m] is from the nearest of `others` [K, n, m], the farthest of all blocks."""
+    square = jnp.sum((new[:, None] - others[None]) ** 2, axis=3)
+    return jnp.sqrt(jnp.max(jnp.min(square, axis=1)))
 
 
 def _gradient_step(

@@ -100,6 +100,8 @@ class Info(NamedTuple):
     """The penalty rho."""
     gap: Array
     """g(x, y) less the least g of the samples."""
+    radius: Array
+    """Covering radius: how far a new sample was at most from the nearest other one; 0 without refresh."""
 
 
 @struct(kw_only=True)
@@ -318,7 +320,7 @@ class SampledPenalty(Solver):
         """One lane's step: samples, the gradient of P over them, x, y. scales: of f and g; fresh: points of Y."""
         view = Blocks.of(uncoupled(problem, rung.weight * scales[0], scales[1]), lane.y)
         P = Penalised(view, self._form, rung.rho, rung.smooth, self.chunk)
-        samples, sizes, lift, outside = self._samples(P, lane, fresh, noise)
+        samples, sizes, lift, radius, outside = self._samples(P, lane, fresh, noise)
         found = P.at(samples.f, samples.g)
         direction = P.gradient(lane.x, samples, lift, found)
         here = Place(lane.x, samples.points, samples.f, samples.g, found.value, outside)
@@ -331,22 +333,20 @@ class SampledPenalty(Solver):
         y, gap = self._settle(P, here)
         points = here.points.at[-1].set(y) if self._movable else here.points
         lane = lane._replace(x=here.x, y=view.unpack(y), samples=points, sizes=sizes)
-        return lane, Info(here.value, rung.rho, gap)
+        return lane, Info(here.value, rung.rho, gap, radius)
 
     def _samples(self, P: Penalised, lane: Lane, fresh: Array | None, noise: Noise) -> renewal.Renewed:
         """The samples at x. The first slot becomes the least of g, the last one that of f + rho g or the variable y."""
-        slots = renewal.Slots(lane.samples[-len(lane.sizes) :], lane.sizes)
         if fresh is None:
             f, g = P.view.values(lane.x, lane.samples, self.chunk)
             samples = renewal.Samples(lane.samples, f, g, lane.samples[..., :0])
-            return renewal.Renewed(samples, lane.sizes, samples.points[:0], jnp.array(False))
-        joint = P.form.joint
-        found = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, joint, self.chunk)
-        samples, sizes = found.samples, found.sizes
-        up = jnp.argmin(samples.f + P.rho * samples.g, axis=0)
-        last = jnp.full_like(up, len(samples.f) - 1) if joint else up
-        ends = jnp.stack([jnp.argmin(samples.g, axis=0), last])
-        put = lambda part: part.at[np.array([-len(sizes), -1])].set(pick(part, ends))  # noqa: E731
+            return renewal.Renewed(samples, lane.sizes, samples.points[:0], jnp.zeros_like(f[0, 0]), jnp.array(False))
+        slots = renewal.Slots(lane.samples[-len(lane.sizes) :], lane.sizes)
+        found = renewal.renew(P.view, lane.x, slots, P.rho, fresh, noise.near, P.form.joint, self.chunk)
+        samples = found.samples
+        low, up = jnp.argmin(samples.g, axis=0), jnp.argmin(samples.f + P.rho * samples.g, axis=0)
+        ends = jnp.stack([low, jnp.full_like(up, len(samples.f) - 1) if P.form.joint else up])
+        put = lambda part: part.at[np.array([-len(lane.sizes), -1])].set(pick(part, ends))  # noqa: E731
         return found._replace(samples=renewal.Samples(*map(put, samples)))
 
     def _move(self, P: Penalised, here: Place, direction: Direction, lane: Lane) -> tuple[Place, PyTree]:
@@ -388,8 +388,8 @@ class SampledPenalty(Solver):
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if problem.coupling is not None and not self.refresh:
-            moving = type(problem.coupling).__name__
-            return f"SampledPenalty with refresh=False keeps its samples, and {moving} moves Y(x). Use refresh=True."
+            kind = type(problem.coupling).__name__
+            return f"SampledPenalty with refresh=False keeps its samples, and {kind} moves Y(x). Use refresh=True."
         return refuse_unbounded_set(self, problem)
 
 
