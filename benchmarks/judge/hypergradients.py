@@ -22,6 +22,7 @@ from problems.hypergradients.exact import digits, exact, minus, norm
 
 DRAWS = 10_000
 DTYPES = ("float32", "float64")
+REFERENCE = 70  # digits of |f|/|x| that the reference is right to: it computes with 80
 EASY_SHARE, EASY_RATIO = 0.99, 100.0
 
 
@@ -101,7 +102,8 @@ def _verdict(
     elif right:
         error, nearest = min((norm(minus(exact(gradient), answer)), answer) for answer in right)
         size = norm(nearest)
-    holds = math.isfinite(bound) and error.is_finite() and error <= exact(bound)
+    noise = Decimal(10) ** (int(one.numbers["f"] - one.numbers["x"]) - REFERENCE)
+    holds = math.isfinite(bound) and error.is_finite() and error <= exact(bound) + noise
     broken = word in SOLVED and not holds
     return Verdict(
         family, dtype, index, one.kind, one.easy, word, float(size), float(error), bound, broken, one.numbers

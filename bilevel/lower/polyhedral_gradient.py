@@ -135,17 +135,19 @@ def _refined(system: System, fy: Array, u: Array, v: Array) -> tuple[Array, Arra
 def conclude(
     lower: Array, good: Array, x: PyTree, value: Array, gradient: Array, error: Array, **rest: Any
 ) -> Hypergradient:
-    """The answer where the lower level ended as `lower`: with status `good` where that is CONVERGED and all is finite.
+    """The answer where the lower level ended as `lower`: with status `good` where that is CONVERGED and all is finite,
+    and where `good` is no good word.
 
     gradient [dim x]; a failure is never a number.
     """
     failed = ~solved(lower)
+    good = jnp.where((lower == Status.CONVERGED) | ~solved(good), good, lower)
     finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
     return Hypergradient(
         value=jnp.where(failed, jnp.nan, value),
         gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),
         error_bound=jnp.where(failed | ~finite, jnp.inf, error),
-        status=jnp.where(failed | finite, jnp.where(lower == Status.CONVERGED, good, lower), Status.NONFINITE),
+        status=jnp.where(failed, lower, jnp.where(finite, good, Status.NONFINITE)),
         **rest,
     )
 

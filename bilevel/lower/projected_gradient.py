@@ -3,17 +3,18 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.tree import norm, poisoned, row_norms, take
-from bilevel.linear import UNSOLVED, verified
+from bilevel.linear import DENSE_LIMIT, UNSOLVED, verified
 from bilevel.lower import projected, sides
 from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral_gradient import conclude
-from bilevel.lower.projected import Settings
+from bilevel.lower.projected import ProjectedSolution, Settings
 from bilevel.problem import BilevelProblem
 from bilevel.qp.face import Face
 from bilevel.record import Hypergradient, Status, solved
@@ -96,10 +97,31 @@ def differentiate(
     else:
         error = jnp.full((), jnp.nan, flat.dtype)
         good = jnp.where(_solved(seen, begin), Status.UNCHECKED, Status.UNSOLVED_LINEAR)
+    lower = jnp.where(_is_flat(problem, x, found), Status.UNDETERMINED, found.status) if estimate else found.status
     return conclude(
-        found.status, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
+        lower, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
         lower_residual=found.residual, linear_residual=seen.linear_residual, active_margin=face.margin,
     )  # fmt: skip
+
+
+def _is_flat(problem: BilevelProblem, x: PyTree, found: ProjectedSolution) -> Array:
+    """Whether g has no curvature beyond rounding along some direction of the face, []; up to `DENSE_LIMIT` unknowns.
+
+    A random w of the tangent space is found again from (H + D) w, by the solver that everything else rests on, but for
+    what it cannot see. If the rest z is some part of w, with a curvature z'(H + D) z/|z|^2 that is rounding error of
+    the largest one, minimisers are not unique, or the adjoint is anything.
+    """
+    batch, flat, face = problem.lower_data.full(), ravel_pytree(found.y)[0], found.face
+    n, eps = flat.size, float(jnp.finfo(flat.dtype).eps)
+    if n > DENSE_LIMIT or oracles.lower_diagonal(problem, x, found.y, batch) is not None:
+        return jnp.array(False)
+    hessian = oracles.flat_operator(problem, x, found.y, batch)
+    product = lambda v: face.tangent(hessian(v)) + face.mu * v  # noqa: E731
+    w = face.tangent(jax.random.normal(jax.random.key(0), flat.shape, flat.dtype))
+    z = face.tangent(w - projected.tangent_solve(problem, x, found.y, batch, face, found.sketch)(product(w)))
+    length = norm(z)
+    z = z / jnp.where(length > 0, length, 1)
+    return (length > 1e-3 * norm(w)) & (jnp.abs(z @ product(z)) <= n * eps / face.s)
 
 
 def _off(problem: BilevelProblem, unravel: Callable[[Array], PyTree], at: _Point, size_fy: Array) -> _Point:

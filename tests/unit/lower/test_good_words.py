@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import bilevel
 from bilevel.record import Status
@@ -60,3 +61,18 @@ def test_slow_progress_is_no_solution():
     assert good.sum() >= 5
     off = np.linalg.norm(np.asarray(single.gradient) - np.asarray(double.gradient), axis=1)
     assert (off[good] <= 1e-4).all()
+
+
+@pytest.mark.parametrize("lower", [bilevel.ProjectedNewton(), bilevel.ActiveSet()], ids=["projected", "active_set"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_direction_of_the_face_without_curvature_is_told(lower, dtype):
+    """g = (y_0 + y_1 - x)^2/2 on a box: the minimisers are a segment, and f tells its points apart."""
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum(y * jnp.array([1.0, 3.0], dtype)) + jnp.sum(x),
+        bilevel.Minimize(lambda x, y, batch: jnp.sum((jnp.sum(y) - x) ** 2) / 2),
+        y_set=bilevel.Box(-5.0, 5.0),
+        init=lambda key: (jnp.ones(1, dtype), jnp.zeros(2, dtype)),
+    )
+    found = bilevel.hypergradient(problem, jnp.ones(1, dtype), lower=lower)
+    assert int(found.status) == Status.UNDETERMINED
+    assert np.isinf(float(found.error_bound))
