@@ -7,6 +7,7 @@ where the points are dense enough for one to fall into the basin of a global min
 up to about 10.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -157,13 +158,17 @@ def _starts(
         return given
     points = _cover(view, x, num_points, given.dtype)
     worth = oracles.batched(partial(_worth, view, x), chunk)(points)
-    best = _best_of_parts(points, worth, num_starts - len(APART), tol)[0][:, 0]
-    return jnp.concatenate([given, best, _best_apart(points[:, 0], worth.within(tol)[:, 0])])
+    shares = APART[: max(num_starts - 1, 0)]
+    best = _best_of_parts(points, worth, max(num_starts - len(shares), 1), tol)[0][:, 0]
+    starts = [given, best]
+    if shares:
+        starts.append(_best_apart(points[:, 0], worth.within(tol)[:, 0], shares))
+    return jnp.concatenate(starts)
 
 
-def _best_apart(points: Array, g: Array) -> Array:
+def _best_apart(points: Array, g: Array, shares: Sequence[float]) -> Array:
     """Of points [N, m] with the values g [N], in turn the best one of those that are farther from all that were taken
-    than a share of the points' diameter, `APART`; shape [len(APART), m].
+    than a share of the points' diameter; shape [len(shares), m].
     """
     width = norm(jnp.max(points, axis=0) - jnp.min(points, axis=0))
 
@@ -173,8 +178,8 @@ def _best_apart(points: Array, g: Array) -> Array:
         return jnp.concatenate([chosen[1:], best[None]]), best
 
     nearest = points[jnp.argmin(g)]
-    begin = jnp.broadcast_to(nearest, (len(APART), points.shape[1]))
-    return jax.lax.scan(take, begin, jnp.asarray(APART, points.dtype))[1]
+    begin = jnp.broadcast_to(nearest, (len(shares), points.shape[1]))
+    return jax.lax.scan(take, begin, jnp.asarray(shares, points.dtype))[1]
 
 
 def _exact_gap(view: Blocks, x: PyTree, y: PyTree, found: exact.Found, tol: Any) -> LowerGap:

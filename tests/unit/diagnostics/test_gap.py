@@ -141,3 +141,16 @@ def test_bad_input_is_named():
         lower_gap(fixed, jnp.zeros(1), jnp.zeros(3))
     with pytest.raises(bilevel.InvalidInput, match="y: got"):
         lower_gap(over(bilevel.Ball(1.0), C), jnp.zeros(1), jnp.zeros(2))
+
+
+@pytest.mark.parametrize("num_starts", [1, 2, 5])
+def test_few_starts_are_enough_for_one_minimum(num_starts):
+    """g = |y - x|^2/2 at y = x + 1 in R^2: the gap is 1."""
+    problem = bilevel.BilevelProblem(
+        lambda x, y, batch: jnp.sum(y),
+        bilevel.Minimize(lambda x, y, batch: jnp.sum((y - x) ** 2) / 2),
+        y_set=bilevel.Box(-3.0, 3.0),
+        init=lambda key: (jnp.zeros(2), jnp.zeros(2)),
+    )
+    found = lower_gap(problem, jnp.zeros(2), jnp.ones(2), num_points=8, num_starts=num_starts)
+    assert float(found.gap) == pytest.approx(1, abs=1e-12)
