@@ -8,7 +8,9 @@ import numpy as np
 from bilevel.record import Measurement, Row, Status
 from bilevel.solver import Solver
 
-NO_VALUE = Status.INFEASIBLE_LOWER, Status.SADDLE, Status.UNDETERMINED  # F has no value here, but maybe at the next x
+NO_VALUE = (  # F has no value here, but maybe at the next x
+    Status.INFEASIBLE_LOWER, Status.SADDLE, Status.UNDETERMINED, Status.STALLED, Status.UNSOLVED_LOWER,
+)  # fmt: skip
 USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
 JUDGED = *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR  # of a row: F is what it is said to be
 SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found

@@ -10,8 +10,9 @@ import pytest
 import bilevel
 import irl
 from bilevel import Status
+from bilevel.diagnostics import Measurement
 from bilevel.parts.tuning import upper_curvature
-from bilevel.run.verdicts import diverged, last_word
+from bilevel.run.verdicts import diverged, last_word, verdict
 
 TOL = 1e-6
 
@@ -159,3 +160,18 @@ def test_a_likelihood_that_hops_above_its_start_has_diverged(key):
     solution = bilevel.solve(problem, irl.MLIRL(upper_step_size=step), key=key, max_steps=3000)
     assert solution.status == Status.DIVERGED
     assert jax.tree.all(jax.tree.map(lambda leaf: bool(jnp.isfinite(leaf).all()), solution.x))
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [
+        (Status.STALLED, None),
+        (Status.UNDETERMINED, None),
+        (Status.NONFINITE, Status.NONFINITE),
+        (Status.ESTIMATED, Status.NONFINITE),
+    ],
+)
+def test_a_run_goes_on_where_only_the_follower_was_not_found(status, word):
+    """F is NaN at such an x, and may be a number at the next; the run is lost where f or g overflows."""
+    nan = np.nan
+    assert verdict(Measurement(nan, nan, np.inf, nan, 0.0, status), TOL, early=False) is word
