@@ -23,6 +23,7 @@ from bilevel.backend.tree import norm
 from bilevel.diagnostics import exact
 from bilevel.diagnostics.descent import descent_rate
 from bilevel.oracles import samples as sample_oracles
+from bilevel.parts.reduced import violation
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Measurement, Status
 from bilevel.sampled import covering, nets, refine
@@ -257,7 +258,9 @@ def _compare(
 def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
     """What `solve` records where g(x, .) may have many minimisers: nothing is solved for y, the given one is judged.
 
-    value: f(x, y). lower_residual: the true lower gap, |g(x, y) - v(x)|. violation: of X, Y and the coupling together.
+    value: f(x, y). lower_residual: the true lower gap, |g(x, y) - v(x)|. violation: of X, Y and the coupling together,
+    and of the upper constraints at y; descent that these forbid is counted as descent, so that no run ends CONVERGED
+    where one of them holds it.
     hypergradient and error_bound: the rate of the steepest descent found around x and its resolution, `descent_rate`:
     F may jump and has no gradient. status: ESTIMATED, or INFEASIBLE_LOWER or NONFINITE; where Y(x) is empty the value
     is NaN.
@@ -273,13 +276,14 @@ def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement
         found, candidates, g = search(view, x, y)
         rate, resolution = descent_rate(view, x, candidates, g)
     value = oracles.upper_value(problem, x, y, view.upper)
+    broken = 0.0 if problem.upper_constraints is None else violation(problem.upper_constraints.values(x, y))
     solved = jnp.where(found.status == Status.CONVERGED, Status.ESTIMATED, found.status)
     return Measurement(
         value=jnp.where(jnp.isnan(found.value), jnp.nan, value),
         hypergradient=jnp.where(jnp.isnan(found.value), jnp.nan, rate),
         error_bound=resolution,
         lower_residual=jnp.abs(found.gap),
-        violation=problem.x_set.violation(x) + found.violation,
+        violation=problem.x_set.violation(x) + found.violation + broken,
         status=solved,
         lower_distance=jnp.maximum(excess, 0),
     )

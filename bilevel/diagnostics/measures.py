@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.tree import distance, norm, poisoned
@@ -15,7 +14,7 @@ from bilevel.diagnostics.gap import lower_gap as lower_gap
 from bilevel.diagnostics.goldstein import goldstein as goldstein
 from bilevel.hypergradient import hypergradient
 from bilevel.lower import LowerMethod, Newton, given_for_none, polyhedral
-from bilevel.parts.reduced import Multipliers, stationarity
+from bilevel.parts.reduced import Multipliers, short_length, stationarity
 from bilevel.problem import BilevelProblem
 from bilevel.record import Measurement as Measurement
 from bilevel.record import Status, solved
@@ -27,13 +26,10 @@ PyTree = Any
 def gradient_mapping(problem: BilevelProblem, x: PyTree, gradient: PyTree) -> PyTree:
     """(x - Proj_X(x - s gradient))/s, shaped like x: zero exactly at stationary points of F over X.
 
-    Its norm grows as s falls, towards that of the projected gradient. s = min(1, eps^0.4 (1 + |x|)/|gradient|): a step
-    short against x, so that a small X does not hide a large gradient, and long against rounding. Where the projection
-    leaves an entry alone, the entry is the gradient's own: x - s g loses it in rounding when |x| is large.
+    Its norm grows as s falls, towards that of the projected gradient; s is `parts.reduced.short_length`. Where the
+    projection leaves an entry alone, the entry is the gradient's own: x - s g loses it in rounding when |x| is large.
     """
-    eps = jnp.finfo(ravel_pytree(x)[0].dtype).eps
-    length = norm(gradient)
-    s = jnp.minimum(1, eps**0.4 * (1 + norm(x)) / jnp.where(length > 0, length, 1))
+    s = short_length(x, gradient)
     target = jax.tree.map(lambda a, g: a - s * g, x, gradient)
     moved = problem.x_set.project(target)
     mapped = lambda a, g, t, m: jnp.where(t == m, g, (a - m) / s)  # noqa: E731

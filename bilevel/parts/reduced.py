@@ -89,21 +89,26 @@ def step_rows(problem: BilevelProblem, x: PyTree, y: PyTree, c: Array, J: Array,
     return Rows(C, lo, hi, jnp.zeros((len(lo), 0), flat.dtype))
 
 
-def violation(problem: BilevelProblem, x: PyTree, y: PyTree, values: Array) -> Array:
-    """|(max(G, 0), H)|, shape [], of the values [rows]."""
-    G, H = split(problem, x, y, values)
+def violation(values: tuple[Array, Array]) -> Array:
+    """|(max(G, 0), H)|, shape [], of the values (G, H)."""
+    G, H = values
     return norm((jnp.maximum(G, 0), H))
+
+
+def short_length(x: PyTree, gradient: PyTree) -> Array:
+    """s = min(1, eps^0.4 (1 + |x|)/|gradient|), []: the length of a step along the gradient that is short against x, so
+    that a small X does not hide a large gradient, and long against rounding.
+    """
+    eps, length = jnp.finfo(ravel_pytree(x)[0].dtype).eps, norm(gradient)
+    return jnp.minimum(1, eps**0.4 * (1 + norm(x)) / jnp.where(length > 0, length, 1))
 
 
 def stationarity(problem: BilevelProblem, x: PyTree, found: Hypergradient) -> Stationarity:
     """How far x is from stationary, by the hypergradient there."""
     assert found.constraints is not None
-    gradient, flat = ravel_pytree(found.gradient)[0], ravel_pytree(x)[0]
-    length, eps = norm(gradient), jnp.finfo(flat.dtype).eps
-    s = jnp.minimum(1, eps**0.4 * (1 + norm(flat)) / jnp.where(length > 0, length, 1))  # as in the gradient mapping
-    rows = found.constraints
+    rows, s = found.constraints, short_length(x, found.gradient)
     limits = step_rows(problem, x, found.y, rows.values, flat_jacobian(rows), keep=True)
-    nearest = Region.of(limits).project(-s * gradient)
+    nearest = Region.of(limits).project(-s * ravel_pytree(found.gradient)[0])
     weights = nearest.multipliers[: len(rows.values)] / s
     residual = jnp.where(nearest.exact & ~nearest.empty, norm(nearest.y) / s, jnp.nan)
     more = jnp.where(weights != 0, jnp.abs(weights) * rows.error_bound, 0)
@@ -111,7 +116,7 @@ def stationarity(problem: BilevelProblem, x: PyTree, found: Hypergradient) -> St
         residual=residual,
         error=found.error_bound + jnp.sum(more),
         multipliers=Multipliers(*split(problem, x, found.y, weights)),
-        violation=violation(problem, x, found.y, rows.values),
+        violation=violation(split(problem, x, found.y, rows.values)),
     )
 
 

@@ -1,6 +1,6 @@
 """Constraints that hold x and y together: of the lower level, and of the upper one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -58,8 +58,18 @@ class LinearCoupling:
         return LinearCoupling(*parts)
 
 
+class _OfData:
+    """Functions of (x, y), or of (x, y, data) where data are given."""
+
+    data: PyTree
+
+    def arguments(self, x: PyTree, y: PyTree) -> tuple[PyTree, ...]:
+        """What the functions are called with."""
+        return (x, y) if self.data is None else (x, y, self.data)
+
+
 @struct
-class SmoothCoupling:
+class SmoothCoupling(_OfData):
     """Constraints h(x, y) <= 0 of the lower level, in every row, and equality(x, y) = 0; one of them may be left out.
 
     Args:
@@ -75,13 +85,13 @@ class SmoothCoupling:
 
     def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
         """h and equality at (x, y), shapes [rows]; None for one that was left out."""
-        args = (x, y) if self.data is None else (x, y, self.data)
+        args = self.arguments(x, y)
         h, equality = (None if part is None else jnp.atleast_1d(part(*args)) for part in (self.h, self.equality))
         return h, equality
 
 
 @struct
-class UpperConstraints:
+class UpperConstraints(_OfData):
     """Constraints of the leader in which the follower's answer stands: G(x, y) <= 0 and H(x, y) = 0 at y = y(x).
 
     They restrict the x that may be chosen; the follower does not see them. (The follower's own constraints are
@@ -103,9 +113,9 @@ class UpperConstraints:
 
     def values(self, x: PyTree, y: PyTree) -> tuple[Array, Array]:
         """G and H at (x, y), raveled, shapes [rows of G] and [rows of H]; [0] for one that was left out."""
-        args, dtype = (x, y) if self.data is None else (x, y, self.data), ravel_pytree(y)[0].dtype
+        args, none = self.arguments(x, y), jnp.zeros(0, ravel_pytree(y)[0].dtype)
         parts = (self.inequality, self.equality)
-        G, H = (jnp.zeros(0, dtype) if part is None else ravel_pytree(part(*args))[0] for part in parts)
+        G, H = (none if part is None else ravel_pytree(part(*args))[0] for part in parts)
         return G, H
 
 
@@ -130,15 +140,21 @@ def check_coupling(coupling: LinearCoupling | SmoothCoupling | None, x: PyTree, 
             check_columns(label % name, part, like, rows, optional=name == "B")
 
 
+def _shapes(
+    given: SmoothCoupling | UpperConstraints, what: str, labels: dict[str, str], returns: str, x: PyTree, y: PyTree
+) -> Iterator[tuple[str, str, PyTree]]:
+    """(name, label, what it returns at (x, y)) of each function that is given, of the `labels`' names; one at least."""
+    functions = {name: getattr(given, name) for name in labels if getattr(given, name) is not None}
+    if not functions:
+        invalid(what, "nothing", ", or ".join(labels), "Leave the constraints out: None.")
+    for name, function in functions.items():
+        check_callable(labels[name], function, f"{name}(x, y) -> {returns}")
+        yield name, labels[name], shape_of(labels[name], function, *given.arguments(x, y))
+
+
 def _check_smooth(coupling: SmoothCoupling, x: PyTree, y: PyTree) -> None:
-    given = {name: getattr(coupling, name) for name in ("h", "equality") if getattr(coupling, name) is not None}
-    if not given:
-        invalid("coupling (SmoothCoupling)", "nothing", "h, or equality", "Leave the coupling out: None.")
-    for name, function in given.items():
-        text = f"coupling{'' if name == 'h' else '.equality'} (SmoothCoupling)"
-        check_callable(text, function, f"{name}(x, y) -> [rows]")
-        args = (x, y) if coupling.data is None else (x, y, coupling.data)
-        out = shape_of(text, function, *args)
+    labels = {"h": "coupling (SmoothCoupling)", "equality": "coupling.equality (SmoothCoupling)"}
+    for name, text, out in _shapes(coupling, "coupling (SmoothCoupling)", labels, "[rows]", x, y):
         if not isinstance(out, jax.ShapeDtypeStruct) or len(out.shape) > 1:
             got = jax.tree.map(lambda leaf: f"shape {list(leaf.shape)}", out)
             invalid(text, got, f"{name}(x, y) of shape [rows] or []", "Stack the constraints in one vector.")
@@ -148,13 +164,8 @@ def check_upper_constraints(given: UpperConstraints | None, x: PyTree, y: PyTree
     """Raise `InvalidInput` unless each function that is given returns float arrays at (x, y), with a row at least."""
     if given is None:
         return
-    functions = {name: getattr(given, name) for name in ("inequality", "equality") if getattr(given, name) is not None}
-    if not functions:
-        invalid("upper_constraints", "nothing", "inequality, or equality", "Leave the constraints out: None.")
-    for name, function in functions.items():
-        label = f"upper_constraints.{name}"
-        check_callable(label, function, f"{name}(x, y) -> a pytree of arrays")
-        out = shape_of(label, function, *((x, y) if given.data is None else (x, y, given.data)))
+    labels = {name: f"upper_constraints.{name}" for name in ("inequality", "equality")}
+    for _, label, out in _shapes(given, "upper_constraints", labels, "a pytree of arrays", x, y):
         leaves = jax.tree.leaves(out)
         if not sum(np.prod(leaf.shape, dtype=int) for leaf in leaves):
             invalid(label, "no rows", "at least one number", "Leave out what has none.")

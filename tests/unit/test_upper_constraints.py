@@ -9,7 +9,7 @@ import pytest
 
 import bilevel
 from bilevel import Status, UpperConstraints
-from bilevel.diagnostics import REDUCED, measure, multipliers
+from bilevel.diagnostics import REDUCED, measure, measure_global, multipliers
 from bilevel.parts.reduced import Multipliers
 
 Q = jnp.array([[2.0, 0.5, 0.2], [0.5, 1.5, 0.3], [0.2, 0.3, 1.8]])
@@ -139,6 +139,8 @@ def test_the_referee_sees_a_multiplier_of_the_wrong_sign_and_a_violation():
     assert float(wrong.hypergradient) > 1
     outside = measure(problem, jnp.ones(3), 2 * jnp.ones(3))
     assert float(outside.violation) == pytest.approx(5.5)
+    by_value = measure_global(dataclasses.replace(problem, y_set=bilevel.Box(-3.0, 3.0)), jnp.ones(3), 2 * jnp.ones(3))
+    assert float(by_value.violation) == pytest.approx(5.5)
 
 
 def test_a_solver_says_that_it_does_not_see_them():

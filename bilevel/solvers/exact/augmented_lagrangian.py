@@ -9,6 +9,7 @@ from jax import Array
 
 from bilevel import oracles
 from bilevel.backend.tree import norm
+from bilevel.parts.reduced import violation
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import Solver
@@ -114,10 +115,15 @@ class AugmentedLagrangian(Solver):
         """The solver's."""
         return self.solver.adaptive
 
+    @property
+    def least_steps(self) -> int:
+        """The solver's."""
+        return self.solver.least_steps
+
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
         G, H = _values(problem, x, y)
-        size = norm((jnp.maximum(G, 0), H))
+        size = violation((G, H))
         if self.weight is None:
             f = jnp.abs(oracles.upper_value(problem, x, y, problem.upper_data.full()))
             weight = jnp.clip(2 * f / jnp.where(size > 0, size, 1) ** 2, LIGHTEST, HEAVIEST)
@@ -127,7 +133,8 @@ class AugmentedLagrangian(Solver):
         none = jnp.asarray(jnp.finfo(G.dtype).max, G.dtype)
         state = State(x, y, None, jnp.zeros_like(G), jnp.zeros_like(H), weight, none, jnp.array(0))
         inner = self._begun(problem, state, key)
-        return state._replace(x=inner.x, y=inner.y, inner=inner)
+        x, y = self.solver.output(problem, inner)
+        return state._replace(x=x, y=y, inner=inner)
 
     def step(self, problem: BilevelProblem, state: State, key: Array) -> tuple[State, Info]:
         inner, _ = self.solver.step(_augmented(problem, state), state.inner, key)

@@ -200,7 +200,7 @@ class SQP(Solver):
         return LEAST
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        if any(not one.polyhedral for one in problem.x_set.simple()):
+        if not problem.x_set.polyhedral:
             return f"SQP needs an x_set described by linear rows; got {type(problem.x_set).__name__}."
         return refuse_unsolvable(self, problem)
 
