@@ -31,6 +31,7 @@ from bilevel.solvers.coupled.f2cba import F2CBA
 from bilevel.solvers.coupled.lvhba import LVHBA
 from bilevel.solvers.coupled.sflcb import SFLCB
 from bilevel.solvers.exact.augmented_lagrangian import AugmentedLagrangian
+from bilevel.solvers.exact.branch_and_bound import BranchAndBound
 from bilevel.solvers.exact.implicit import Implicit
 from bilevel.solvers.exact.lbfgs import LBFGS
 from bilevel.solvers.exact.sqp import SQP
@@ -91,6 +92,7 @@ __all__ = [
     "BiCGAFFA",
     "BilevelProblem",
     "Box",
+    "BranchAndBound",
     "CheckpointError",
     "Constants",
     "Dense",

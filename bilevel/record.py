@@ -113,6 +113,8 @@ class Status(enum.IntEnum):
         "Y(x) is empty where the run ended: x is outside of the leader's domain, and F has no value there. "
         "solution.best has a follower. Restrict x_set, relax coupling or y_set, or reduce the upper step size.",
     )
+    INFEASIBLE = 19, "It is proved that no x has an answer y within all constraints. Relax those of either level."
+    UNBOUNDED = 20, "F falls for ever along a ray of feasible points. Bound x_set or y_set, or look at the sign of f."
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 

@@ -1,6 +1,7 @@
 """Convergence diagnostics: what the referee recomputes from (x, y) alone, the lower gap, Goldstein stationarity."""
 
 from bilevel.backend.tree import distance, norm
+from bilevel.diagnostics.certificate import GLOBAL, Certificate, certify
 from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
@@ -10,13 +11,16 @@ from bilevel.record import Measurement, Referee
 
 __all__ = [
     "BY_VALUE",
+    "GLOBAL",
     "IMPLICIT",
     "REDUCED",
+    "Certificate",
     "Kink",
     "LowerGap",
     "Measurement",
     "Referee",
     "as_referee",
+    "certify",
     "distance",
     "fit_rate",
     "for_many_minimisers",
