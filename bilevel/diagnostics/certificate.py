@@ -106,7 +106,8 @@ def certify(problem: BilevelProblem, max_nodes: int = MAX_NODES) -> Certificate:
 
     Args:
         problem: f affine or convex quadratic in (x, y); g(x, .) convex quadratic or affine with a gradient affine in
-            (x, y), so that a term x'K y is fine in g; all constraints of both levels affine.
+            (x, y), so that a term x'K y is fine in g, and a multiple of it in f where no row of the follower moves with
+            x; all constraints of both levels affine.
         max_nodes: how many nodes are split at most.
 
     Raises:

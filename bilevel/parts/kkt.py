@@ -176,7 +176,7 @@ class _Quadratic(NamedTuple):
 
 
 def conditions(found: Numbers) -> Conditions | None:
-    """The program; None where f is not convex on it."""
+    """The program; None where f is not convex on it, also not without its term x'K y (`_objective`)."""
     model = found.model
     rows, equal = _follower_rows(found)
     seen = np.abs(rows.C).max(axis=1, initial=0) > 0
@@ -192,9 +192,7 @@ def conditions(found: Numbers) -> Conditions | None:
     A = np.concatenate([A, np.concatenate([outside.B, outside.C], axis=1), more_A])
     rest = 2 * k + q
     wide = lambda M: np.concatenate([M, np.zeros((len(M), rest))], axis=1)  # noqa: E731
-    Q = np.zeros((n + m + rest,) * 2)
-    Q[: n + m, : n + m] = np.asarray(model.slope.J, float)
-    c = np.append(np.asarray(model.slope.c, float), np.zeros(rest))
+    Q, c = _objective(model.slope, g, rows, equal)
     pairs = n + m + np.stack([np.arange(k), k + np.arange(k)], axis=1)
     program, widths, scale = _balanced(Program(
         Q, c, 0.0, np.concatenate([E, wide(more_E)]), np.append(e, more_e),
@@ -209,6 +207,32 @@ def conditions(found: Numbers) -> Conditions | None:
     num_rows = len(np.asarray(found.lower[1])) + len(model.h.c) + len(model.h_eq.c)
     return Conditions(program, sizes, float(model.value), scale, widths, rows.row, g.unit * rows.weight, equal.row,
                       g.unit * equal.weight, num_rows, follower, g.P, rows.B, equal.B)  # fmt: skip
+
+
+def _objective(slope: polynomial.Affine, g: _Quadratic, rows: _Rows, equal: _Rows) -> tuple[np.ndarray, np.ndarray]:
+    """(Q, c) of the objective in (x, y, s, lam, mu), without f's term x'K y where g has the same but for a factor.
+
+    Where the follower's rows do not move with x, complementarity makes of the stationary g, times y,
+
+        y'P x + y'Q y + d'y + lam'h + mu'h_eq = 0,
+
+    f plus any multiple of that is f at all points that count: a seller's revenue x'y, which the buyer pays, is
+    linear in the multipliers.
+    """
+    m, (k, n), q = len(g.d), rows.B.shape, len(equal.h)
+    Q, c = np.zeros((n + m + 2 * k + q,) * 2), np.zeros(n + m + 2 * k + q)
+    Q[: n + m, : n + m], c[: n + m] = np.asarray(slope.J, float), np.asarray(slope.c, float)
+    K, size = Q[:n, n : n + m].copy(), float((g.P**2).sum())
+    if rows.B.any() or equal.B.any() or not size or not K.any():
+        return Q, c
+    factor = -float((K * g.P.T).sum()) / size
+    rest = K + factor * g.P.T
+    rest[np.abs(rest) <= 100 * np.finfo(np.asarray(slope.J).dtype).eps * np.abs(K).max()] = 0
+    Q[:n, n : n + m], Q[n : n + m, :n] = rest, rest.T
+    Q[n : n + m, n : n + m] += 2 * factor * g.Q
+    c[n : n + m] += factor * g.d
+    c[n + m + k :] += factor * np.concatenate([rows.h, equal.h])
+    return Q, c
 
 
 def _equations(g: _Quadratic, rows: _Rows, equal: _Rows) -> tuple[np.ndarray, np.ndarray]:

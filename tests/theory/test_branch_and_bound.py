@@ -119,6 +119,35 @@ def test_a_quadratic_leader_in_float32():
     np.testing.assert_allclose([found.value, *found.x, *found.y], [2, 3, 2, 2], rtol=1e-6)
 
 
+def revenue(x, y, batch):
+    return -x @ y
+
+
+def buyers(x, y, batch):
+    return jnp.sum(y**2) / 2 + (x - batch) @ y
+
+
+def prices(key):
+    return jnp.zeros(2), jnp.zeros(2)
+
+
+def test_a_sellers_revenue_is_convex_in_the_multipliers():
+    """y = max(min(b - x, 1), 0), b = (3, 1.5): x y is largest at the kink x = 2, where it is 2, and at b/2, where it is
+    (3/4)^2. Where the buyer's rows move with the price that is not known, and refused.
+    """
+    problem = bilevel.BilevelProblem(
+        revenue, bilevel.Minimize(buyers), x_set=bilevel.Box(0.0, 5.0), y_set=bilevel.Box(0.0, 1.0),
+        lower_data=bilevel.Full(jnp.array([3.0, 1.5])), init=prices,
+    )  # fmt: skip
+    found = certify(problem)
+    assert found.status == Status.CONVERGED
+    np.testing.assert_allclose([found.value, found.lower_bound], -2.5625, atol=1e-8)
+    np.testing.assert_allclose([*found.x, *found.y], [2, 0.75, 1, 0.75], atol=1e-7)
+    moving = bilevel.LinearCoupling(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones(1))
+    with pytest.raises(bilevel.InvalidInput, match="f convex"):
+        certify(dataclasses.replace(problem, coupling=moving))
+
+
 def follows(x, y, batch):
     return jnp.sum((y - x) ** 2) / 2
 

@@ -68,7 +68,8 @@ class BranchAndBound(Solver):
     `bilevel.diagnostics.certify` returns the certificate.
 
     Assumptions: f affine or convex quadratic in (x, y); g(x, .) affine or convex quadratic, g_y affine in (x, y): terms
-        x'K y are fine in g and only in g; the coupling, X, Y, G and H affine. Others are refused by name.
+        x'K y are fine in g, and in f where g has the same but for a factor and no row of the follower moves with x, as
+        in what a buyer pays; the coupling, X, Y, G and H affine. Others are refused by name.
     Cost per step: two linear or quadratic programs a node, and at worst 2^(rows of the follower) nodes.
 
     Args:
