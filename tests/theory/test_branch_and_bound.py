@@ -153,7 +153,7 @@ def follows(x, y, batch):
 
 
 def product(x, y, batch):
-    return jnp.sum(x * y)
+    return -jnp.sum(x * y)
 
 
 def bent(x, y, batch):
