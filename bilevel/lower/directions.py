@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.linear import CG, GMRES, dense_matrix
 
@@ -33,7 +34,8 @@ def directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> 
         """(U, s) with U'U = H + s diag(rows), rows = absolute row sums of H, with the first s of 0, rounding,
         1/256, 1/64, ... that suffices; s > 1 does (Gershgorin). A zero row gets a one on the diagonal.
         """
-        H = jax.vmap(operator(flat))(jnp.eye(n, dtype=dtype))  # symmetric: rows are columns
+        with oracles.times(n):
+            H = jax.vmap(operator(flat))(jnp.eye(n, dtype=dtype))  # symmetric: rows are columns
         rows = jnp.abs(H) @ jnp.ones_like(like)
 
         zero = jnp.zeros((), dtype)
@@ -60,9 +62,14 @@ def directions(operator: Callable, like: Array, minimize: bool, dense: bool) -> 
 
     if dense and minimize:
         return cholesky, by_cholesky, (jnp.zeros((n, n), dtype), jnp.zeros((), dtype))
+
+    def lu(flat: Array) -> PyTree:
+        with oracles.times(n):
+            return jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype))
+
     if dense:
         return (
-            lambda flat: jax.scipy.linalg.lu_factor(dense_matrix(operator(flat), n, dtype)),
+            lu,
             lambda lu, flat, R, eta: (-apply_inverse(lu, False, R), yes, yes),
             (jnp.zeros((n, n), dtype), jnp.zeros(n, jnp.int32)),
         )

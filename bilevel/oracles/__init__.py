@@ -33,13 +33,14 @@ from bilevel.oracles.calls import (
     values_by_sample,
     weighted_value_and_gradient,
 )
-from bilevel.oracles.counts import batched, counting
+from bilevel.oracles.counts import batched, counting, counting_runs, times
 
 __all__ = [
     "batched",
     "constant_hessian",
     "constant_residual",
     "counting",
+    "counting_runs",
     "coupling_derivative",
     "coupling_pullback",
     "coupling_residual",
@@ -59,6 +60,7 @@ __all__ = [
     "penalty_by_sample",
     "residual",
     "residual_square_gradients",
+    "times",
     "unrolled_objective",
     "upper_gradients",
     "upper_value",
