@@ -35,6 +35,7 @@ from bilevel.solvers.exact.branch_and_bound import BranchAndBound
 from bilevel.solvers.exact.implicit import Implicit
 from bilevel.solvers.exact.lbfgs import LBFGS
 from bilevel.solvers.exact.sqp import SQP
+from bilevel.solvers.exact.trust_region import TrustRegion
 from bilevel.solvers.implicit.aid import AID
 from bilevel.solvers.implicit.amigo import AmIGO
 from bilevel.solvers.implicit.itd import ITD
@@ -131,6 +132,7 @@ __all__ = [
     "Status",
     "StepSize",
     "StocBiO",
+    "TrustRegion",
     "Unrolled",
     "Unsupported",
     "UpperConstraints",
