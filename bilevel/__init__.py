@@ -18,6 +18,7 @@ from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
+from bilevel.recommend import Recommendation, recommend
 from bilevel.record import OracleCount, Record, Row, Stats, Status
 from bilevel.run import advance, checkpoint, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
@@ -117,6 +118,7 @@ __all__ = [
     "ProjectedNewton",
     "ProxF2SA",
     "Reals",
+    "Recommendation",
     "Record",
     "Row",
     "SampledPenalty",
@@ -146,6 +148,7 @@ __all__ = [
     "linear",
     "lower",
     "oracles",
+    "recommend",
     "report",
     "run",
     "sensitivity",

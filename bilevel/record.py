@@ -313,6 +313,8 @@ class Stats(TypedDict):
     """The rate of the steepest descent at the end, where that was tested for a kink; None elsewhere."""
     goldstein: dict[str, float] | None
     """The radius and distance behind the word GOLDSTEIN; None elsewhere."""
+    recommended: str
+    """The solver and the reason, where `bilevel.recommend` chose it; "" where it was named."""
     failed: dict[str, int]
     """An assumption of the method that steps saw fail, as a sentence: at how many of them."""
 

@@ -158,7 +158,8 @@ def solution_html(solution: "Solution", max_rows: int = 12) -> str:
 
 
 def _title(solution: "Solution") -> str:
-    return f"{solution.stats['solver']} (tol {solution.stats['tol']:.1e})"
+    title, why = f"{solution.stats['solver']} (tol {solution.stats['tol']:.1e})", solution.stats.get("recommended")
+    return f"{title}, recommended. {why}" if why else title
 
 
 def _chosen(rows: list[Row], max_rows: int) -> list[Row]:

@@ -14,6 +14,7 @@ always (problem, state, key), and (x, y, batch) for the user's functions. Solver
 `bilevel.run`.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
@@ -24,6 +25,10 @@ from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Referee, Status
 
 PyTree = Any
+
+
+KNOWN: dict[str, type["Solver"]] = {}
+"""Every solver that discovery found, by name (`bilevel.solvers.discover`), those made around another one, too."""
 
 
 class About(NamedTuple):
@@ -127,6 +132,12 @@ class Solver:
         By default a constrained lower level is refused.
         """
         return refuse_constrained_lower(self, problem)
+
+
+def complete(kind: type[Solver]) -> bool:
+    """Whether the class has a default for each of its settings: not where it is made around another solver."""
+    fields = dataclasses.fields(kind)  # pyright: ignore[reportArgumentType]  # every solver is a dataclass
+    return all((f.default, f.default_factory) != (dataclasses.MISSING, dataclasses.MISSING) for f in fields)
 
 
 def refusal(solver: Solver, problem: BilevelProblem) -> str | None:

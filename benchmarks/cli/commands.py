@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.cli.options import Json, usage_errors
+from benchmarks.cli.options import Json, Precision, usage_errors
 from benchmarks.show.terminal import console, progress
 from benchmarks.study.compilation import use_quick_compilation
 
@@ -28,6 +28,53 @@ PEERS_EXAMPLES = (
     "bilevax peers --repeats 101 --python torch-environment/bin/python --json",
     "Those that are not installed are skipped: pip install 'bilevax[peers]'.",
 )
+
+RECOMMEND_EXAMPLES = (
+    "bilevax recommend -p ridge",
+    "bilevax recommend -p 'nonconvex[case=mb_3_19]' -p quadratic",
+    "bilevax recommend -p 'hyper_cleaning[batch_size=100]' --json | python -m json.tool",
+    "In Python: print(bilevel.recommend(problem)); bilevel.solve(problem, key=key) takes the first.",
+)
+
+
+def recommend(
+    problem: Annotated[
+        list[str], typer.Option("--problem", "-p", metavar="NAME[K=V,…]", help="A problem; may be repeated.")
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Of the instance and of its start.")] = 0,
+    precision: Precision = 64,
+    as_json: Json = False,
+) -> None:
+    """Say which solvers suit a problem, the best first, with reasons, from what can be seen of it without solving it.
+
+    Exit code: 0 each problem has a solver, 1 one has none, 2 bad usage.
+    """
+    if precision not in (32, 64):
+        raise typer.BadParameter(f"got {precision}; expected 64 or 32.", param_hint="--precision")
+    use_quick_compilation()
+    import jax
+
+    import bilevel
+    from benchmarks.study import registry
+
+    found: dict[str, dict | None] = {}
+    with usage_errors(), jax.enable_x64(precision == 64):
+        for text in problem:
+            name = registry.label(text)
+            try:
+                answer = bilevel.recommend(registry.build_instance(text, seed).problem, jax.random.key(seed))
+            except bilevel.InvalidInput as error:
+                raise registry.UsageError(f"{name}: {error}") from error
+            except bilevel.Unsupported as error:
+                found[name] = None
+                typer.echo(f"bilevax: {name}: {error}", err=True)
+                continue
+            found[name] = answer.as_dict()
+            if not as_json:
+                typer.echo("\n".join([*([""] * (len(found) > 1)), name, str(answer)]))
+    if as_json:
+        typer.echo(json.dumps(found))
+    raise typer.Exit(1 if None in found.values() else 0)
 
 
 def expert(

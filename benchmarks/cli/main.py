@@ -365,6 +365,7 @@ def report_(
 
 app.command("doctor", epilog=examples(*commands.DOCTOR_EXAMPLES))(commands.doctor)
 app.command("expert", epilog=examples(*commands.EXPERT_EXAMPLES))(commands.expert)
+app.command("recommend", epilog=examples(*commands.RECOMMEND_EXAMPLES))(commands.recommend)
 app.command("peers", epilog=examples(*commands.PEERS_EXAMPLES))(commands.peers)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import bilevel
 import irl
+from bilevel.recommend import RULES
 from bilevel.solver import Solver
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,15 @@ def comparison(solvers: Solvers) -> str:
     return "\n".join(parts)
 
 
+def rules() -> str:
+    """The rules of `bilevel.recommend` in their order: the first whose condition holds gives the list."""
+    lines = ["The problem is one where", "First, with the reason", "Then"], []
+    for rule in RULES:
+        (first, why), *rest = rule.solvers.items()
+        lines[1].append([rule.when, f"`{first}`: {why}", ", ".join(f"`{name}`" for name, _ in rest)])
+    return table(*lines)
+
+
 def api(solvers: Solvers) -> str:
     """An entry of the API for each solver."""
     return "\n".join(
@@ -102,9 +112,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "ideas": lambda: ideas(own(bilevel.solvers.ALL, "bilevel.solvers")),
     "comparison": lambda: comparison(own(bilevel.solvers.ALL, "bilevel.solvers")),
     "api": lambda: api(own(bilevel.solvers.ALL, "bilevel.solvers")),
+    "rules": rules,
     "irl": lambda: api(own(irl.solvers.ALL, "irl.solvers")),
 }
-PAGES = {"README.md": ("ideas",), "docs/choose-a-solver.md": ("comparison",), "docs/api.md": ("api", "irl")}
+PAGES = {"README.md": ("ideas",), "docs/choose-a-solver.md": ("rules", "comparison"), "docs/api.md": ("api", "irl")}
 
 
 def current(text: str) -> str:

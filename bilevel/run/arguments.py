@@ -17,6 +17,7 @@ from bilevel.backend.checks import check_like, check_point
 from bilevel.backend.tracing import under_trace
 from bilevel.diagnostics import BY_VALUE, IMPLICIT, REDUCED, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
+from bilevel.recommend import recommend
 from bilevel.record import Row
 from bilevel.solver import Solver
 from bilevel.struct import invalid
@@ -75,6 +76,8 @@ class Arguments:
     progress: bool | None = None
     measure: Referee | Callable | None = None
     start: tuple[PyTree, PyTree] = (None, None)
+    recommended: str = ""
+    """Why the solver runs, where nobody named it."""
 
     def __post_init__(self) -> None:
         """NumPy's whole numbers become Python's, which a checkpoint can write."""
@@ -101,6 +104,20 @@ class Arguments:
         if self.measure is not None and not (isinstance(self.measure, Referee) or callable(self.measure)):
             expected, do = "a diagnostics.Referee, a function, or None", "Leave it out for the problem's and solver's."
             invalid("measure", type(self.measure).__name__, expected, do)
+
+
+def solver_of(problem: BilevelProblem, solver: Solver | None) -> tuple[Solver, str]:
+    """(the solver of a run, why it is that one: "" where it was named).
+
+    Raises:
+        InvalidInput: as `check_problem_and_solver` and `recommend`.
+        Unsupported: none was named, and none takes the problem.
+    """
+    if solver is None:
+        first = recommend(problem)[0]
+        return first.solver, f"{first.name}: {first.why}"
+    check_problem_and_solver(problem, solver)
+    return solver, ""
 
 
 def check_problem_and_solver(problem: object, solver: object) -> None:

@@ -28,9 +28,9 @@ from bilevel.run.arguments import (
     Arguments,
     check_key,
     check_not_traced,
-    check_problem_and_solver,
     check_start,
     referee_of,
+    solver_of,
 )
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, run_notes, save_checkpoint
 from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
@@ -50,7 +50,7 @@ _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()
 
 def solve(
     problem: BilevelProblem,
-    solver: Solver,
+    solver: Solver | None = None,
     *,
     key: Array,
     x0: PyTree = None,
@@ -70,7 +70,7 @@ def solve(
 
     Args:
         problem: what to solve.
-        solver: how.
+        solver: how. Default: the one that `bilevel.recommend(problem)` names first; the report says which and why.
         key: a typed key, `jax.random.key(seed)`; the run is a function of it.
         x0: where to start, shaped like init's x0; default what the problem's init gives. In `solve_many` all keys start
             there.
@@ -106,9 +106,9 @@ def solve(
         CheckpointError: a checkpoint that cannot be used.
         SolveError: with `throw`, unless the run ends well.
     """
-    arguments = Arguments(max_steps, every, tol, time_limit, callback, checkpoint, progress, measure, (x0, y0))
-    check_problem_and_solver(problem, solver)
     check_not_traced("solve", problem, solver, key, x0, y0)
+    solver, why = solver_of(problem, solver)
+    arguments = Arguments(max_steps, every, tol, time_limit, callback, checkpoint, progress, measure, (x0, y0), why)
     arguments.check()
     check_key("key", key, 0, "one typed key, jax.random.key(seed)", "Use solve_many for several keys.")
     with sharding.on(mesh) as devices:
@@ -120,7 +120,7 @@ def solve(
 
 def solve_many(
     problem: BilevelProblem,
-    solver: Solver,
+    solver: Solver | None = None,
     *,
     keys: Array,
     x0: PyTree = None,
@@ -144,9 +144,9 @@ def solve_many(
     Raises:
         InvalidInput, Unsupported: as of `solve`; keys that the devices do not divide.
     """
-    arguments = Arguments(max_steps, every, tol, time_limit, None, None, progress, measure, (x0, y0))
-    check_problem_and_solver(problem, solver)
     check_not_traced("solve_many", problem, solver, keys, x0, y0)
+    solver, why = solver_of(problem, solver)
+    arguments = Arguments(max_steps, every, tol, time_limit, None, None, progress, measure, (x0, y0), why)
     arguments.check()
     check_key("keys", keys, 1, "typed keys of shape [n], n >= 1", "Use jax.random.split(key, n).")
     many: Many = True if mesh is None else sharding.automatic(mesh)
@@ -389,8 +389,7 @@ class Driver:
         stats: Stats = {
             "solver": type(self.solver).__name__, "referee": self.referee.name, "steps": at.step, "tol": self.tol,
             "setup_time": self.clock.setup, "solve_time": self.clock.solve, "measure_time": self.clock.measure,
-            "oracles": at.step * self.passes,
-            "cost": self.cost.as_dict(),
+            "oracles": at.step * self.passes, "cost": self.cost.as_dict(), "recommended": self.arguments.recommended,
             "best_step": best.step, "best_value": best.row["value"],
             "end_is_worse": worse(self.records[k].rows[-1], best.row, self.allowed, self.referee.at_y),
             "kink": self.records[k].rows[-1].get("kink"), "goldstein": None if hull is None else hull._asdict(),

@@ -53,6 +53,16 @@ class Set:
         """A random point of the set, shaped like `like`. The distribution is stated by each set."""
         raise NotImplementedError
 
+    def around(self, key: Array, center: PyTree) -> PyTree:
+        """A random point of the set: `sample` where it is `bounded`, else `center` plus a normal step as long as
+        1 + |center_i| in entry i, projected.
+        """
+        if self.bounded:
+            return self.sample(key, center)
+        flat, unravel = ravel_pytree(center)
+        step = (1 + jnp.abs(flat)) * jax.random.normal(key, flat.shape, flat.dtype)
+        return self.project(unravel(flat + step))
+
     def fill(self, uniform: Array, key: Array, like: PyTree) -> PyTree:
         """Points of the set shaped like `like`, stacked, one for each row of `uniform` [num, dim], numbers in (0, 1).
 

@@ -5,7 +5,6 @@ A file whose name begins with _ is a helper, and is passed over; so is a method 
 class one of whose settings has no default.
 """
 
-import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -15,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from bilevel.backend import moved
-from bilevel.solver import Solver
+from bilevel.solver import KNOWN, Solver, complete
 
 
 def modules(package: str) -> Iterator[ModuleType]:
@@ -27,20 +26,15 @@ def modules(package: str) -> Iterator[ModuleType]:
 
 
 def discover(package: str) -> dict[str, type[Solver]]:
-    """The solvers of an imported package, by name."""
-    found = {}
+    """The solvers of an imported package, by name; `bilevel.recommend` knows them from then on."""
+    found: dict[str, type[Solver]] = {}
     for module in modules(package):
         for name, value in vars(module).items():
             own = inspect.isclass(value) and value.__module__ == module.__name__
-            if own and issubclass(value, Solver) and not name.startswith("_") and _complete(value):
+            if own and issubclass(value, Solver) and not name.startswith("_"):
                 found[name] = value
-    return dict(sorted(found.items()))
-
-
-def _complete(kind: type) -> bool:
-    """Whether the class has a default for each of its settings."""
-    defaults = [(field.default, field.default_factory) for field in dataclasses.fields(kind)]
-    return all(pair != (dataclasses.MISSING, dataclasses.MISSING) for pair in defaults)
+    KNOWN.update(found)
+    return {name: kind for name, kind in sorted(found.items()) if complete(kind)}
 
 
 ALL = discover(__name__)
