@@ -20,7 +20,7 @@ from bilevel.lower.directional import Directional, directional_derivative
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.recommend import Recommendation, recommend
 from bilevel.record import OracleCount, Record, Row, Stats, Status
-from bilevel.run import advance, checkpoint, solve, solve_many
+from bilevel.run import Optimum, advance, checkpoint, local_optima, solve, solve_many
 from bilevel.run.checkpoint import CheckpointError
 from bilevel.sets import Ball, Box, Intersection, Polyhedron, Product, Reals, Simplex, SmoothSet
 from bilevel.sets.coupling import UpperConstraints
@@ -110,6 +110,7 @@ __all__ = [
     "Minimize",
     "Neumann",
     "Newton",
+    "Optimum",
     "OracleCount",
     "PerSample",
     "PerSamplePenalty",
@@ -146,6 +147,7 @@ __all__ = [
     "hypergradient",
     "implicit_objective",
     "linear",
+    "local_optima",
     "lower",
     "oracles",
     "recommend",

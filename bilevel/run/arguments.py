@@ -19,6 +19,7 @@ from bilevel.diagnostics import BY_VALUE, IMPLICIT, REDUCED, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
 from bilevel.recommend import recommend
 from bilevel.record import Row
+from bilevel.run.lanes import Anywhere
 from bilevel.solver import Solver
 from bilevel.struct import invalid
 
@@ -160,7 +161,7 @@ def check_start(problem: BilevelProblem, start: tuple[PyTree, PyTree]) -> tuple[
     likes = jax.eval_shape(lambda: problem.init(jax.random.key(0)))
     found = []
     for name, given, like in zip(("x0", "y0"), start, likes, strict=True):
-        if given is not None:
+        if given is not None and not isinstance(given, Anywhere):
             check_like(name, given, like, f"init's {name}")
             given = jax.tree.map(lambda leaf, want: jnp.asarray(leaf, want.dtype), given, like)
             check_point(name, given, may_be_empty=name == "x0")

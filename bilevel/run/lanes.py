@@ -25,10 +25,16 @@ from bilevel.backend.tree import strong
 from bilevel.problem import BilevelProblem
 from bilevel.record import Measurement, Status
 from bilevel.solver import Solver
+from bilevel.struct import struct
 
 PyTree = Any
 Many = bool | Mesh
-Start = tuple[PyTree, PyTree]  # (x0, y0); None for what the problem's init gives
+Start = tuple[PyTree, PyTree]  # (x0, y0); None for what the problem's init gives, x0 `Anywhere` for a drawn one
+
+
+@struct
+class Anywhere:
+    """The x0 of a run that starts at a point of X drawn by its key, `x_set.around` init's x0."""
 
 
 def advance(
@@ -173,7 +179,11 @@ def init_at(problem: BilevelProblem, solver: Solver, key: Array, start: Start, m
     def one(problem: BilevelProblem, solver: Solver, start: Start, key: Array) -> PyTree:
         def begin(key: Array) -> tuple[PyTree, PyTree]:
             x, y = problem.init(key)
-            return x if start[0] is None else start[0], y if start[1] is None else start[1]
+            if isinstance(start[0], Anywhere):
+                x = problem.x_set.around(jax.random.fold_in(key, 1), x)
+            elif start[0] is not None:
+                x = start[0]
+            return x, y if start[1] is None else start[1]
 
         return strong(solver.init(dataclasses.replace(problem, init=begin), jax.random.fold_in(key, 0x7FFFFFFF)))
 
