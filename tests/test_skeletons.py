@@ -1,5 +1,6 @@
 """The complete files in docs/add-a-*.md: copied, found by discovery, and held to a contract."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -8,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import bilevel
 import problems
+from benchmarks.cli.main import app
 from benchmarks.show import solver_tables
-from bilevel import oracles, solvers
+from bilevel import solvers
 from bilevel.backend.tree import distance
 from bilevel.solvers import implicit
 
@@ -75,11 +78,28 @@ def test_a_solver_that_is_only_a_file(skeleton_solver, skeleton_instance, key):
     assert solution.status == bilevel.Status.CONVERGED
     assert distance(solution.x, truth.x) < 1e-7
     assert distance(solution.y, truth.y) < 1e-7
+    assert all(jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(solution.state))
 
-    state = solution.state
-    jitted = jax.jit(solver.step)(problem, state, key)
-    with jax.disable_jit(), oracles.counting() as counted:
-        eager = solver.step(problem, state, key)
-    assert counted().as_dict() == solver.cost(problem).as_dict()
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12), jitted, eager)
-    assert all(jnp.issubdtype(leaf.dtype, jnp.number) for leaf in jax.tree.leaves(state))
+
+@pytest.mark.slow
+def test_a_solver_in_a_file_of_ones_own_is_checked(tmp_path):
+    title = copy_skeleton("add-a-solver.md", tmp_path)
+    shown = CliRunner().invoke(app, ["check-solver", str(tmp_path / Path(title).name), "--json"])
+    found = json.loads(shown.stdout)
+    assert (shown.exit_code, found["faults"]) == (0, 0)
+    lines = {check["name"]: check["found"] for check in found["checks"]}
+    assert "CONVERGED" in lines["quadratic: a run"]
+    assert "LinearCoupling" in lines["rows"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("x = 1", "got none"), ("x =", "SyntaxError"), ("raise KeyError('mine')", "KeyError"), (None, "a Python file")],
+)
+def test_a_file_without_a_solver_is_named(tmp_path, text, said):
+    path = tmp_path / "mine.py"
+    if text is not None:
+        path.write_text(text, "utf8")
+    shown = CliRunner().invoke(app, ["check-solver", str(path)])
+    assert shown.exit_code == 2
+    assert said in shown.stderr

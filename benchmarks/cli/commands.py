@@ -23,6 +23,8 @@ DOCTOR_EXAMPLES = (
     "Exit code 1 where something is wrong with this machine.",
 )
 
+MOST_CHECKS = 21  # lines of `check-solver`, of a solver that takes all instances
+
 PEERS_EXAMPLES = (
     "bilevax peers",
     "bilevax peers --repeats 101 --python torch-environment/bin/python --json",
@@ -77,6 +79,13 @@ def recommend(
     raise typer.Exit(1 if None in found.values() else 0)
 
 
+CHECK_SOLVER_EXAMPLES = (
+    "bilevax check-solver mine.py",
+    "bilevax check-solver mine.py --json",
+    "The file is a program and is run. docs/add-a-solver.md has one to begin with.",
+)
+
+
 def expert(
     environment: Annotated[str, typer.Argument(metavar="ENV", help="Of gymnax or Gymnasium's MuJoCo.")],
     steps: Annotated[int | None, typer.Option(min=1000, help="In the environment, and as many updates.")] = None,
@@ -124,6 +133,30 @@ def peers(
     typer.echo(json.dumps(found) if as_json else table.as_text(found))
 
 
+def check_solver(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="With one subclass of bilevel.Solver.")],
+    as_json: Json = False,
+) -> None:
+    """Check a solver in a file of its own: the contract that every solver keeps, and short runs with known optima.
+
+    Exit code: 0 nothing is wrong, 1 a fault, 2 no such file, or not one solver in it.
+    """
+    use_quick_compilation()
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    with usage_errors():
+        from benchmarks.judge import solver_check
+
+        kind = solver_check.load(file)
+    with progress(MOST_CHECKS) as on_check:
+        checks = []
+        for number, check in enumerate(solver_check.check(kind)):
+            on_check(number, check.name)
+            checks.append(check)
+    _show_checks(checks, as_json)
+
+
 def doctor(as_json: Json = False) -> None:
     """Check this machine: versions, devices, threads, precision, and whether what is compiled here is right."""
     use_quick_compilation()
@@ -135,15 +168,20 @@ def doctor(as_json: Json = False) -> None:
     with progress(len(platform.CHECKS)) as on_check:
         number = itertools.count()
         checks = platform.check_all(lambda name: on_check(next(number), name))
+    _show_checks(checks, as_json)
+
+
+def _show_checks(checks: list, as_json: bool) -> None:
+    """Print what was found, and exit with 1 where a check is a fault."""
     faults = sum(check.verdict == "fault" for check in checks)
     if as_json:
         typer.echo(json.dumps({"checks": [check._asdict() for check in checks], "faults": faults}))
     else:
-        _doctor_table(checks)
+        _table_of_checks(checks)
     raise typer.Exit(1 if faults else 0)
 
 
-def _doctor_table(checks: list) -> None:
+def _table_of_checks(checks: list) -> None:
     from rich import box
     from rich.table import Table
 
@@ -153,3 +191,12 @@ def _doctor_table(checks: list) -> None:
     for check in checks:
         table.add_row(check.name, check.verdict, check.found, check.advice)
     console().print(table)
+
+
+BY_NAME = {
+    "check-solver": (check_solver, CHECK_SOLVER_EXAMPLES),
+    "doctor": (doctor, DOCTOR_EXAMPLES),
+    "expert": (expert, EXPERT_EXAMPLES),
+    "peers": (peers, PEERS_EXAMPLES),
+    "recommend": (recommend, RECOMMEND_EXAMPLES),
+}

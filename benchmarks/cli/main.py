@@ -363,10 +363,8 @@ def report_(
         typer.echo(html.write(folder, out, by=by, tolerance=tol))
 
 
-app.command("doctor", epilog=examples(*commands.DOCTOR_EXAMPLES))(commands.doctor)
-app.command("expert", epilog=examples(*commands.EXPERT_EXAMPLES))(commands.expert)
-app.command("recommend", epilog=examples(*commands.RECOMMEND_EXAMPLES))(commands.recommend)
-app.command("peers", epilog=examples(*commands.PEERS_EXAMPLES))(commands.peers)
+for _name, (_command, _lines) in commands.BY_NAME.items():
+    app.command(_name, epilog=examples(*_lines))(_command)
 
 
 def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:

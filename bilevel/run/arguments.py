@@ -127,6 +127,9 @@ def check_problem_and_solver(problem: object, solver: object) -> None:
     if not isinstance(solver, Solver):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
         invalid("solver", got, "a solver", "Make one: bilevel.AID().")
+    if jax.tree.leaves(solver) == [solver]:
+        do = "Put @bilevel.struct.struct(kw_only=True) before its class."
+        invalid("solver", f"{type(solver).__name__}, which JAX takes for a number", "a pytree of its settings", do)
     for name, count in vars(solver).items():
         if isinstance(count, type):
             do = f"Make one: {count.__name__}()."

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,16 +11,10 @@ import pytest
 
 import bilevel
 import problems
-from bilevel import oracles
-from bilevel.backend.bounded import Flat
-from bilevel.diagnostics import BY_VALUE, IMPLICIT
+from benchmarks.judge import contract
 from bilevel.run import lanes
 
 SOLVERS = bilevel.solvers.ALL
-
-
-def step_fields(kind):
-    return [field.name for field in dataclasses.fields(kind) if field.name.endswith("step_size")]
 
 
 # Renewing samples compiles four times as much: tests/theory/test_sampled_penalty.py has that half of its contract.
@@ -32,7 +25,7 @@ def make(kind, size=0.05):
     """A solver with all steps of one size, and with loops of at most three passes, where it has settings for them."""
     loops = [field.name for field in dataclasses.fields(kind) if re.fullmatch(r"num_\w+_steps", field.name)]
     short = {name: min(3, getattr(kind(), name)) for name in loops}
-    return kind(**dict.fromkeys(step_fields(kind), size), **{**short, **QUICK.get(kind.__name__, {})})
+    return kind(**dict.fromkeys(contract.step_sizes(kind), size), **{**short, **QUICK.get(kind.__name__, {})})
 
 
 def quadratic(seed=0, bound=3.0):
@@ -113,30 +106,6 @@ def suited(kind, seed=0, bound=3.0):
     return problem if make(kind).unsupported(problem) is None else boxed(seed, bound)
 
 
-def start(problem, solver, key):
-    """The first state, as `solve` makes it."""
-    return lanes.init(Flat(problem), Flat(solver), key, False)
-
-
-def advance(problem, solver, state, key, num_steps):
-    """(state, info) by the compiled function of `solve`: one compilation serves most tests of a solver."""
-    return lanes.advance_lanes(Flat(problem), Flat(solver), state, key, 0, num_steps, False)[:2]
-
-
-def solve(problem, *args, many=False, **kwargs):
-    """`bilevel.solve`, measured by the true lower gap where the lower level is constrained."""
-    measure = BY_VALUE if problem.constrained_lower else IMPLICIT
-    return (bilevel.solve_many if many else bilevel.solve)(problem, *args, measure=measure, **kwargs)
-
-
-def assert_same(a, b, rtol=0.0):
-    """Equal leaf by leaf; to the bit where rtol is 0."""
-    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
-        if jnp.issubdtype(one.dtype, jax.dtypes.prng_key):
-            one, other = jax.random.key_data(one), jax.random.key_data(other)
-        np.testing.assert_allclose(one, other, rtol=rtol, atol=rtol)
-
-
 def test_discovery_finds_the_solvers_of_the_foundation():
     assert {"AID", "ITD", "SOBA", "SABA", "StocBiO", "AmIGO"} <= set(SOLVERS)
     assert all(getattr(bilevel, name) is kind for name, kind in SOLVERS.items())
@@ -164,69 +133,35 @@ def test_only_methods_that_compare_values_refuse_fixed_points():
 
 @each_solver
 def test_only_numeric_leaves(kind):
-    assert all(isinstance(leaf, float) for leaf in jax.tree.leaves(make(kind)))
+    contract.numbers_are_leaves(make(kind))
     numbers = [field.name for field in dataclasses.fields(kind) if isinstance(field.default, float)]
-    assert len(jax.tree.leaves(make(kind))) == len(step_fields(kind)) + len(numbers)
+    assert len(jax.tree.leaves(make(kind))) == len(contract.step_sizes(kind)) + len(numbers)
 
 
 @each_solver
 def test_documented(kind):
-    text = kind.__doc__
-    for part in ("Assumptions:", "Cost per step:", "Args:", "Reference:", "Differs from the paper"):
-        assert part in text, f"{kind.__name__} lacks {part}"
+    contract.documented(kind)
 
 
 @each_solver
 def test_jit_equals_eager_and_counted_cost_equals_declared(kind, problem, key):
-    solver = make(kind)
-    state = start(problem, solver, key)
-    compiled, first = advance(problem, solver, state, key, 1), jax.random.fold_in(key, 0)
-    with jax.disable_jit(), oracles.counting() as count:
-        eager = solver.step(problem, state, first)
-    assert_same(compiled, eager, rtol=1e-12)
-    counted, declared = count().as_dict(), solver.cost(problem).as_dict()
-    if solver.adaptive:
-        assert all(counted[name] >= least for name, least in declared.items())
-    else:
-        assert counted == declared
+    contract.jit_and_cost(problem, make(kind), key)
 
 
 @each_solver
 def test_output_is_shaped_like_init_and_finite(kind, problem, key):
-    solver = make(kind)
-    state, _ = advance(problem, solver, start(problem, solver, key), key, 3)
-    for out, like in zip(solver.output(problem, state), problem.init(key), strict=True):
-        assert jax.tree.structure(out) == jax.tree.structure(like)
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(like), strict=True):
-            assert (a.shape, a.dtype) == (b.shape, b.dtype)
-            assert np.isfinite(a).all()
+    contract.output_like_init(problem, make(kind), key)
 
 
 @each_solver
 def test_chunks_and_resume_are_exact_to_the_bit(kind, key, tmp_path):
-    problem, solver = suited(kind), make(kind)
-    whole = solve(problem, solver, key=key, max_steps=23, every=23, tol=0.0)
-    chunked = solve(problem, solver, key=key, max_steps=23, every=4, tol=0.0)
-    assert_same(whole.state, chunked.state)
-    path = tmp_path / "run.checkpoint"
-    solve(problem, solver, key=key, max_steps=9, every=3, tol=0.0, checkpoint=path)
-    resumed = solve(problem, solver, key=key, max_steps=23, every=4, tol=0.0, checkpoint=path)
-    assert_same(whole.state, resumed.state)
+    resumed = contract.chunks_and_resume(suited(kind), make(kind), key, tmp_path)
     assert list(resumed.record["step"]) == [0, 3, 6, 9, 12, 16, 20, 23]
-    assert resumed.record["value"][-1] == whole.record["value"][-1]
 
 
 @each_solver
 def test_vmap_over_keys_and_step_sizes_equals_a_loop(kind):
-    problem, sizes, keys = suited(kind), [0.01, 0.03, 0.05], jax.random.split(jax.random.key(7), 3)
-
-    def final(size, key):
-        solver = make(kind, size)
-        return advance(problem, solver, start(problem, solver, key), key, 12)[0]
-
-    together = jax.vmap(final)(jnp.array(sizes), keys)
-    for lane, (size, key) in enumerate(zip(sizes, keys, strict=True)):
-        assert_same(final(size, key), jax.tree.map(lambda leaf, lane=lane: leaf[lane], together), rtol=1e-10)
+    contract.vmap_equals_loop(suited(kind), functools.partial(make, kind), [0.01, 0.03, 0.05])
 
 
 @pytest.mark.parametrize("kind", [bilevel.SOBA, bilevel.SampledPenalty], ids=lambda kind: kind.__name__)
@@ -234,44 +169,31 @@ def test_many_keys_solved_together_equal_a_loop(kind):
     """What `solve_many` adds to a vmap is the driver's and the same for all: one for each of the two measures."""
     problem, solver = suited(kind), make(kind)
     keys = jax.random.split(jax.random.key(7), 3)
-    together = solve(problem, solver, many=True, keys=keys, max_steps=12, every=6, tol=0.0)
+    together = contract.solve(problem, solver, many=True, keys=keys, max_steps=12, every=6, tol=0.0)
     for key, solution in zip(keys, together, strict=True):
-        alone = solve(problem, solver, key=key, max_steps=12, every=6, tol=0.0)
-        assert_same(alone.state, solution.state, rtol=1e-10)
+        alone = contract.solve(problem, solver, key=key, max_steps=12, every=6, tol=0.0)
+        contract.same("alone and together", alone.state, solution.state, rtol=1e-10)
         np.testing.assert_allclose(alone.record["value"], solution.record["value"], rtol=1e-8)
 
 
 @each_solver
 def test_a_second_instance_and_other_step_sizes_compile_nothing(kind, key):
-    solve(suited(kind, 1), make(kind, 0.05), key=key, max_steps=5, every=2)
+    contract.solve(suited(kind, 1), make(kind, 0.05), key=key, max_steps=5, every=2)
     compiled = (lanes.init, lanes.advance_lanes, lanes.measure_lanes)
     before = [function.count() for function in compiled]
-    solve(suited(kind, 2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
+    contract.solve(suited(kind, 2), make(kind, 0.04), key=jax.random.key(9), max_steps=7, every=3)
     assert [function.count() for function in compiled] == before
 
 
 @each_solver
 def test_other_data_and_step_sizes_are_traced_once(kind, key):
     """Also outside of `solve`: in a loop of one's own."""
-
-    def step(problem, solver, state, key):
-        return solver.step(problem, state, key)
-
-    chex.clear_trace_counter()  # it knows functions by their hash, which a later one may have again
-    step = jax.jit(chex.assert_max_traces(step, n=1))
-    for seed, size in ((1, 0.05), (2, 0.04)):
-        problem, solver = suited(kind, seed), make(kind, size)
-        state = start(problem, solver, key)
-        after, _ = jax.eval_shape(step, problem, solver, state, key)
-        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    contract.traced_once([(suited(kind, 1), make(kind, 0.05)), (suited(kind, 2), make(kind, 0.04))], key)
 
 
 @each_solver
 def test_bad_input_is_named(kind):
-    for field in step_fields(kind):
-        for bad in (-1.0, 0.0, float("nan"), float("inf")):
-            with pytest.raises(bilevel.InvalidInput, match=f"{kind.__name__}.{field}: got"):
-                kind(**{field: bad})
+    contract.refuses_bad_steps(kind)
 
 
 def in_a_box():
@@ -309,6 +231,4 @@ def test_a_coupling_that_the_theory_excludes_is_named(key):
 
 @each_solver
 def test_upper_set_is_respected(kind, key):
-    problem, solver = suited(kind, bound=0.1), make(kind, 0.3)
-    state, _ = advance(problem, solver, start(problem, solver, key), key, 4)
-    assert np.abs(state.x).max() <= 0.1
+    contract.respects_the_upper_set(suited(kind, bound=0.1), make(kind, 0.3), key)
