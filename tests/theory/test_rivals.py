@@ -9,11 +9,11 @@ import pytest
 
 import bilevel
 import problems
-from bilevel.diagnostics.gap import measure_global
+from bilevel.diagnostics import lower_gap
 from bilevel.solvers.penalty.bvfsm import barrier
 from problems.nonconvex_scaled import soft_threshold, weighted_l1
 
-measure = jax.jit(measure_global)
+judge = jax.jit(lower_gap)  # what `measure_global` judges by, without the descent that nobody asks for here
 
 
 @jax.jit
@@ -29,10 +29,10 @@ def end(instance, solver, steps, seed=0):
 
 def assert_solved(instance, x, y, tol=0.02, gap=1e-3, violation=1e-6):
     """The criterion of the suite: |F - F*| <= tol (1 + |F*|), a small true gap, feasible."""
-    measured = measure(instance.problem, x, y)
-    assert abs(measured.value - instance.truth.value) <= tol * (1 + abs(instance.truth.value))
-    assert measured.lower_residual <= gap
-    assert measured.violation <= violation
+    found, value = judge(instance.problem, x, y), instance.problem.upper(x, y, instance.problem.upper_data.full())
+    assert abs(value - instance.truth.value) <= tol * (1 + abs(instance.truth.value))
+    assert abs(found.gap) <= gap
+    assert instance.problem.x_set.violation(x) + found.violation <= violation
 
 
 def test_meha_with_a_non_smooth_lower_level():
