@@ -293,18 +293,18 @@ def suited(kind: type[bilevel.Solver], problem: bilevel.BilevelProblem) -> bool:
 
 
 def study(names: list[str], seeds: tuple[int, ...], steps: int, seconds: float, out: Path) -> dict[str, Any]:
-    """All runs on the instances; kept in `out` as they come, so that a broken study goes on."""
+    """All runs on the instances; kept in `out` as they come, so that a broken study goes on with what is left."""
     found = json.loads(out.read_text()) if out.exists() else {}
     for name in names:
         for seed in seeds:
             label = f"{name} {seed}"
-            if label in found:
-                continue
-            example, begin, runs = instance(name, seed), time.perf_counter(), []
-            for kind in bilevel.solvers.ALL.values():
+            example, begin, done = instance(name, seed), time.perf_counter(), found.setdefault(label, [])
+            left = set(bilevel.solvers.ALL) - {made["solver"] for made in done}
+            runs = []
+            for kind in (bilevel.solvers.ALL[solver] for solver in sorted(left)):
                 if suited(kind, example.problem):
-                    runs.append(run(example, kind, seed, steps, seconds))
-            found[label] = [made._asdict() for made in runs]
+                    runs.append(run(example, kind, seed, steps, seconds)._asdict())
+            found[label] = done + runs
             saved = out.with_suffix(".part")
             saved.write_text(json.dumps(found))
             saved.replace(out)

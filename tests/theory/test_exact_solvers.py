@@ -115,7 +115,7 @@ def test_newton_steps_through_the_valley(key, dtype):
 
 def test_trust_region_refuses_other_sets_and_bad_counts():
     problem = least_squares(5, bilevel.Simplex(1.0))[0]
-    assert "x_set = Simplex" in bilevel.TrustRegion().unsupported(problem)
+    assert "x_set = Simplex" in str(bilevel.TrustRegion().unsupported(problem))
     with pytest.raises(bilevel.InvalidInput, match=r"TrustRegion\.max_products"):
         bilevel.TrustRegion(max_products=0)
 

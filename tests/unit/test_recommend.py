@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import bilevel
+from bilevel.parts.seen import LARGEST
 from bilevel.solver import KNOWN
 
 rules = importlib.import_module("bilevel.recommend")  # the package has the function under this name
@@ -47,7 +48,7 @@ def make(lower: Any = bilevel.Minimize(bowl), **fields: Any):  # noqa: B008
 
 
 def row(x, y):
-    return y[:1] - 0.5
+    return y[:1] ** 2 - 0.5
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,7 @@ def row(x, y):
         (make(), "strongly convex", "LBFGS"),
         (make(bilevel.Minimize(one_sided)), "flat", None),
         (make(bilevel.Minimize(waves), y_set=bilevel.Box(-2.0, 2.0)), "not convex", "SampledPenalty"),
+        (make(y_set=bilevel.Box(-2.0, 2.0)), "strongly convex", "BranchAndBound"),
         (make(bilevel.FixedPoint(halved)), "contraction", "LBFGS"),
         (make(bilevel.FixedPoint(doubled)), "no contraction", "LBFGS"),
         (make(upper_constraints=bilevel.UpperConstraints(inequality=row)), "strongly convex", "SQP"),
@@ -104,6 +106,14 @@ def test_a_new_solver_is_found_and_not_ranked(monkeypatch):
     assert "AugmentedLagrangian" not in bilevel.recommend(make()).others
 
 
+def test_where_no_rule_ranks_those_that_take_it_are_listed(monkeypatch):
+    monkeypatch.setattr(rules, "RULES", ())
+    found = bilevel.recommend(make())
+    assert found.rule == rules.UNRANKED
+    assert found.others == ()
+    assert found[0].name == min(KNOWN.keys() - found.refused.keys() - {"AugmentedLagrangian"})
+
+
 def test_every_solver_of_a_rule_exists():
     for rule in rules.RULES:
         assert all(isinstance(rules.build(name), bilevel.Solver) for name in rule.solvers)
@@ -124,7 +134,7 @@ def saddled(x, y, batch):
 
 
 def many(key):
-    return jnp.zeros(2), jnp.zeros(rules.LARGEST + 1)
+    return jnp.zeros(2), jnp.zeros(LARGEST + 1)
 
 
 @pytest.mark.parametrize(("bend", "curvature"), [(0.0, "not seen to bend down"), (1.0, "not convex")])

@@ -55,4 +55,4 @@ def test_bad_numbers_are_named(key):
     with pytest.raises(bilevel.InvalidInput, match="apart"):
         bilevel.local_optima(PROBLEM, key=key, apart=-1.0)
     with pytest.raises(bilevel.InvalidInput, match="problem"):
-        bilevel.local_optima(jax, key=key)
+        bilevel.local_optima(jax, key=key)  # pyright: ignore[reportArgumentType]
