@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
 from bilevel.backend.bounded import bounded_jit
+from bilevel.backend.host import on_host
 from bilevel.backend.precision import full_precision
 from bilevel.backend.tree import norm
 from bilevel.diagnostics.checks import check_by_value
@@ -90,8 +91,8 @@ def refusal(problem: BilevelProblem) -> str | None:
         if curved is not None:
             return f"needs an {name} described by linear rows; got {curved}"
     reason = kkt.reason(*_numbers(problem))
-    if reason is None:
-        return None
+    if reason is None or "f convex" not in reason:
+        return reason
     parts = ("y_set", problem.y_set), ("coupling", problem.coupling)
     return ", ".join([reason, *(f"{name} = {type(part).__name__}" for name, part in parts if part is not None)])
 
@@ -197,19 +198,21 @@ def _weak_duality(program: Program, hi: np.ndarray, proof: Any) -> float:
     if (hi < program.lo).any():
         return np.inf
     nu, lam = proof.nu, np.minimum(proof.lam, 0.0)
-    reduced, total = q.copy(), 0.0
+    reduced, total, rounding = q.copy(), 0.0, 0.0
     for rows, ends, weights in ((program.E, program.e, nu), (program.A, program.b, lam)):
         reduced -= weights @ rows
         total += float(weights @ ends)
+        rounding += 1e-12 * float(np.abs(weights) @ np.abs(ends))
     noise = 1e-8 * (1 + np.abs(q) + np.abs(nu) @ np.abs(program.E) + np.abs(lam) @ np.abs(program.A))
     for r, low, high, small in zip(reduced, program.lo, hi, noise, strict=True):
         end = low if r > 0 else high
         if np.isfinite(end):
             total += r * end
+            rounding += 1e-12 * abs(r * end)
         elif abs(r) > small:
             return -np.inf
     if proof.empty:
-        return np.inf if total > 1e-9 * (1 + np.abs(nu).max(initial=0)) else -np.inf
+        return np.inf if total > rounding + 1e-9 * (1 + np.abs(nu).max(initial=0)) else -np.inf
     return total - float(proof.w @ program.Q @ proof.w) / 2 + program.constant
 
 
@@ -241,21 +244,20 @@ def _at_point(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Arr
         C, hi = jnp.concatenate([C, J]), jnp.concatenate([hi, ends])
         lo = jnp.concatenate([lo, jnp.full_like(unequal, -jnp.inf), ends[unequal.size :]])
     shape = jax.ShapeDtypeStruct((), flat.dtype)
-    fall = jax.pure_callback(_fall, shape, slope, flat, C, lo, hi, vmap_method="sequential")
+    fall = on_host(_fall, shape, slope, flat, C, lo, hi)
     outside = problem.x_set.violation(x) + problem.y_set.violation(y) + norm(oracles.coupling_residual(problem, x, y))
     if problem.upper_constraints is not None:
         outside = outside + upper_violation(problem.upper_constraints.values(x, y))
     return oracles.upper_value(problem, x, y, problem.upper_data.full()), fall, outside
 
 
-def _fall(slope: Any, y: Any, C: Any, lo: Any, hi: Any) -> np.ndarray:
+def _fall(slope: Any, y: Any, C: Any, lo: Any, hi: Any) -> float:
     """max over Y(x), within 1 + |y| of y, of slope'(y - w), over max(1, |slope|); infinite where there is no w."""
     from scipy.optimize import linprog
 
-    dtype = np.asarray(y).dtype
     slope, y, C, lo, hi = (np.asarray(part, float) for part in (slope, y, C, lo, hi))
     if not (np.isfinite(y).all() and np.isfinite(slope).all()):
-        return np.asarray(np.inf, dtype)
+        return np.inf
     size = np.maximum(np.abs(C).max(axis=1, initial=0), 1e-300)
     C, lo, hi = C / size[:, None], lo / size, hi / size
     lo, hi = np.minimum(lo, C @ y), np.maximum(hi, C @ y)  # y's own violation is judged elsewhere
@@ -264,8 +266,7 @@ def _fall(slope: Any, y: Any, C: Any, lo: Any, hi: Any) -> np.ndarray:
     b = np.concatenate([hi[np.isfinite(hi)], -lo[np.isfinite(lo)]])
     ends: Any = np.stack([y - reach, y + reach], axis=1)
     found = linprog(slope / unit, A, b, bounds=ends, options={"dual_feasibility_tolerance": 1e-10})
-    fall = np.inf if found.fun is None else max(float(slope @ y / unit - found.fun), 0.0)
-    return np.asarray(fall, dtype)
+    return np.inf if found.fun is None else max(float(slope @ y / unit - found.fun), 0.0)
 
 
 def _tol(dtype: Any) -> float:
@@ -290,19 +291,18 @@ class Globally:
         near = jnp.maximum(fall, outside) <= _tol(value.dtype)
         args = kkt.numbers(problem, x0, y0), near, value
         shape = jax.ShapeDtypeStruct((), value.dtype)
-        above = jax.pure_callback(self._above, shape, *args, vmap_method="sequential")
+        above = on_host(self._above, shape, *args)
         return Measurement(
             value=value, hypergradient=above, error_bound=jnp.zeros_like(value), lower_residual=fall,
             violation=outside, status=jnp.asarray(Status.ESTIMATED),
         )  # fmt: skip
 
-    def _above(self, found: kkt.Numbers, near: Any, value: Any) -> np.ndarray:
+    def _above(self, found: kkt.Numbers, near: Any, value: Any) -> float:
         """|f - bound|/(1 + |f|)."""
-        dtype = np.asarray(value).dtype
         if not bool(near):
-            return np.asarray(np.inf, dtype)
-        bound = judged(*kkt.searched(jax.tree.map(np.asarray, found), self.max_nodes)).bound
-        return np.asarray(abs(float(value) - bound) / (1 + abs(float(value))), dtype)
+            return np.inf
+        bound = judged(*kkt.searched(found, self.max_nodes)).bound
+        return abs(float(value) - bound) / (1 + abs(float(value)))
 
 
 GLOBAL = Referee("the follower by a linear program, F by the bound that a tree proves", Globally(), EXPONENT,

@@ -322,7 +322,7 @@ def answer(found: Conditions, x: np.ndarray) -> np.ndarray | None:
 def point(found: Conditions, z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(x [n], y [m]) of a point of the program."""
     n, m, *_ = found.sizes
-    z = found.widths * z
+    z = found.widths * z + 0.0  # no -0
     return z[:n], z[n : n + m]
 
 

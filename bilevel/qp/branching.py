@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bilevel.qp.programs import Program, Relaxed, relax
+from bilevel.qp.programs import Program, Relaxed, Warm, relax
 
 ZERO = 1e-7  # up to which an unknown of a pair counts as zero, where all sides are guessed
 EVERY = 8  # expansions from one guess by `complete` to the next, once the first ones are done
@@ -53,6 +53,7 @@ class Search:
         """
         self.program, self.gap, self.complete = program, gap, complete
         self.nodes: list[Node] = []
+        self._warm = Warm.of(program)
         self.value, self.z, self.ray = np.inf, None, None
         self.expanded, self.failed = 0, 0
         self._open: list[tuple[float, int]] = []
@@ -105,7 +106,7 @@ class Search:
 
     def _visit(self, parent: int, pair: int, side: int, fixed: np.ndarray) -> None:
         """Solve a node's relaxation, look whether it is a point of the program, and keep it open where it is not."""
-        relaxed = relax(self.program, self.program.fixed(fixed))
+        relaxed = relax(self.program, self.program.fixed(fixed), self._warm)
         if relaxed.word == "failed" and parent >= 0:  # the bound above holds here, too
             above = self.nodes[parent].relaxed
             relaxed = relaxed._replace(bound=above.bound, proof=above.proof)
@@ -124,7 +125,7 @@ class Search:
 
     def _try(self, sides: np.ndarray) -> None:
         """Take the best point with one unknown of each pair at zero, where there is one and it is better."""
-        found = relax(self.program, self.program.fixed(sides))
+        found = relax(self.program, self.program.fixed(sides), self._warm)
         if found.word == "unbounded" and found.z is not None:
             self.value, self.z, self.ray = -np.inf, found.z, found.ray
         elif found.word == "solved" and found.z is not None and self.program.value(found.z) < self.value:

@@ -9,6 +9,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend.host import on_host
 from bilevel.backend.tree import distance
 from bilevel.diagnostics import certificate
 from bilevel.parts import kkt
@@ -133,8 +134,7 @@ class BranchAndBound(Solver):
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
                               (flat_x, flat_y, state.lower_bound, state.nodes, state.word))  # fmt: skip
         args = kkt.numbers(problem, *problem.init(jax.random.key(0))), flat_x, flat_y
-        host = _Host(self.max_nodes, str(state.nodes.dtype))
-        x, y, bound, nodes, word = jax.pure_callback(host, shapes, *args, vmap_method="sequential")
+        x, y, bound, nodes, word = on_host(_Host(self.max_nodes), shapes, *args)
         x, y = to_x(x), to_y(y)
         inside = problem.x_set.project(x)  # x is there but for rounding
         near = distance(x, inside) <= 1e-6 * (1 + distance(x, jax.tree.map(jnp.zeros_like, x)))
@@ -156,16 +156,13 @@ class _Host:
     """The search as a function of arrays."""
 
     max_nodes: int
-    whole: str
-    """The dtype of whole numbers."""
 
-    def __call__(self, found: kkt.Numbers, x: Any, y: Any) -> tuple[np.ndarray, ...]:
+    def __call__(self, found: kkt.Numbers, x: Any, y: Any) -> tuple[Any, ...]:
         """(x, y, lower bound, nodes, word)."""
-        x, y = np.asarray(x), np.asarray(y)
-        program, search = kkt.searched(jax.tree.map(np.asarray, found), self.max_nodes)
+        program, search = kkt.searched(found, self.max_nodes)
         told = certificate.judged(program, search)
-        if search.z is not None:
-            x, y = (part.astype(x.dtype) for part in kkt.point(program, search.z))
         ends = np.finfo(x.dtype)
-        bound = np.clip(told.bound, float(ends.min), float(ends.max)).astype(x.dtype)
-        return x, y, np.asarray(bound), np.asarray(len(search.nodes), self.whole), np.asarray(told.status, self.whole)
+        if search.z is not None:
+            x, y = kkt.point(program, search.z)
+        bound = np.clip(told.bound, float(ends.min), float(ends.max))
+        return x, y, bound, len(search.nodes), int(told.status)
