@@ -104,13 +104,14 @@ def records_figure(records: Mapping[str, Sequence[Table]], title: str = "", opti
         for c, (axis, unit) in enumerate(
             (("oracles", "oracle calls (passes over the data)"), ("time", "solver time (s)"))
         ):
-            ax = axes[r][c]
+            ax, positive = axes[r][c], False
             for k, (label, runs) in enumerate(records.items()):
                 for i, record in enumerate(runs):
                     values = record[column] - (optimum or 0.0) if r == 0 else record[column]
                     style = {"alpha": 1.0, "lw": 1.6, "label": label} if i == 0 else {"alpha": 0.3, "lw": 0.8}
                     ax.plot(record[axis], values, color=f"C{k % 10}", **style)
-            if r > 0 or optimum is not None:
+                    positive |= bool((values > 0).any())
+            if (r > 0 or optimum is not None) and positive:
                 ax.set_yscale("log")
             ax.set_xlabel(unit)
             ax.set_ylabel(names[r])

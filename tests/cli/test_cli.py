@@ -281,7 +281,7 @@ def test_every_suite_can_be_run_and_says_its_rule(path):
 
 def test_the_suites_that_there_are():
     named = ["quickstart", "quadratic", "nonconvex", "constrained", "data", "adversarial", "irl-tabular", "irl-control"]
-    named += ["regressions"]
+    named += ["regressions", "exact"]
     assert set(named) <= {path.stem for path in registry.SUITES.glob("*.toml")}
 
 

@@ -64,7 +64,8 @@ class BranchAndBound(Solver):
     least bound is split on the row that is violated most. No multiplier is given a bound of any kind. At times the
     follower is solved at a relaxation's x, and the best point of the same decisions is a candidate.
 
-    The whole search is the first step, on the host; the steps after it do nothing. Of several answers of the follower
+    The whole search is the first step, on the host, and `time_limit` does not interrupt it; the steps after it do
+    nothing. Of several answers of the follower
     the leader has the choice. Each leaf keeps a proof of its bound, and all are computed again before a word is said;
     `bilevel.diagnostics.certify` returns the certificate.
 
