@@ -258,7 +258,7 @@ def recommend(problem: BilevelProblem, key: Array | None = None) -> Recommendati
     refused = refusals(problem)
     left = [name for name, kind in sorted(KNOWN.items()) if complete(kind) and name not in refused]
     if not left:
-        raise Unsupported(f"no solver takes this problem: {seen}. " + " ".join(refused.values()))
+        raise Unsupported(f"no solver takes this problem: {seen}. Each has its reason, as {refused['LBFGS']}")
     return Recommendation(seen, UNRANKED, tuple(Choice(build(name), name, "takes it") for name in left), problem)
 
 
