@@ -6,7 +6,7 @@ import pytest
 import problems
 from bilevel import InvalidInput, Status
 from bilevel.diagnostics import certify
-from problems import tolls
+from problems import textbook, tolls
 
 
 @pytest.mark.parametrize(("width", "height", "pairs"), [(2, 2, 1), (3, 3, 2)])
@@ -44,11 +44,40 @@ def test_large_ones_have_a_truth_too():
     np.testing.assert_allclose(value, instance.truth.value, rtol=1e-10)
 
 
+@pytest.mark.parametrize("case", textbook.CASES)
+def test_textbook_optima(case):
+    instance = problems.make("textbook", case=case)
+    found = certify(instance.problem)
+    assert found.status == Status.CONVERGED
+    np.testing.assert_allclose([found.value, found.lower_bound], instance.truth.value, atol=1e-8)
+
+
+@pytest.mark.parametrize("case", [name for name, case in textbook.CASES.items() if len(case.c) == 2])
+def test_textbook_optima_on_a_grid(case):
+    """One unknown of each level: y is the end of an interval, or the vertex of a parabola, and no x is better."""
+    given = textbook.CASES[case]
+    terms = lambda H, x, y: sum(number * (x, y)[i] * (x, y)[j] for i, j, number in H)  # noqa: E731
+    x = np.linspace(0, min(given.x_ends[1], 20), 200_001)
+    lo, hi = (np.full(x.shape, end) for end in given.y_ends)
+    for (a, b), h in zip(given.A, given.b, strict=True):
+        end = (h - a * x) / b
+        lo, hi = (lo, np.minimum(hi, end)) if b > 0 else (np.maximum(lo, end), hi)
+    curvature = 2 * terms(given.G, 0, 1)
+    slope = given.d[1] + terms(given.G, x, 1) - terms(given.G, x, 0) - curvature / 2
+    y = np.clip(-slope / curvature, lo, hi) if curvature else np.where(slope > 0, lo, hi)
+    F = terms(given.H, x, y) + given.c[0] * x + given.c[1] * y + given.c0
+    good = lo <= hi + 1e-9
+    for row, end in zip(given.U, given.u, strict=True):
+        good &= row[0] * x + row[1] * y <= end + 1e-9
+    np.testing.assert_allclose(F[good].min(), given.value, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("name", "params", "words"),
     [
         ("tolls", {"width": 1}, r"width, height, pairs \(tolls\)"),
         ("tolls", {"width": 6, "height": 6, "pairs": 3}, "combinations"),
+        ("textbook", {"case": "none"}, r"case \(textbook\)"),
         ("separable", {"kind": "cubic"}, r"kind \(separable\)"),
         ("separable", {"blocks": 0}, r"blocks \(separable\)"),
     ],
