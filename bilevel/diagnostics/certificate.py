@@ -5,6 +5,7 @@ proof by weak duality. Here that is computed again, by matrix products that shar
 minimiser of the follower is asked of a linear program of its own, with g's gradient from the user's function.
 """
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,7 +91,8 @@ def refusal(problem: BilevelProblem) -> str | None:
         curved = next((type(part).__name__ for part in one.simple() if not part.polyhedral), None)
         if curved is not None:
             return f"needs an {name} described by linear rows; got {curved}"
-    reason = kkt.reason(*_numbers(problem))
+    found, deviations = _numbers(problem)
+    reason = kkt.reason(found, deviations) or kkt.lacks(found)
     if reason is None or "f convex" not in reason:
         return reason
     parts = ("y_set", problem.y_set), ("coupling", problem.coupling)
@@ -144,8 +146,17 @@ class Judged(NamedTuple):
     """Of F, in the problem's units."""
 
 
+_judged: "weakref.WeakKeyDictionary[Search, Judged]" = weakref.WeakKeyDictionary()
+
+
 def judged(found: kkt.Conditions, search: Search) -> Judged:
-    """The word for a search, by the tree's proofs."""
+    """The word for a search, by the tree's proofs, which are multiplied out at the first call."""
+    if search not in _judged:
+        _judged[search] = _judge(found, search)
+    return _judged[search]
+
+
+def _judge(found: kkt.Conditions, search: Search) -> Judged:
     program = found.program
     bound = proved(program, search)
     in_units = found.scale * bound + found.constant
@@ -198,19 +209,14 @@ def _weak_duality(program: Program, hi: np.ndarray, proof: Any) -> float:
     if (hi < program.lo).any():
         return np.inf
     nu, lam = proof.nu, np.minimum(proof.lam, 0.0)
-    reduced, total, rounding = q.copy(), 0.0, 0.0
-    for rows, ends, weights in ((program.E, program.e, nu), (program.A, program.b, lam)):
-        reduced -= weights @ rows
-        total += float(weights @ ends)
-        rounding += 1e-12 * float(np.abs(weights) @ np.abs(ends))
+    reduced = q - nu @ program.E - lam @ program.A
     noise = 1e-8 * (1 + np.abs(q) + np.abs(nu) @ np.abs(program.E) + np.abs(lam) @ np.abs(program.A))
-    for r, low, high, small in zip(reduced, program.lo, hi, noise, strict=True):
-        end = low if r > 0 else high
-        if np.isfinite(end):
-            total += r * end
-            rounding += 1e-12 * abs(r * end)
-        elif abs(r) > small:
-            return -np.inf
+    ends = np.where(reduced > 0, program.lo, hi)
+    open_end = np.isinf(ends)
+    if (np.abs(reduced) > noise)[open_end].any():
+        return -np.inf
+    terms = [program.e * nu, program.b * lam, (reduced * np.where(open_end, 0, ends))]
+    total, rounding = (sum(float(part.sum()) for part in parts) for parts in (terms, [1e-12 * abs(t) for t in terms]))
     if proof.empty:
         return np.inf if total > rounding + 1e-9 * (1 + np.abs(nu).max(initial=0)) else -np.inf
     return total - float(proof.w @ program.Q @ proof.w) / 2 + program.constant

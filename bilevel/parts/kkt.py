@@ -20,6 +20,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import constraints
+from bilevel.backend.extras import missing
 from bilevel.oracles import polynomial
 from bilevel.problem import BilevelProblem
 from bilevel.qp.branching import Search
@@ -116,6 +117,17 @@ def reason(found: Numbers, deviations: np.ndarray) -> str | None:
     if conditions(found) is None:
         least = _extremes(np.asarray(model.slope.J, float))[0]
         return f"needs an f convex in (x, y) above Minimize(g); got its Hessian with an eigenvalue of {least:.3g}"
+    return None
+
+
+def lacks(found: Numbers) -> str | None:
+    """What is not installed that the problem needs, or None."""
+    n = np.asarray(found.upper[0]).shape[1]
+    if np.asarray(found.model.residual.J)[:, n:].any() or np.asarray(found.model.slope.J).any():
+        try:
+            import clarabel  # noqa: F401
+        except ModuleNotFoundError as error:
+            return f"needs Clarabel, for quadratic programs; got none: {missing(error, 'reference')}"
     return None
 
 
