@@ -217,6 +217,11 @@ class TwoLayer:
         units = [jnp.sum(jax.nn.relu(z @ (self.weights + half).T), axis=-1) for half in D]
         return (units[0] - units[1]) / (2 * self.weights.shape[0]) ** 0.5
 
+    def at_unit_vectors(self, D: Array) -> Array:
+        """The values f(z; D), shape [d], at the d unit vectors z."""
+        units = [jnp.sum(jax.nn.relu(self.weights + half), axis=0) for half in D]
+        return (units[0] - units[1]) / (2 * self.weights.shape[0]) ** 0.5
+
 
 @struct
 class TwoLayerReward(Reward):

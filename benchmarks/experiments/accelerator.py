@@ -25,7 +25,6 @@ from rich.console import Console
 from rich.table import Table
 
 import bilevel
-import irl
 import problems
 from benchmarks.experiments import devices, neural_irl, scale
 from benchmarks.peers import sac
@@ -72,9 +71,7 @@ def perturbed(num: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
 
 def neural(width: int) -> tuple[bilevel.BilevelProblem, bilevel.Solver]:
     """The 5 x 5 gridworld of `benchmarks.experiments.neural_irl`."""
-    return neural_irl.make_run(neural_irl.world(), 0, width).train, irl.NeuralIRL(
-        lower_step_size=0.2, upper_step_size=0.6, averaging=3.0, width=width
-    )
+    return neural_irl.make_run(neural_irl.world(), 0, width).train, neural_irl.solver(width)
 
 
 def methods() -> Makers:

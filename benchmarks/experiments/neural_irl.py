@@ -71,6 +71,7 @@ class Trace(NamedTuple):
     length: Array
 
 
+@functools.cache
 def world() -> World:
     """The gridworld of seed 0."""
     instance = gridworld.make(trajectories=0)
@@ -131,11 +132,13 @@ def follow(pairs: list[tuple[Run, irl.NeuralIRL]], steps: int, points: int = 30)
 def solver(width: int, eta: float = ETA, alpha: float = ALPHA, decay: float = 0.5, **settings: Any) -> irl.NeuralIRL:
     """With every number an array, so that runs with other numbers stack."""
     numbers = {"upper_decay": decay, "weight_decay": settings.pop("weight_decay", 0.0), "averaging": 3.0}
+    numbers["upper_delay"] = 1.0
     arrays = {name: jnp.asarray(number) for name, number in numbers.items()}
     return irl.NeuralIRL(
         lower_step_size=jnp.asarray(eta),
         upper_step_size=jnp.asarray(alpha),
         radius=jnp.asarray(50.0),
+        inputs=one_hot_pairs(*world().mdp.shape),
         width=width,
         **arrays,
         **settings,
