@@ -14,6 +14,7 @@ NO_VALUE = (  # F has no value here, but maybe at the next x
 USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
 JUDGED = *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR  # of a row: F is what it is said to be
 SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found
+PROVED = Status.INFEASIBLE, Status.UNBOUNDED  # of a solver that computes a proof: no F can say otherwise
 RISE = 1e-3  # part of |F_0| by which F may stay above F_0
 CLIMB = 0.1  # part of |F_0| by which F may climb over the last quarter
 NOISE = 3.0  # times the noise, beside both
@@ -40,6 +41,7 @@ def last_word(
 ) -> Status:
     """The status of a run that came to its limit of steps or time. Any other status stays. The first that applies:
 
+    0. A warning of the solver that is a proof, INFEASIBLE or UNBOUNDED: as 3.
     1. DIVERGED, where `diverged` says so.
     2. What the referee says of the last row, where something is wrong with it: a run may pass through such an x, but it
        may not end there with a good word. Where Y(x) is empty that is NO_FOLLOWER.
@@ -47,16 +49,18 @@ def last_word(
     """
     if status not in (Status.MAX_STEPS, Status.TIME_LIMIT):
         return status
+    last = rows[-1]
+    steps = last["step"] if status == Status.MAX_STEPS else 0
+    warned = [warning for name, warning in solver.warnings.items() if 0 < steps <= 2 * failed[name]]
+    if proved := [warning for warning in warned if warning in PROVED]:
+        return proved[0]
     if diverged(rows, tol, at_y):
         return Status.DIVERGED
-    last = rows[-1]
     if last["status"] in (Status.INFEASIBLE_LOWER,):
         return Status.NO_FOLLOWER
     if last["status"] not in USABLE:
         return Status(last["status"])
-    steps = last["step"] if status == Status.MAX_STEPS else 0
-    warned = (warning for name, warning in solver.warnings.items() if 0 < steps <= 2 * failed[name])
-    return next(warned, status)
+    return next(iter(warned), status)
 
 
 def diverged(rows: Sequence[Row], tol: float, at_y: bool = False) -> bool:

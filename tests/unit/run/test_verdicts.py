@@ -107,6 +107,20 @@ def test_the_last_row_has_the_last_word():
     assert last_word(solver, Status.CONVERGED, {}, rows(1 + CLIMB), TOL) == Status.CONVERGED
 
 
+class Proves(bilevel.AID):
+    """One that says of an F without end that it has none."""
+
+    assumptions = {"bounded": "F is bounded from below"}  # noqa: RUF012
+    warnings = {"bounded": Status.UNBOUNDED}  # noqa: RUF012
+
+
+def test_a_proof_stands_above_a_rise():
+    record = rows(1 + CLIMB)
+    steps = record[-1]["step"]
+    assert last_word(Proves(), Status.MAX_STEPS, {"bounded": steps}, record, TOL) == Status.UNBOUNDED
+    assert last_word(Proves(), Status.MAX_STEPS, {"bounded": 0}, record, TOL) == Status.DIVERGED
+
+
 def wells(x, y, batch):
     return jnp.sum(jnp.cos(3 * y)) + 0.5 * jnp.sum((y - x) ** 2)
 
