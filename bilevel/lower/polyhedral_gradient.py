@@ -138,11 +138,11 @@ def conclude(
     """The answer where the lower level ended as `lower`: with status `good` where that is CONVERGED and all is finite,
     and where `good` is no good word.
 
-    gradient [dim x]; a failure is never a number.
+    gradient [dim x]; a failure is never a number, and a gradient whose error overflows is one.
     """
     failed = ~solved(lower)
     good = jnp.where((lower == Status.CONVERGED) | ~solved(good), good, lower)
-    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value)
+    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & ~jnp.isnan(error)
     return Hypergradient(
         value=jnp.where(failed, jnp.nan, value),
         gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),

@@ -9,7 +9,7 @@ import pytest
 
 import bilevel
 from bilevel import constraints, diagnostics, reference
-from bilevel.lower import polyhedral
+from bilevel.lower import polyhedral, polyhedral_gradient
 
 Status = bilevel.Status
 SIZE = 5
@@ -184,3 +184,15 @@ def test_what_is_not_supported_says_so():
                 function(problem, x)
     with pytest.raises(NotImplementedError, match="method must be None"):
         bilevel.hypergradient(make(*data), x, method=bilevel.CG())
+
+
+def test_a_gradient_whose_error_overflows_is_no_number():
+    """As of a draw in float32 at scales of 1e14, which was WEAKLY_ACTIVE with the bound NaN."""
+    x, one = jnp.ones(2), jnp.ones(())
+    found = polyhedral_gradient.conclude(
+        jnp.array(Status.CONVERGED), jnp.array(Status.WEAKLY_ACTIVE), x, one, x, jnp.array(jnp.nan),
+        y=x, lower_residual=one, linear_residual=one, active_margin=one, v=x,
+    )  # fmt: skip
+    assert found.status == Status.NONFINITE
+    assert np.isinf(found.error_bound)
+    assert np.isnan(found.gradient).all()
