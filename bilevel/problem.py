@@ -176,6 +176,10 @@ class BilevelProblem:
         rest = sharding.place(dataclasses.replace(self, upper_data=Full(), lower_data=Full()), mesh)
         return dataclasses.replace(rest, upper_data=upper, lower_data=lower)
 
+    def refuses(self, solver: object) -> str | None:
+        """Why `solver` cannot take this kind of problem, a sentence, or None: for kinds that f and g do not define."""
+        return None
+
     def validate(self) -> "BilevelProblem":
         """Check everything that can be checked without solving; return self.
 

@@ -141,11 +141,11 @@ def complete(kind: type[Solver]) -> bool:
 
 
 def refusal(solver: Solver, problem: BilevelProblem) -> str | None:
-    """Why `solver` is not run on this problem, a sentence, or None: its own reason, or upper constraints."""
+    """Why `solver` is not run on this problem, a sentence, or None: its own reason, the problem's, or constraints."""
     name = type(solver).__name__
     if problem.upper_constraints is not None and not solver.upper_constraints:
         return f"{name} does not see upper constraints. Use bilevel.SQP(), or bilevel.AugmentedLagrangian({name}())."
-    return solver.unsupported(problem)
+    return problem.refuses(solver) or solver.unsupported(problem)
 
 
 def refuse_constrained_lower(solver: Solver, problem: BilevelProblem) -> str | None:

@@ -131,6 +131,10 @@ def _task(problem: "ControlImitation") -> Task:
     return Task(problem.reward, problem.agent, problem.center, problem.scale, problem.demonstrations)
 
 
+class Acting:
+    """What marks the solvers whose agent acts in an environment, or learns from those who did."""
+
+
 @struct
 class ControlImitation(ImitationProblem):
     """The bilevel problem of this module's docstring, as `to_control` makes it.
@@ -157,6 +161,12 @@ class ControlImitation(ImitationProblem):
 
     made_by = "irl.to_control"
     parts = ("environment", "reward", "agent", "demonstrations", "center", "scale")
+
+    def refuses(self, solver: object) -> str | None:
+        """Solvers that step no environment would see the demonstrations' transitions alone, and no agent."""
+        if isinstance(solver, Acting):
+            return None
+        return f"{type(solver).__name__} does not step environments. Use irl.DeepMLIRL(), or another of irl.solvers."
 
     @property
     def expert(self) -> Steps:

@@ -25,7 +25,7 @@ from bilevel.solver import Solver
 from bilevel.step import Stepper, StepSize, step_sizes, stepper
 from bilevel.struct import invalid, static, struct
 from irl.deep import control, rollouts
-from irl.deep.control import ControlImitation
+from irl.deep.control import Acting, ControlImitation
 from irl.deep.environments import Environment
 from irl.deep.rollouts import Lanes, Memory, Practice, Steps
 from irl.deep.sac import Learner, Weights
@@ -119,7 +119,7 @@ def default_rule(learning_rate: float, decay: float) -> optax.GradientTransforma
 
 
 @struct(kw_only=True)
-class Imitation(Solver):
+class Imitation(Acting, Solver):
     """The loop of this file's docstring; a solver overrides `reward` and `move`, or more.
 
     Args:

@@ -368,6 +368,8 @@ class TestRuns:
             assert kind().unsupported(deep) is None
         for kind in (irl.MLIRL, irl.MCEIRL, irl.NeuralIRL):
             assert "made by irl.to_bilevel" in kind().unsupported(deep)
+        with pytest.raises(bilevel.Unsupported, match="AID does not step environments"):
+            bilevel.solve(deep, bilevel.AID(), key=jax.random.key(0))
 
     @pytest.mark.parametrize(
         ("settings", "name"),
