@@ -143,6 +143,15 @@ def test_defaults_come_near_and_stay(key, num_transitions):
     assert share <= (1e-4 if num_transitions is None else 1e-2)
 
 
+def test_a_reward_that_runs_away_from_its_agent_is_told(key):
+    """Q a thousand times too slow, the reward as fast as ever: F rises from 16 beyond 100, and no run ends silently."""
+    problem = irl.to_bilevel(MDP, EXPERT, irl.TableReward(9, 5), objective="surrogate")
+    inverted = irl.NeuralIRL(lower_step_size=1e-3, upper_step_size=1.0, upper_decay=0.0, num_transitions=25, width=16)
+    solution = bilevel.solve(problem, inverted, key=key, max_steps=200, every=20)
+    assert solution.record["value"][-1] > 5 * solution.record["value"][0]
+    assert solution.status == bilevel.Status.DIVERGED
+
+
 def test_reasons_and_bad_input():
     assert "surrogate" in irl.NeuralIRL(num_transitions=5).unsupported(network_problem(4))
     horizon = gridworld.make(size=3, horizon=4, trajectories=0).problem
