@@ -145,7 +145,7 @@ RULES: tuple[Rule, ...] = (
         },
     ),
     Rule(
-        "nothing of this",
+        "any other smooth lower level that can be solved",
         lambda seen: True,
         {
             "LBFGS": FULL,

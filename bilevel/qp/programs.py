@@ -197,18 +197,20 @@ def _quadratic(program: Program, hi: np.ndarray) -> tuple[str, Any, np.ndarray, 
         import clarabel
     from scipy import sparse
 
+    solver: Any = clarabel  # which has no types
+
     n, eye = len(program.c), np.eye(len(program.c))
     pinned = hi <= program.lo
     below, above = np.isfinite(program.lo) & ~pinned, np.isfinite(hi) & ~pinned
     equal, rows = [program.E, eye[pinned]], [program.A, -eye[below], eye[above]]
     bound = [program.e, hi[pinned], program.b, -program.lo[below], hi[above]]
     m, k = len(program.e) + pinned.sum(), len(program.b) + below.sum() + above.sum()
-    settings = clarabel.DefaultSettings()
+    settings = solver.DefaultSettings()
     settings.verbose = False
     settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
-    cones = [clarabel.ZeroConeT(int(m)), clarabel.NonnegativeConeT(int(k))]
+    cones = [solver.ZeroConeT(int(m)), solver.NonnegativeConeT(int(k))]
     matrix = sparse.csc_matrix(np.concatenate([*equal, *rows]).reshape(-1, n))
-    found = clarabel.DefaultSolver(
+    found = solver.DefaultSolver(
         sparse.csc_matrix(np.triu(program.Q)), program.c, matrix, np.concatenate(bound), cones, settings
     ).solve()
     word, none = str(found.status), (program.e * 0, program.b * 0)
