@@ -142,7 +142,8 @@ def conclude(
     """
     failed = ~solved(lower)
     good = jnp.where((lower == Status.CONVERGED) | ~solved(good), good, lower)
-    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & ~jnp.isnan(error)
+    bounded = ~jnp.isnan(error) | (good == Status.UNCHECKED)  # that one has no bound
+    finite = jnp.isfinite(gradient).all() & jnp.isfinite(value) & bounded
     return Hypergradient(
         value=jnp.where(failed, jnp.nan, value),
         gradient=ravel_pytree(x)[1](jnp.where(failed | ~finite, jnp.nan, gradient)),

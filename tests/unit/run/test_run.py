@@ -279,7 +279,7 @@ def test_arguments_are_checked(instance, key):
         ({"tol": -1.0}, "tol"), ({"tol": math.nan}, "tol"), ({"time_limit": -1.0}, "time_limit"),
         ({"max_steps": True}, "max_steps"), ({"tol": "small"}, "tol"), ({"time_limit": "1h"}, "time_limit"),
         ({"callback": 1}, "callback"), ({"measure": 1}, "measure"), ({"problem": instance}, "problem"),
-        ({"solver": SOBA}, "solver"), ({"solver": None}, "solver"),
+        ({"solver": SOBA}, "solver"), ({"solver": "SOBA"}, "solver"),
         ({"solver": bilevel.AID(num_lower_steps=1.5)}, "AID.num_lower_steps"),  # pyright: ignore[reportArgumentType]
         ({"solver": bilevel.AID(num_lower_steps=-1)}, "AID.num_lower_steps"),
     ):  # fmt: skip
