@@ -116,9 +116,10 @@ def header() -> str:
 
 def row_cells(row: Row) -> tuple[str, ...]:
     """The texts of a row, one for each of HEADINGS."""
+    calls = "-" if math.isnan(row["oracles"]) else f"{row['oracles']:.5g}"
     return (
         f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
-        f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", f"{row['oracles']:.5g}", f"{row['time']:.3f}",
+        f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", calls, f"{row['time']:.3f}",
         f"kink {row['kink']:.1e}" if "kink" in row else Status(row["status"]).name,
     )  # fmt: skip
 
@@ -172,7 +173,10 @@ def _chosen(rows: list[Row], max_rows: int) -> list[Row]:
 def _footer(solution: "Solution", rows: list[Row]) -> list[str]:
     """The lines below a table of `rows`: status with its advice, times, assumptions that failed."""
     stats = solution.stats
-    unit = f"oracles: passes over the data; feas: distance to the sets; F and hypergrad: {stats['referee']}"
+    calls = "passes over the data"
+    if any(math.isnan(row["oracles"]) for row in rows):
+        calls += ", - where a step takes as many as it needs"
+    unit = f"oracles: {calls}; feas: distance to the sets; F and hypergrad: {stats['referee']}"
     if any(not math.isfinite(row["error_bound"]) for row in rows):
         unit += "; ?: no bound of its error is known"
     lines = [
