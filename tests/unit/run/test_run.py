@@ -293,6 +293,15 @@ def test_arguments_are_checked(instance, key):
         bilevel.solve(instance.problem, solver, key=0)  # pyright: ignore[reportArgumentType]
 
 
+def test_calls_that_no_count_declares_are_a_dash(instance, key):
+    solution = bilevel.solve(instance.problem, bilevel.LBFGS(), key=key, max_steps=2)
+    assert {line.split("|")[5].strip() for line in str(solution).splitlines() if line.count("|") == 7} == {
+        "oracles",
+        "-",
+    }
+    assert "- where a step takes as many as it needs" in str(solution)
+
+
 def test_the_report_reads_as_designed(instance, key):
     solution = bilevel.solve(instance.problem, SOBA(**STEPS), key=key, max_steps=40, every=10, tol=0.0)
     lines = str(solution).splitlines()
