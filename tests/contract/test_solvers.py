@@ -18,7 +18,7 @@ SOLVERS = bilevel.solvers.ALL
 
 
 # Renewing samples compiles four times as much: tests/theory/test_sampled_penalty.py has that half of its contract.
-QUICK = {"SampledPenalty": {"refresh": False, "num_starts": 2}, "DSIGD": {"num_trials": 3}}
+QUICK = {"SampledPenalty": {"refresh": False, "num_starts": 2}}
 
 
 def make(kind, size=0.05):
