@@ -14,6 +14,7 @@ import optax
 from jax import Array
 from jax.core import Tracer
 
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -126,6 +127,19 @@ def require_numbers(solver: Any, *names: str) -> None:
     """
     for name in names:
         require_number(f"{type(solver).__name__}.{name}", getattr(solver, name))
+
+
+def require_counts(solver: Any, **least: int) -> None:
+    """For a solver's `__post_init__`: check that each field named is a whole number of at least the one given.
+
+    Raises:
+        InvalidInput: naming the field.
+    """
+    for name, low in least.items():
+        value = getattr(solver, name)
+        if not is_count(value, low):
+            do = "Leave it out for the default."
+            invalid(f"{type(solver).__name__}.{name}", value, f"a whole number >= {low}", do)
 
 
 def require_size(name: str, rule: StepSize | None) -> None:

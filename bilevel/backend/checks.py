@@ -1,7 +1,7 @@
 """Checks of what users give, shared by the problem, the sets and the sources of data."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,11 @@ import numpy as np
 from bilevel.backend.errors import InvalidInput, invalid
 
 PyTree = Any
+
+
+def is_count(value: object, least: int) -> TypeGuard[int]:
+    """Whether a value is a whole number, Python's or NumPy's, of at least `least`; a truth value is none."""
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_prefix(name: str, bound: PyTree, like: PyTree) -> None:

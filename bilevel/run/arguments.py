@@ -6,14 +6,14 @@ import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from bilevel.backend.checks import check_like, check_point
+from bilevel.backend.checks import check_like, check_point, is_count
 from bilevel.backend.tracing import under_trace
 from bilevel.diagnostics import BY_VALUE, IMPLICIT, REDUCED, Referee, as_referee
 from bilevel.problem import BilevelProblem, SmoothCoupling, check_problem
@@ -88,9 +88,9 @@ class Arguments:
 
     def check(self) -> None:
         """Raise `InvalidInput` for the first one that makes no sense."""
-        if not _is_count(self.max_steps, 0) or self.max_steps >= 2**31 - 1:
+        if not is_count(self.max_steps, 0) or self.max_steps >= 2**31 - 1:
             invalid("max_steps", self.max_steps, "a whole number in [0, 2^31 - 1)", "Give a number of steps.")
-        if self.every is not None and not _is_count(self.every, 1):
+        if self.every is not None and not is_count(self.every, 1):
             do = "It is the number of steps between measurements."
             invalid("every", self.every, "a whole number >= 1, or None", do)
         if self.tol is not None and not (_not_negative(self.tol) and math.isfinite(self.tol)):
@@ -127,14 +127,14 @@ def check_problem_and_solver(problem: object, solver: object) -> None:
     if not isinstance(solver, Solver):
         got = f"the class {solver.__name__}" if isinstance(solver, type) else type(solver).__name__
         invalid("solver", got, "a solver", "Make one: bilevel.AID().")
-    if jax.tree.leaves(solver) == [solver]:
+    if jax.tree_util.all_leaves([solver]):
         do = "Put @bilevel.struct.struct(kw_only=True) before its class."
         invalid("solver", f"{type(solver).__name__}, which JAX takes for a number", "a pytree of its settings", do)
     for name, count in vars(solver).items():
         if isinstance(count, type):
             do = f"Make one: {count.__name__}()."
             invalid(f"{type(solver).__name__}.{name}", f"the class {count.__name__}", "an instance of it", do)
-        if name.startswith("num_") and not (count is None or _is_count(count, 0)):
+        if name.startswith("num_") and not (count is None or is_count(count, 0)):
             invalid(f"{type(solver).__name__}.{name}", count, "a whole number >= 0", "Leave it out for the default.")
 
 
@@ -143,10 +143,6 @@ def _not_negative(value: Any) -> bool:
         return not isinstance(value, str) and float(value) >= 0
     except (TypeError, ValueError):
         return False
-
-
-def _is_count(value: object, least: int) -> TypeGuard[int]:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def check_key(name: str, key: Array, axes: int, expected: str, do: str) -> None:

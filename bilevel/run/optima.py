@@ -7,6 +7,7 @@ import numpy as np
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
+from bilevel.backend.checks import is_count
 from bilevel.problem import BilevelProblem, check_problem
 from bilevel.record import Status
 from bilevel.run.driver import solve_many
@@ -59,7 +60,7 @@ def local_optima(
         InvalidInput, Unsupported: as of `solve_many`.
     """
     check_problem(problem)
-    if isinstance(num_starts, bool) or not isinstance(num_starts, int | np.integer) or num_starts < 1:
+    if not is_count(num_starts, 1):
         invalid("num_starts", num_starts, "a whole number >= 1", "Leave it out for 16.")
     if not apart >= 0:
         invalid("apart", apart, "a number >= 0", "Leave it out for 1e-3.")

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from bilevel import BLOCC, F2SA, SOBA, InvalidInput
+from bilevel import BLOCC, F2SA, LBFGS, SOBA, InvalidInput
 from bilevel.step import StepRule, as_step, check_step, require_size, stepper
 
 PARAMS = {"a": jnp.array([1.0, -2.0]), "b": jnp.array(3.0)}
@@ -123,3 +123,13 @@ def test_solvers_can_be_rebuilt_and_built_anywhere():
     assert jax.tree.map(lambda _: placeholder, solver).lower_step_size.value is placeholder
     assert jax.jit(lambda: SOBA(lower_step_size=0.25).lower_step_size.value * 2)() == 0.5
     assert jax.jit(lambda size: SOBA(lower_step_size=size).lower_step_size.value * 2)(0.25) == 0.5
+
+
+def test_counts_are_whole_numbers_of_python_or_numpy():
+    for count in (3, np.int64(3)):
+        assert LBFGS(memory=count).memory == 3
+    for bad in (0, -1, 2.5, True, "3", np.float64(3)):
+        with pytest.raises(InvalidInput, match=r"LBFGS\.memory: got .*a whole number >= 1"):
+            LBFGS(memory=bad)
+    with pytest.raises(InvalidInput, match=r"max_evaluations: got 1; expected a whole number >= 2"):
+        LBFGS(max_evaluations=1)

@@ -13,6 +13,7 @@ from bilevel.parts.reduced import violation
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
 from bilevel.solver import Solver
+from bilevel.step import require_counts
 from bilevel.struct import invalid, static, struct
 
 PyTree = Any
@@ -97,13 +98,10 @@ class AugmentedLagrangian(Solver):
 
     def __post_init__(self) -> None:
         """Check the settings."""
-        steps = self.inner_steps
         if isinstance(self.solver, type):
             got = f"the class {self.solver.__name__}"
             invalid("AugmentedLagrangian.solver", got, "a solver", f"Make one: {self.solver.__name__}().")
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-            do = "Leave it out for the default."
-            invalid("AugmentedLagrangian.inner_steps", steps, "a whole number >= 1", do)
+        require_counts(self, inner_steps=1)
 
     @property
     def full_batch(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]

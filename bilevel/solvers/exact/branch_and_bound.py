@@ -16,7 +16,8 @@ from bilevel.parts import kkt
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee, Status
 from bilevel.solver import About, Solver
-from bilevel.struct import invalid, static, struct
+from bilevel.step import require_counts
+from bilevel.struct import static, struct
 
 PyTree = Any
 
@@ -102,9 +103,7 @@ class BranchAndBound(Solver):
 
     def __post_init__(self) -> None:
         """Check the count."""
-        value = self.max_nodes
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            invalid("BranchAndBound.max_nodes", value, "a whole number >= 1", "Leave it out for the default.")
+        require_counts(self, max_nodes=1)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)

@@ -14,7 +14,8 @@ from bilevel.parts.quasi_newton import Pairs
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
-from bilevel.struct import invalid, static, struct
+from bilevel.step import require_counts
+from bilevel.struct import static, struct
 
 PyTree = Any
 DESCENT, CURVATURE = 1e-4, 0.9  # of the Wolfe conditions
@@ -130,10 +131,7 @@ class LBFGS(Solver):
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name, least in (("memory", 1), ("max_evaluations", 2)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                invalid(f"LBFGS.{name}", value, f"a whole number >= {least}", "Leave it out for the default.")
+        require_counts(self, memory=1, max_evaluations=2)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)

@@ -15,7 +15,8 @@ from bilevel.parts.reduced import Way
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
 from bilevel.solver import About, Solver
-from bilevel.struct import invalid, static, struct
+from bilevel.step import require_counts
+from bilevel.struct import static, struct
 
 PyTree = Any
 DESCENT = 1e-4  # part of the fall of the model that the merit must fall
@@ -129,9 +130,7 @@ class SQP(Solver):
 
     def __post_init__(self) -> None:
         """Check the count."""
-        value = self.memory
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            invalid("SQP.memory", value, "a whole number >= 1", "Leave it out for the default.")
+        require_counts(self, memory=1)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)

@@ -18,7 +18,8 @@ from bilevel.parts.evaluation import refuse_unsolvable
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, solved
 from bilevel.solver import About, Solver
-from bilevel.struct import invalid, static, struct
+from bilevel.step import require_counts
+from bilevel.struct import static, struct
 
 PyTree = Any
 START = 0.1  # the first radius, in units of 1 + |x|
@@ -113,9 +114,7 @@ class TrustRegion(Solver):
 
     def __post_init__(self) -> None:
         """Check the count."""
-        value = self.max_products
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            invalid("TrustRegion.max_products", value, "a whole number >= 1", "Leave it out for the default.")
+        require_counts(self, max_products=1)
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
