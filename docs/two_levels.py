@@ -45,6 +45,7 @@ def path():
         key=jax.random.key(0),
         max_steps=60,
         every=1,
+        throw=True,  # no picture of a run that did not end well
         callback=lambda step, state, row: points.append(float(state.x)),
     )
     return np.array(points), solution

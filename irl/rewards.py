@@ -214,13 +214,15 @@ class TwoLayer:
 
     def __call__(self, D: Array, z: Array) -> Array:
         """The values f(z; D), shape [...], at inputs z [..., d]."""
-        units = [jnp.sum(jax.nn.relu(z @ (self.weights + half).T), axis=-1) for half in D]
-        return (units[0] - units[1]) / (2 * self.weights.shape[0]) ** 0.5
+        return self._signed([jnp.sum(jax.nn.relu(z @ (self.weights + half).T), axis=-1) for half in D])
 
     def at_unit_vectors(self, D: Array) -> Array:
         """The values f(z; D), shape [d], at the d unit vectors z."""
-        units = [jnp.sum(jax.nn.relu(self.weights + half), axis=0) for half in D]
-        return (units[0] - units[1]) / (2 * self.weights.shape[0]) ** 0.5
+        return self._signed([jnp.sum(jax.nn.relu(self.weights + half), axis=0) for half in D])
+
+    def _signed(self, sums: list[Array]) -> Array:
+        """The sums over the units with b = 1 and b = -1, as f has them."""
+        return (sums[0] - sums[1]) / (2 * self.weights.shape[0]) ** 0.5
 
 
 @struct

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel import diagnostics, oracles
 from bilevel.diagnostics.checks import TOLERANCE
-from bilevel.parts.reduced import violation
+from bilevel.parts.reduced import upper_violation
 from bilevel.record import Row
 
 PyTree = Any
@@ -56,12 +56,11 @@ def _column(name: str) -> str:
 
 @jax.jit
 def _violation(problem: Any, x: PyTree, y: PyTree) -> Any:
-    rows = problem.upper_constraints
     return (
         problem.x_set.violation(x)
         + problem.y_set.violation(y)
         + diagnostics.norm(oracles.coupling_residual(problem, x, y))
-        + (0.0 if rows is None else violation(rows.values(x, y)))
+        + upper_violation(problem, x, y)
     )
 
 

@@ -66,9 +66,9 @@ def check(kind: type[bilevel.Solver]) -> Iterator[Check]:
     try:
         solver = kind()
     except Exception as error:  # whatever a stranger's class raises
-        yield Check("defaults", f"{kind.__name__}() raises {type(error).__name__}: {error}", "fault", "Give defaults.")
+        yield Check("defaults", f"{kind.__name__}() raises {_in_a_line(error)}", "fault", "Give defaults.")
         return
-    if jax.tree.leaves(solver) == [solver]:
+    if jax.tree_util.all_leaves([solver]):
         yield Check("pytree", "no", "fault", "Put @bilevel.struct.struct(kw_only=True) before the class.")
         return
     yield _kept(
@@ -78,7 +78,7 @@ def check(kind: type[bilevel.Solver]) -> Iterator[Check]:
     yield _kept("bad step sizes", partial(contract.refuses_bad_steps, kind), "refused by name")
     others = instances(1)
     for name, instance in instances().items():
-        reason = solver.unsupported(instance.problem)
+        reason = bilevel.solver.refusal(solver, instance.problem)
         if reason is None:
             yield from _on(name, kind, instance, others[name])
         else:
@@ -113,8 +113,12 @@ def _kept(name: str, ask: Callable[[], Any], found: str, advice: str = "") -> Ch
     except contract.Broken as error:
         return Check(name, printable(str(error)), "fault", advice)
     except Exception as error:  # whatever a stranger's step raises
-        return Check(name, printable(f"{type(error).__name__}: {error}".partition("\n")[0]), "fault", advice)
+        return Check(name, _in_a_line(error), "fault", advice)
     return Check(name, found, "ok")
+
+
+def _in_a_line(error: Exception) -> str:
+    return printable(f"{type(error).__name__}: {error}".partition("\n")[0])
 
 
 def _run(name: str, solver: bilevel.Solver, instance: Instance) -> Check:
@@ -123,7 +127,7 @@ def _run(name: str, solver: bilevel.Solver, instance: Instance) -> Check:
     try:
         solution = bilevel.solve(instance.problem, solver, key=jax.random.key(0), progress=False, **limits)
     except Exception as error:  # whatever a stranger's step raises
-        return Check(f"{name}: a run", printable(f"{type(error).__name__}: {error}".partition("\n")[0]), "fault")
+        return Check(f"{name}: a run", _in_a_line(error), "fault")
     assert instance.truth is not None
     value, best = float(solution.record["value"][-1]), float(instance.truth.value)
     steps, excess = solution.stats["steps"], value - best

@@ -23,7 +23,7 @@ from bilevel.backend.tree import norm
 from bilevel.diagnostics.checks import check_by_value
 from bilevel.oracles import polynomial
 from bilevel.parts import kkt
-from bilevel.parts.reduced import violation as upper_violation
+from bilevel.parts.reduced import upper_violation
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.qp.branching import Search
 from bilevel.qp.programs import Program
@@ -252,8 +252,7 @@ def _at_point(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Arr
     shape = jax.ShapeDtypeStruct((), flat.dtype)
     fall = on_host(_fall, shape, slope, flat, C, lo, hi)
     outside = problem.x_set.violation(x) + problem.y_set.violation(y) + norm(oracles.coupling_residual(problem, x, y))
-    if problem.upper_constraints is not None:
-        outside = outside + upper_violation(problem.upper_constraints.values(x, y))
+    outside = outside + upper_violation(problem, x, y)
     return oracles.upper_value(problem, x, y, problem.upper_data.full()), fall, outside
 
 

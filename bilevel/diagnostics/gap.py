@@ -23,7 +23,7 @@ from bilevel.backend.tree import norm
 from bilevel.diagnostics import exact
 from bilevel.diagnostics.descent import descent_rate
 from bilevel.oracles import samples as sample_oracles
-from bilevel.parts.reduced import violation
+from bilevel.parts.reduced import upper_violation
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import Measurement, Status
 from bilevel.sampled import covering, nets, refine
@@ -276,14 +276,13 @@ def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement
         found, candidates, g = search(view, x, y)
         rate, resolution = descent_rate(view, x, candidates, g)
     value = oracles.upper_value(problem, x, y, view.upper)
-    broken = 0.0 if problem.upper_constraints is None else violation(problem.upper_constraints.values(x, y))
     solved = jnp.where(found.status == Status.CONVERGED, Status.ESTIMATED, found.status)
     return Measurement(
         value=jnp.where(jnp.isnan(found.value), jnp.nan, value),
         hypergradient=jnp.where(jnp.isnan(found.value), jnp.nan, rate),
         error_bound=resolution,
         lower_residual=jnp.abs(found.gap),
-        violation=problem.x_set.violation(x) + found.violation + broken,
+        violation=problem.x_set.violation(x) + found.violation + upper_violation(problem, x, y),
         status=solved,
         lower_distance=jnp.maximum(excess, 0),
     )

@@ -95,6 +95,12 @@ def violation(values: tuple[Array, Array]) -> Array:
     return norm((jnp.maximum(G, 0), H))
 
 
+def upper_violation(problem: BilevelProblem, x: PyTree, y: PyTree) -> Array | float:
+    """The same of the problem's upper constraints at (x, y), 0 without any."""
+    rows = problem.upper_constraints
+    return 0.0 if rows is None else violation(rows.values(x, y))
+
+
 def short_length(x: PyTree, gradient: PyTree) -> Array:
     """s = min(1, eps^0.4 (1 + |x|)/|gradient|), []: the length of a step along the gradient that is short against x, so
     that a small X does not hide a large gradient, and long against rounding.
