@@ -115,6 +115,11 @@ class Status(enum.IntEnum):
     )
     INFEASIBLE = 19, "It is proved that no x has an answer y within all constraints. Relax those of either level."
     UNBOUNDED = 20, "F falls for ever along a ray of feasible points. Bound x_set or y_set, or look at the sign of f."
+    UNCONFIRMED = (
+        21,
+        "The referee's searches for the least g(x, .) end in many wells, and v(x) may be lower than all of them. Pass "
+        "measure=bilevel.diagnostics.by_value(num_points=16384, num_starts=64), or state blocks by Separable.",
+    )
     UNCHECKED = 12, "Solved, but no error was asked for. Use an implicit method with estimate=True, or pass constants=."
 
 
@@ -333,8 +338,7 @@ class Referee:
     name: str
     """What the referee does, in a few words."""
     measure: Callable[[Any, PyTree, PyTree], Measurement]
-    """A function (problem, x, y) -> `Measurement` on all of the data; pure, traced by JAX. It sees neither the solver
-    nor its state, so that all solvers are judged alike."""
+    """A function (problem, x, y) -> `Measurement` on all data; pure. It sees neither the solver nor its state."""
     exponent: float = 0.5
     """Where `solve` is given no tol it takes eps^exponent, with eps of the dtype of x."""
     check: Check | None = None

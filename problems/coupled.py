@@ -140,6 +140,16 @@ def _drawn(kind: str, dim_x: int, dim_y: int, seed: int) -> tuple[Data, float, n
     raise AssertionError("500 draws without an optimum of this kind")  # pragma: no cover
 
 
+def least_near(kind: str, dim_x: int, dim_y: int, seed: int, x: np.ndarray, radius: float) -> float | None:
+    """The least F at points of X of which no coordinate is farther from x than a radius, by the searches that find F*;
+    None where there is none. A point is a local minimum where this is not less than its F.
+    """
+    solve = _by_vertices if kind == "concave" else _by_conditions
+    box = np.clip(x - radius, 0, TOP_X), np.clip(x + radius, 0, TOP_X)
+    found = solve(kind, _drawn(kind, dim_x, dim_y, seed)[0], box)
+    return None if found is None else found[0]
+
+
 def _draw(kind: str, n: int, m: int, rng: np.random.Generator) -> Data:
     """Numbers with a point (x0, y0) that the rows leave room for."""
     rows = max(2, min(m, 4))
@@ -169,8 +179,12 @@ def inner_radius(data: Data, x: np.ndarray) -> float:
     return float(-found.fun)
 
 
-def _by_conditions(kind: str, data: Data) -> tuple[float, np.ndarray, np.ndarray] | None:
-    """(F*, x*, y*) over the points that fulfil the lower level's optimality conditions; None where there is none."""
+def _by_conditions(
+    kind: str, data: Data, box: tuple[Any, Any] = (0.0, TOP_X)
+) -> tuple[float, np.ndarray, np.ndarray] | None:
+    """(F*, x*, y*) over the points that fulfil the lower level's optimality conditions, with x in a box; None where
+    there is none.
+    """
     import scipy.optimize
 
     scipy_optimize: Any = scipy.optimize  # its stubs know numbers alone where it takes arrays
@@ -188,8 +202,8 @@ def _by_conditions(kind: str, data: Data) -> tuple[float, np.ndarray, np.ndarray
     small = np.concatenate([np.zeros((k, n + m)), np.eye(k), -BIG * np.eye(k)], axis=1)
     inside = np.concatenate([D, C, np.zeros((k, 2 * k))], axis=1)
     f = np.concatenate([data.c, data.e, np.zeros(2 * k)])
-    lo = np.zeros(len(f))
-    hi = np.concatenate([np.full(n, TOP_X), np.full(m, TOP_Y), np.full(k, BIG), np.ones(k)])
+    lo = np.concatenate([np.broadcast_to(box[0], n), np.zeros(m + 2 * k)])
+    hi = np.concatenate([np.broadcast_to(box[1], n), np.full(m, TOP_Y), np.full(k, BIG), np.ones(k)])
     found = scipy_optimize.milp(
         f,
         constraints=[
@@ -223,16 +237,20 @@ class _Vertices(NamedTuple):
     q: np.ndarray
 
 
-def _by_vertices(kind: str, data: Data) -> tuple[float, np.ndarray, np.ndarray] | None:
-    """(F*, x*, y*) by the vertices of Y(x), for x on a grid that is refined around the best points."""
+def _by_vertices(
+    kind: str, data: Data, box: tuple[Any, Any] = (0.0, TOP_X)
+) -> tuple[float, np.ndarray, np.ndarray] | None:
+    """(F*, x*, y*) by the vertices of Y(x), for x on a grid over a box that is refined around the best points."""
     n = len(data.c)
     vertices = _vertices(data)
-    count, width = (4001, TOP_X) if n == 1 else (201, TOP_X)
-    centers, best = [np.full(n, TOP_X / 2)], (np.inf, np.zeros(n), np.zeros(len(data.e)))
+    lo, hi = (np.broadcast_to(np.asarray(end, float), n) for end in box)
+    count, width = 4001 if n == 1 else 201, hi - lo
+    centers, best = [(lo + hi) / 2], (np.inf, np.zeros(n), np.zeros(len(data.e)))
     for k in range(7 if n == 1 else 12):
         looks = []
         for center in centers:
-            axes = [np.clip(np.linspace(c - width / 2, c + width / 2, count), 0, TOP_X) for c in center]
+            ends = np.clip(center - width / 2, lo, hi), np.clip(center + width / 2, lo, hi)
+            axes = np.linspace(*ends, count, axis=1)
             grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, n)
             values, ys = _optimistic(data, vertices, grid)
             order = np.argsort(values)[: 4 * 40 : 40] if k == 0 else np.argsort(values)[:1]

@@ -1,12 +1,13 @@
 """Followers whose set moves with the leader: runs on the suite of `problems.coupled`, and the projection they rest on.
 
-    python -m benchmarks.experiments.coupled [--seeds 10] [--solver SampledPenalty] [kind:dim_x:dim_y …]
+    python -m benchmarks.experiments.coupled [--seeds 10] [--first 0] [--solver NAME …] [--limit S] [kind:n:m …]
     python -m benchmarks.experiments.coupled --projection [--num 1000]
 
-The first solves each instance (all 60, or those of the sizes given) with a solver's defaults, and prints for each run
-F*, F, the status and the steps. A run is right where |F - F*| <= 1e-3 (1 + |F*|). The last line counts the right runs,
-those called CONVERGED among the right and among the others, and those that ended NONFINITE. A wrong run that is
-CONVERGED may still be at a local minimum: the referee looks around x, not everywhere.
+The first solves each instance (all 60, or those of the sizes given) with each solver's defaults and `seeds` keys from
+`first` on, at most S seconds a run (240), and prints for each run F*, F, the gap, the violation, the status and the
+steps. A run is right where |F - F*| <= 1e-3 (1 + |F*|) with a gap and a violation of at most 1e-3 and 1e-6. Where a
+run is CONVERGED and not right, F's least value within 1e-3 of x says whether it is at a local minimum: it is "local"
+where F is lower there by at most 1e-5 (1 + |F|), and "astray" where it is not. A solver's last line counts.
 
 The second moves 64 points into each of `num` drawn polytopes of dimension 1 to 10 (whole-number rows, rows of lengths
 from 1e-3 to 1e3, nearly parallel ones, corners) and prints the largest violation, relative to a row's length and |b|,
@@ -14,6 +15,8 @@ in float64 and in float32, and how many points say themselves that they are not 
 """
 
 import argparse
+import collections
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,29 +27,43 @@ from bilevel.constraints import Rows, project_on
 from problems import coupled
 
 POINTS, PARALLEL = 64, 1e-7
+NEAR = 1e-3  # how far from a wrong answer F is looked at
 
 
-def suite(sizes: list[str], solver: bilevel.Solver, seeds: int) -> None:
+def verdict(size: tuple[str, int, int], number: int, solution: bilevel.Solution, best: float) -> str:
+    """What a run is worth: see the module's docstring."""
+    F, gap, violation = (float(solution.record[name][-1]) for name in ("value", "lower_residual", "violation"))
+    if abs(F - best) <= 1e-3 * (1 + abs(best)) and gap <= 1e-3 and violation <= 1e-6:
+        return "right"
+    if solution.status.name != "CONVERGED":
+        return "wrong"
+    least = coupled.least_near(*size, number, np.asarray(solution.x, float), NEAR)
+    return "local" if least is not None and least >= F - NEAR * 1e-2 * (1 + abs(F)) else "astray"
+
+
+def suite(given: list[str], name: str, seeds: range, limit: float) -> None:
     """Solve and print."""
-    chosen = [size.split(":") for size in sizes]
-    chosen = chosen or [[kind, *size] for kind, every in coupled.SUITE.items() for size in every]
-    count = dict.fromkeys(("runs", "right", "right and CONVERGED", "wrong and CONVERGED", "NONFINITE"), 0)
-    for (kind, n, m), number in ((size, number) for size in chosen for number in range(3)):
-        instance = coupled.make(str(kind), int(n), int(m), number)
+    solver = getattr(bilevel, name)()
+    sizes = [size.split(":") for size in given]
+    sizes = [(k, int(n), int(m)) for k, n, m in sizes] or [
+        (k, n, m) for k, all_of in coupled.SUITE.items() for n, m in all_of
+    ]
+    count = collections.Counter[str]()
+    for size, number, seed in itertools.product(sizes, range(3), seeds):
+        kind, n, m = size
+        instance = coupled.make(kind, n, m, number)
         assert instance.truth is not None
-        value = instance.truth.value
-        for seed in range(seeds):
-            solution = bilevel.solve(instance.problem, solver, key=jax.random.key(seed))
-            F, status = float(solution.record["value"][-1]), solution.status.name
-            right = abs(F - value) <= 1e-3 * (1 + abs(value))
-            count["runs"] += 1
-            count["right"] += right
-            count["right and CONVERGED"] += right and status == "CONVERGED"
-            count["wrong and CONVERGED"] += not right and status == "CONVERGED"
-            count["NONFINITE"] += status == "NONFINITE"
-            name = f"coupled[kind={kind},dim_x={n},dim_y={m},seed={number}]"
-            print(f"{name} {seed}: F* {value:.6f} F {F:.6f} {status} {solution.stats['steps']} steps", flush=True)
-    print(count)
+        if solver.unsupported(instance.problem) is not None:
+            count["refused"] += 1
+            continue
+        solution = bilevel.solve(instance.problem, solver, key=jax.random.key(seed), time_limit=limit)
+        F, gap, violation = (float(solution.record[part][-1]) for part in ("value", "lower_residual", "violation"))
+        word, status = verdict(size, number, solution, instance.truth.value), solution.status.name
+        count.update(("runs", word, status, f"{word} and {status}"))
+        label = f"{name} coupled[kind={kind},dim_x={n},dim_y={m},seed={number}] {seed}"
+        known = f"F* {instance.truth.value:.6f} F {F:.6f} gap {gap:.1e} violation {violation:.1e}"
+        print(f"{label}: {known} {word} {status} {solution.stats['steps']} steps", flush=True)
+    print(name, *(f"{what}: {number};" for what, number in sorted(count.items())), flush=True)
 
 
 def polytope(rng: np.random.Generator, n: int, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -97,7 +114,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("sizes", nargs="*")
     parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--solver", default="SampledPenalty")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--solver", nargs="+", default=["SampledPenalty"])
+    parser.add_argument("--limit", type=float, default=240.0)
     parser.add_argument("--projection", action="store_true")
     parser.add_argument("--num", type=int, default=1000)
     given = parser.parse_args()
@@ -105,7 +124,8 @@ def main() -> None:
     if given.projection:
         projection(given.num)
     else:
-        suite(given.sizes, getattr(bilevel, given.solver)(), given.seeds)
+        for name in given.solver:
+            suite(given.sizes, name, range(given.first, given.first + given.seeds), given.limit)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def instance(name: str, seed: int) -> Instance:
     return own(settings["case"], seed) if family == "own" else problems.make(family, seed=seed, **settings)
 
 
-ENDS_WELL = {"CONVERGED", "WEAKLY_ACTIVE", "GOLDSTEIN", "MAX_STEPS", "TIME_LIMIT"}
+ENDS_WELL = {"CONVERGED", "WEAKLY_ACTIVE", "GOLDSTEIN", "MAX_STEPS", "TIME_LIMIT", "UNCONFIRMED"}
 SHORT, LONG, ADAPTIVE = (40, 2), 40, (400, 2)  # (steps, every) of a first run, every of a long one, (steps, every)
 TIE, ROUNDING = 1e-6, 1e-9  # of two F, in parts of |F_b| + |F_0 - F_b|; of an F_b that is 0
 _calls: dict[str, int] = {}

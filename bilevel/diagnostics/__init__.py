@@ -6,7 +6,7 @@ from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
 from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure, multipliers
-from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, REDUCED, as_referee, for_many_minimisers
+from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, REDUCED, as_referee, by_value, for_many_minimisers
 from bilevel.record import Measurement, Referee
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Measurement",
     "Referee",
     "as_referee",
+    "by_value",
     "certify",
     "distance",
     "fit_rate",

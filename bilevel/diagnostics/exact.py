@@ -294,6 +294,8 @@ class Found(NamedTuple):
     """The least f over the minimisers of g, []."""
     y: Array
     """The y* of all starts, [K, n]."""
+    g: Array
+    """g there, [K]."""
     best: Array
     """The number of the start that led to v."""
     error: Array
@@ -324,7 +326,7 @@ def taken(view: Blocks, x: PyTree, rho: Array, found: Minima) -> tuple[Look, Fou
     empty = found.empty.all()
     nan = jnp.where(jnp.isfinite(F[k]), 0, jnp.nan)
     error = jnp.where(jnp.isfinite(found.error).all(), found.error[jnp.argmin(g)], jnp.inf)
-    known = Found(v + nan, F[k] + nan, found.y, jnp.argmin(g), error, found.slack[0], empty)
+    known = Found(v + nan, F[k] + nan, found.y, found.g, jnp.argmin(g), error, found.slack[0], empty)
     return Look(F[k], slope, jnp.where(empty, found.weights[0] @ limits.B, 0)), known
 
 
@@ -342,7 +344,7 @@ def descent(view: Blocks, x: PyTree, starts: Array, tol: Any) -> tuple[Found, Ar
 
     project = lambda point: ravel_pytree(view.problem.x_set.project(unravel(point)))[0]  # noqa: E731
     zero = jnp.zeros((), flat.dtype)
-    like = Found(zero, zero, starts, jnp.array(0), zero, zero, jnp.array(False))
+    like = Found(zero, zero, starts, 0 * starts[:, 0], jnp.array(0), zero, zero, jnp.array(False))
     found = steepest(look, project, flat, like, radius)
     at_x: Found = found.at_x
     resolution = 4 * eps * (jnp.abs(at_x.F) + 2 * rho * jnp.abs(at_x.v)) / radius

@@ -3,8 +3,16 @@
 Points of a fixed additive recurrence and of Y's boundary, moved into Y(x), the best of each of `num_starts` interleaved
 parts searched along the coordinates and polished by `refine.polish`; for each block apart where the problem is
 separable. The minimum found is an upper bound of v(x), so that the gap is a lower bound of the true one: it is reliable
-where the points are dense enough for one to fall into the basin of a global minimiser, that is for blocks of dimension
-up to about 10.
+where the points are dense enough for one to fall into the basin of a global minimiser.
+
+The search says itself where it is not. Suppose that a deeper well than the best one drew at least as large a share of
+the starts, and that k of n starts came to the best one: then the chance that none came to the deeper one is at most
+(1 - k/n)^n < e^-k, 5 % for k = 3. So v(x) is *confirmed* where `REPEATED` starts, which do not know the given y, end
+at the same point of least g; or half of them at the least g, wherever: a continuum of minimisers has no point that is
+found twice. It is a test of the many-wells kind and no proof: a narrow deep well beside a wide one passes it.
+
+Reference: the share of basins that were not seen, from ends that were seen once and more often: Boender, Rinnooy Kan,
+Bayesian stopping rules for multistart global optimization methods. Mathematical Programming 37, 1987.
 """
 
 from collections.abc import Sequence
@@ -34,6 +42,8 @@ from bilevel.struct import invalid
 PyTree = Any
 TOL = 1e-6  # violation up to which a point counts as feasible
 LINE = 64  # points whose coordinates are tried, one by one
+REPEATED = 3  # starts that confirm a minimiser by ending there
+AGREE, SAME = 1e-4, 1e-3  # how near ends agree: g in units of its mean above the least, points in diameters of Y(x)
 APART = (1 / 4, 1 / 8, 1 / 2, 1 / 16)  # how far starts are from each other, in diameters of Y(x)
 
 
@@ -41,8 +51,9 @@ class LowerGap(NamedTuple):
     """gap: g(x, y) - v(x), NaN where Y(x) is empty; below zero only for an infeasible y. value: v(x), the least g seen.
 
     y: where it was seen. violation: distance of the given y to Y plus the norm of its coupling residual.
-    least_violation: the least seen over Y, 0 up to the tolerance unless Y(x) is empty. status: CONVERGED;
-    INFEASIBLE_LOWER, Y(x) is empty, or is as far as the search sees; NONFINITE. error: how far `value` may be above
+    least_violation: the least seen over Y, 0 up to the tolerance unless Y(x) is empty. status: CONVERGED; UNCONFIRMED,
+    too few of the starts agree on where the least g is; INFEASIBLE_LOWER, Y(x) is empty, or is as far as the search
+    sees; NONFINITE. error: how far `value` may be above
     v(x), [], a duality gap, where Y(x) is a polyhedron and g(x, .) convex as far as was seen; else infinite: then
     `value` is an upper bound that a search found.
     """
@@ -132,8 +143,8 @@ def search(
     """
     given = view.pack(y)
     points = _cover(view, x, num_points, given.dtype)
-    worth = oracles.batched(partial(_worth, view, x), chunk)(points)
-    starts, nearest = _best_of_parts(points, worth, num_starts, tol)
+    cover = oracles.batched(partial(_worth, view, x), chunk)(points)
+    starts, nearest = _best_of_parts(points, cover, num_starts, tol)
     starts = jnp.concatenate([starts, given[None]])
     if view.m > 1:  # wells that a sum has for each coordinate multiply, and points in all of them run out
         tried = partial(_try_coordinate, view, x, points[:LINE], tol)
@@ -143,7 +154,28 @@ def search(
     worth = jax.vmap(partial(_worth, view, x))(candidates)
     g = jnp.where(jnp.isfinite(worth.g), worth.within(tol), jnp.inf)
     least_violation = jnp.minimum(nearest, jnp.min(worth.outside))
-    return Search(_compare(view, x, given, candidates, g, least_violation, tol), candidates, g)
+    found = _compare(view, x, given, candidates, g, least_violation, tol)
+    ends = slice(num_starts + 1, -1)  # those of the starts that do not know y
+    fits, best = jnp.isfinite(cover.within(tol)), jnp.min(g, axis=0)
+    mean = jnp.mean(cover.g, axis=0, where=fits)  # NaN where none fits
+    width = jnp.linalg.norm(jnp.max(points, axis=0) - jnp.min(points, axis=0), axis=1)
+    sure = _is_confirmed(candidates[ends], g[ends], best, best + AGREE * jnp.nan_to_num(mean - best), width)
+    unsure = (found.status == Status.CONVERGED) & ~sure
+    found = found._replace(status=jnp.where(unsure, Status.UNCONFIRMED, found.status))
+    return Search(found, candidates, g)
+
+
+def _is_confirmed(ends: Array, g: Array, least: Array, low: Array, width: Array) -> Array:
+    """Whether enough of the ends [K, n, m] of a search, with the values g [K, n], agree on the `least` g of all: what
+    is at most `low` is as good, what is nearer than `SAME` of the width is the same point; [n] each. See the module's
+    docstring.
+    """
+    rounding = float(jnp.finfo(least.dtype).eps) ** 0.55 * (1 + jnp.abs(least))
+    good = g <= (low + rounding)[None]
+    apart = jnp.linalg.norm(ends[:, None] - ends[None], axis=3)
+    together = jnp.sum((apart <= SAME * width[None, None]) & good[None], axis=1)
+    repeated = jnp.max(jnp.where(good, together, 0), axis=0) >= REPEATED
+    return jnp.all(repeated | (2 * jnp.sum(good, axis=0) >= len(g)))
 
 
 def _starts(
@@ -186,9 +218,13 @@ def _best_apart(points: Array, g: Array, shares: Sequence[float]) -> Array:
 def _exact_gap(view: Blocks, x: PyTree, y: PyTree, found: exact.Found, tol: Any) -> LowerGap:
     """The gap at y by what is known of v(x)."""
     own, nearest = _worth(view, x, view.pack(y)), _worth(view, x, view.project(view.pack(y)))
-    value = jnp.sum(own.g)
+    value, good = jnp.sum(own.g), Status.CONVERGED
+    if len(found.y) > 1:  # all but the first one do not know the given y
+        v, width = found.v[None], 1 + norm(found.y[found.best])[None]
+        sure = _is_confirmed(found.y[1:, None], found.g[1:, None], v, v + AGREE * (1 + jnp.abs(v)), width)
+        good = jnp.where(sure | jnp.isfinite(found.error), good, Status.UNCONFIRMED)
     bad = ~found.empty & ~jnp.isfinite(value - found.v)
-    status = jnp.where(found.empty, Status.INFEASIBLE_LOWER, jnp.where(bad, Status.NONFINITE, Status.CONVERGED))
+    status = jnp.where(found.empty, Status.INFEASIBLE_LOWER, jnp.where(bad, Status.NONFINITE, good))
     return LowerGap(
         gap=value - found.v,
         value=found.v,
@@ -255,25 +291,35 @@ def _compare(
     )
 
 
-def measure_global(problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
+def measure_global(
+    problem: BilevelProblem, x: PyTree, y: PyTree, *, num_points: int = 2048, num_starts: int = 16
+) -> Measurement:
     """What `solve` records where g(x, .) may have many minimisers: nothing is solved for y, the given one is judged.
 
     value: f(x, y). lower_residual: the true lower gap, |g(x, y) - v(x)|. violation: of X, Y and the coupling together,
     and of the upper constraints at y; descent that these forbid is counted as descent, so that no run ends CONVERGED
     where one of them holds it.
     hypergradient and error_bound: the rate of the steepest descent found around x and its resolution, `descent_rate`:
-    F may jump and has no gradient. status: ESTIMATED, or INFEASIBLE_LOWER or NONFINITE; where Y(x) is empty the value
-    is NaN.
+    F may jump and has no gradient. status: ESTIMATED, or UNCONFIRMED, INFEASIBLE_LOWER or NONFINITE, as of `LowerGap`;
+    where Y(x) is empty the value is NaN.
+
+    Args:
+        problem: as in `lower_gap`.
+        x: shaped like init's x0.
+        y: shaped like init's y0.
+        num_points: how many points of Y are looked at.
+        num_starts: how many of them are polished; half as many where minima are taken exactly (`diagnostics.exact`).
     """
     problem = problem.on_full_data()
     view = Blocks.of(problem, y)
     excess: Array | float = 0.0
     if exact.suits(problem, x, y):
-        known, rate, resolution = exact.descent(view, x, _starts(view, x, y), TOL)
+        starts = _starts(view, x, y, num_points, max(num_starts // 2 - 1, 1))
+        known, rate, resolution = exact.descent(view, x, starts, TOL)
         found = _exact_gap(view, x, y, known, TOL)
         excess = (oracles.upper_value(problem, x, y, view.upper) - known.F) / (1 + jnp.abs(known.F))
     else:
-        found, candidates, g = search(view, x, y)
+        found, candidates, g = search(view, x, y, num_points, num_starts)
         rate, resolution = descent_rate(view, x, candidates, g)
     value = oracles.upper_value(problem, x, y, view.upper)
     solved = jnp.where(found.status == Status.CONVERGED, Status.ESTIMATED, found.status)

@@ -1,5 +1,7 @@
 """The referees that serve most problems. `bilevel.run.referee_of` says which one a run has."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -27,6 +29,15 @@ BY_VALUE = Referee("y as it is, by its value g(x, y)", measure_global, 0.2, chec
 """f(x, y) and the true lower gap g(x, y) - v(x), `gap.measure_global`: where g(x, .) may have many minimisers, or where
 F has no implicit derivative. Default tolerance eps^(1/5): the rate of descent is a difference quotient.
 """
+
+
+@functools.cache
+def by_value(num_points: int = 2048, num_starts: int = 16) -> Referee:
+    """`BY_VALUE` with a wider or a narrower search for the least g(x, .): the arguments of `measure_global`. Pass it to
+    `solve` as `measure` where a run ended UNCONFIRMED.
+    """
+    wider = functools.partial(measure_global, num_points=num_points, num_starts=num_starts)
+    return dataclasses.replace(BY_VALUE, measure=wider)
 
 
 REDUCED = Referee("the lower level solved again from y, and the KKT equations of the reduced problem", measure,

@@ -35,14 +35,13 @@ from bilevel.run.arguments import (
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, run_notes, save_checkpoint
 from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
 from bilevel.run.lanes import At, Many, advance, compiled, lane, nonfinite_end, numbers_of, passes_per_step, scalars
-from bilevel.run.verdicts import last_word, rank, verdict, worse
+from bilevel.run.verdicts import ENDS_WELL, last_word, rank, verdict, worse
 from bilevel.solution import Best, Solution, SolveError
 from bilevel.solver import Solver, Unsupported, refusal
 from bilevel.struct import invalid
 
 __all__ = ["SolveError", "Unsupported", "advance", "passes_per_step", "solve", "solve_many"]
 PyTree = Any
-ENDS_WELL = Status.CONVERGED, Status.MAX_STEPS, Status.WEAKLY_ACTIVE, Status.GOLDSTEIN  # to `throw`
 PATIENCE = 0.5  # seconds between looks at the clock, the keyboard and the progress bar
 
 _validated: "weakref.WeakSet[BilevelProblem]" = weakref.WeakSet()

@@ -12,8 +12,13 @@ NO_VALUE = (  # F has no value here, but maybe at the next x
     Status.INFEASIBLE_LOWER, Status.SADDLE, Status.UNDETERMINED, Status.STALLED, Status.UNSOLVED_LOWER,
 )  # fmt: skip
 USABLE = Status.CONVERGED, Status.ESTIMATED, Status.UNCHECKED  # of a row: nothing is wrong with what was measured
-JUDGED = *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR  # of a row: F is what it is said to be
-SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE  # of a row: y(x) was found
+JUDGED = (  # of a row: F is what it is said to be
+    *USABLE, Status.WEAKLY_ACTIVE, Status.UNSOLVED_LINEAR, Status.UNCONFIRMED,
+)  # fmt: skip
+SOLVED = Status.CONVERGED, Status.ESTIMATED, Status.WEAKLY_ACTIVE, Status.UNCONFIRMED  # of a row: y(x) was found
+ENDS_WELL = (  # to `throw`
+    Status.CONVERGED, Status.MAX_STEPS, Status.WEAKLY_ACTIVE, Status.GOLDSTEIN, Status.UNCONFIRMED,
+)  # fmt: skip
 PROVED = Status.INFEASIBLE, Status.UNBOUNDED  # of a solver that computes a proof: no F can say otherwise
 RISE = 1e-3  # part of |F_0| by which F may stay above F_0
 CLIMB = 0.1  # part of |F_0| by which F may climb over the last quarter

@@ -33,6 +33,7 @@ def test_no_x_is_better_and_the_optimum_is_one(kind, n, m, seed):
     others = np.random.default_rng(seed).uniform(0, TOP_X, (40, n))
     near = np.clip(x + 1e-3 * np.random.default_rng(seed).normal(size=(20, n)), 0, TOP_X)
     assert min(follower(kind, data, other) for other in np.concatenate([others, near])) >= value - 1e-6
+    assert coupled.least_near(kind, n, m, seed, x, 1e-3) == pytest.approx(value, abs=1e-6)
 
 
 def test_a_convex_follower_s_optimum_fulfils_its_conditions():
