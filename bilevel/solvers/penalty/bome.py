@@ -56,7 +56,10 @@ class BOME(Solver):
         (x, y) <- Proj_{X x Y}((x, y) - a (df + lam dq)).
 
     The direction is the nearest to df along which the gap q = g(x, y) - min g(x, .) falls at least at the rate
-    eta |dq|^2: a multiplier chosen anew at each step, in place of a penalty.
+    eta |dq|^2: a multiplier chosen anew at each step, in place of a penalty. Where x is empty, min f over the
+    minimisers of g ("simple bilevel"), dq = g_y and no w is needed: the method is dynamic barrier gradient descent.
+    With `equality`, and without x, it is BLUR, a method for unlearning: lam may be negative there, so that the gap
+    falls no faster than asked even where descent on f alone would lower it more.
 
     Assumptions: f and g smooth, f bounded, g(x, .) satisfies the Polyak-Lojasiewicz inequality (its minimiser need not
     be unique), lower level without coupling. A constant step leaves a neighbourhood of the solution of order a, because
@@ -71,9 +74,12 @@ class BOME(Solver):
             `spectrum.smoothness`.
         decrease: eta > 0, how fast the gap has to fall. Default: 0.5.
         num_lower_steps: T >= 1, steps in w. Default: 30.
+        equality: whether the gap has to fall at exactly that rate, lam = (eta |dq|^2 - df'dq) / |dq|^2. Default: False.
 
     Reference: Ye, Liu, Wright, Stone, Liu. BOME! Bilevel optimization made easy: a simple first-order approach.
-        NeurIPS 2022, arXiv:2209.08709, with phi = eta |dq|^2.
+        NeurIPS 2022, arXiv:2209.08709, with phi = eta |dq|^2. Without x: Gong, Liu, Liu. Bi-objective trade-off with
+        dynamic barrier gradient descent. NeurIPS 2021. BLUR: Reisizadeh et al. EACL 2026, arXiv:2506.08164, with
+        eta = gamma.
     Differs from the paper: x is projected on X, and y and w on Y.
     """
 
@@ -81,6 +87,7 @@ class BOME(Solver):
     upper_step_size: StepSize | None = None
     decrease: Scalar = 0.5
     num_lower_steps: int = static(default=30)
+    equality: bool = static(default=False)
     full_batch = True
     about = About(
         idea="descent on f that always lowers g's value gap",
@@ -114,7 +121,8 @@ class BOME(Solver):
         df, unravel = ravel_pytree(oracles.upper_gradients(problem, x, y, batch_f))
         dq, _ = ravel_pytree(oracles.value_gap_gradients(problem, x, y, w, batch_g))
         square = dq @ dq
-        wanted = jnp.maximum(0, jnp.asarray(self.decrease, dq.dtype) * square - df @ dq)
+        wanted = jnp.asarray(self.decrease, dq.dtype) * square - df @ dq
+        wanted = wanted if self.equality else jnp.maximum(0, wanted)
         multiplier = jnp.where(square > 0, wanted / jnp.where(square > 0, square, 1), 0)
         direction = df + multiplier * dq
         (x, y), step = state.step((x, y), unravel(direction))
