@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.coupled [--seeds 10] [--first 0] [--solver NAME …] [--limit S] [kind:n:m …]
     python -m benchmarks.experiments.coupled --projection [--num 1000]
+    python -m benchmarks.experiments.coupled --gradients [--num 200]
 
 The first solves each instance (all 60, or those of the sizes given) with each solver's defaults and `seeds` keys from
 `first` on, at most S seconds a run (240), and prints for each run F*, F, the gap, the violation, the status and the
@@ -12,11 +13,18 @@ where F is lower there by at most 1e-5 (1 + |F|), and "astray" where it is not. 
 The second moves 64 points into each of `num` drawn polytopes of dimension 1 to 10 (whole-number rows, rows of lengths
 from 1e-3 to 1e3, nearly parallel ones, corners) and prints the largest violation, relative to a row's length and |b|,
 in float64 and in float32, and how many points say themselves that they are not exact.
+
+The third compares the gradient of the penalised objective, eight samples in Y(x) and their motion, with central
+differences on `num` drawn problems of sums of waves in two and one to four unknowns, below a box, two inequalities and,
+every second time, an equality, and prints the largest error relative to 1 plus the largest difference, how many are
+above 1e-5, and in how many problems inequalities hold samples.
 """
 
 import argparse
 import collections
+import functools
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +32,10 @@ import numpy as np
 
 import bilevel
 from bilevel.constraints import Rows, project_on
+from bilevel.sampled import Blocks
+from bilevel.sampled.feasible import restore_all
+from bilevel.sampled.penalised import Form, Penalised
+from bilevel.sampled.renewal import Samples
 from problems import coupled
 
 POINTS, PARALLEL = 64, 1e-7
@@ -109,6 +121,59 @@ def projection(num: int) -> None:
         print(f"{np.dtype(dtype).name}: largest violation {worst:.1e}, {inexact} of {num * POINTS} points not exact")
 
 
+def waves(x: Any, y: Any, w: Any) -> Any:
+    """A sum of three sines."""
+    return jnp.sum(jnp.sin(w[:, :2] @ x + w[:, 2:-1] @ y + w[:, -1]))
+
+
+def anywhere(m: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A start."""
+    u = jax.random.uniform(key, (2 + m,), float, -1, 1)
+    return u[:2], u[2:]
+
+
+def half_planes(rng: np.random.Generator, m: int, equality: bool) -> bilevel.LinearCoupling:
+    """Rows that some y of |y| <= 0.35 fulfils at every x of [-1, 1]^2."""
+    A, B = rng.normal(size=(2, m)), rng.normal(size=(2, 2))
+    parts = [A, B, np.abs(B).sum(axis=1) + 0.35 * np.linalg.norm(A, axis=1) + 0.05]
+    if equality:
+        normal = rng.normal(size=(1, m))
+        parts += [normal / np.linalg.norm(normal), rng.uniform(-0.15, 0.15, (1, 2)), rng.uniform(-0.05, 0.05, 1)]
+    return bilevel.LinearCoupling(*map(jnp.asarray, parts))
+
+
+@jax.jit
+def slope(problem: Any, x: Any, points: Any, held: Any, rho: Any, t: Any) -> tuple[Any, Any, Any, Any]:
+    """(the points moved into Y(x), what holds them, P there, its gradient); held: the rows that they stay on."""
+    view = Blocks.of(problem, points[0, 0])
+    P = Penalised(view, Form(joint=False, entropic=True, frozen=False), rho, rho * t, chunk=1024)
+    points, _, held, lift = restore_all(view, x, points, held)
+    f, g = view.values(x, points)
+    found = P.at(f, g)
+    direction = P.gradient(x, Samples(points, f, g, held), lift[:4], found)
+    assert direction.motion is not None
+    return points, direction.motion.held, found.value, direction.x
+
+
+def gradients(num: int) -> None:
+    """Draw, differentiate and print."""
+    errors, active, h, box = [], 0, 1e-6, bilevel.Box(-1.0, 1.0)
+    for k in range(num):
+        rng, m, equality = np.random.default_rng(k), 1 + k % 4, k % 8 >= 4 and k % 4 > 0
+        f, g = (bilevel.Full(jnp.asarray(w)) for w in rng.uniform(-3, 3, (2, 3, 3 + m)))
+        rows, start = half_planes(rng, m, equality), functools.partial(anywhere, m)
+        problem = bilevel.BilevelProblem(waves, bilevel.Minimize(waves), box, box, rows, f, g, start)
+        x, points = rng.uniform(-0.5, 0.5, 2), rng.uniform(-1, 1, (8, 1, m))
+        rho, t, free = 10 ** rng.uniform(-1, 1.3), rng.uniform(0.05, 1), jnp.zeros((8, 1, 2 + equality + m))
+        points, held, _, gradient = slope(problem, x, points, free, rho, t)
+        values = [[float(slope(problem, x + s * h * d, points, held, rho, t)[2]) for s in (1, -1)] for d in np.eye(2)]
+        difference = np.subtract(*np.transpose(values)) / (2 * h)
+        errors.append(np.abs(np.asarray(gradient) - difference).max() / (1 + np.abs(difference).max()))
+        active += bool(np.any(np.asarray(held)[:, 0, :2]))
+    above = sum(not error <= 1e-5 for error in errors)
+    print(f"gradients: worst {max(errors):.1e}, {above} of {num} above 1e-5; inequalities hold samples in {active}")
+
+
 def main() -> None:
     """Read the arguments."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
@@ -118,11 +183,14 @@ def main() -> None:
     parser.add_argument("--solver", nargs="+", default=["SampledPenalty"])
     parser.add_argument("--limit", type=float, default=240.0)
     parser.add_argument("--projection", action="store_true")
-    parser.add_argument("--num", type=int, default=1000)
+    parser.add_argument("--gradients", action="store_true")
+    parser.add_argument("--num", type=int)
     given = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     if given.projection:
-        projection(given.num)
+        projection(given.num or 1000)
+    elif given.gradients:
+        gradients(given.num or 200)
     else:
         for name in given.solver:
             suite(given.sizes, name, range(given.first, given.first + given.seeds), given.limit)
