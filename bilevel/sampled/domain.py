@@ -21,21 +21,23 @@ from bilevel.sampled.feasible import STEPS, Feasible, is_affine, set_rows, to_fe
 PyTree = Any
 
 
-def joint_step(view: Blocks, x: PyTree, y: Array, rounds: int = 1) -> PyTree:
-    """A point of X near x where Y is not empty: on affine rows exactly, else by a step of Newton's.
+def joint_step(view: Blocks, x: PyTree, y: Array, rounds: int = 1, goal: PyTree = None) -> PyTree:
+    """A point of X near the goal, else near x, where Y is not empty: on affine rows exactly, else by a step of
+    Newton's.
 
     That of the nearest (x, y) on all rows of the coupling, of X and of Y, linearised at x and y [1, m], a little inside
-    of the coupling's inequalities, in |x|^2 + |s y|^2 with a small s: x moves as little as it must. y draws it less in
-    each further round, which starts from the last one's y.
+    of the coupling's inequalities, to the goal and y, in |x|^2 + |s y|^2 with a small s: x moves as little as it must.
+    y draws it less in each further round, which starts from the last one's y.
     """
     (flat, unravel), eps = ravel_pytree(x), float(jnp.finfo(y.dtype).eps)
     c, _, equality = view.coupling_rows(x, y)
     J = view.coupling_derivative(x, y)
     at = jnp.concatenate([flat, y[0]])
+    target = at if goal is None else jnp.concatenate([ravel_pytree(goal)[0], y[0]])
     inside = 1e3 * eps * jnp.linalg.norm(J, axis=1) * (1 + jnp.max(jnp.abs(at)))
     hi = J @ at - c - jnp.where(equality, 0, inside)
     blocks = [(J, jnp.where(equality, hi, -jnp.inf), hi)]
-    of_x, of_y = set_rows(view.problem.x_set, x), set_rows(view.problem.y_set, view.unpack(y))
+    of_x, of_y = set_rows(view.problem.x_set, x if goal is None else goal), set_rows(view.problem.y_set, view.unpack(y))
     blocks += [(jnp.pad(C, ((0, 0), (0, y.size))), lo, hi) for C, lo, hi in of_x]
     blocks += [(jnp.pad(C, ((0, 0), (flat.size, 0))), lo, hi) for C, lo, hi in of_y]
     C, lo, hi = (jnp.concatenate(parts) for parts in zip(*blocks, strict=True))
@@ -44,11 +46,11 @@ def joint_step(view: Blocks, x: PyTree, y: Array, rounds: int = 1) -> PyTree:
     limits = Rows(C / unit[None], lo, hi, jnp.zeros((len(lo), 0), y.dtype))
 
     def nearest(_: Any, z: Array) -> Array:
-        to = jnp.where(is_x, at, z)
+        to = jnp.where(is_x, target, z)
         found = constraints.project_on(limits, unit * to, jnp.arange(len(lo)) < len(c)).y / unit
         return jnp.where(jnp.isfinite(found).all(), found, z)
 
-    z = nearest(0, at) if rounds == 1 else lax.fori_loop(0, rounds, nearest, at)
+    z = nearest(0, target) if rounds == 1 else lax.fori_loop(0, rounds, nearest, target)
     return view.problem.x_set.project(unravel(z[: flat.size]))
 
 

@@ -71,14 +71,16 @@ class Arrival(NamedTuple):
 
 
 def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Array, slots: int) -> Arrival:
-    """The samples at x, and x in X. last: the last sample there, where it is a variable.
+    """The samples at x, and x in X: at its point nearest to `x`, or at that of the domain nearest to `x` where that is
+    none of it. That of X alone would not do as a start: what it lost at the faces of X is a part of what leads along
+    the domain's edge. last: the last sample there, where it is a variable.
 
     Of a coupled set all samples move on the rows that hold them, and the first and the last of the `slots`, which are
     the best ones, are moved into Y(x) exactly, or x to where that is not empty. Samples that come to be outside on
     affine rows are left out; rows that are not affine are met nearly, and x takes one step of `joint_step` where no
     sample meets them.
     """
-    view, everyone = P.view, jnp.ones((len(here.points), 1), bool)
+    view, everyone, goal = P.view, jnp.ones((len(here.points), 1), bool), x
     x = view.problem.x_set.project(x)
     start = here.points.at[-1].set(last) if P.form.joint else here.points
     if view.problem.coupling is None:
@@ -86,7 +88,7 @@ def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Arr
         return Arrival(x, points, everyone, jnp.array(False))
     if direction.motion is None:
         points, failed, *_ = near_all(view, x, start)
-        inside = joint_step(view, x, points[-1])
+        inside = joint_step(view, x, points[-1], goal=goal)
         x = jax.tree.map(partial(jnp.where, jnp.all(failed)), inside, x)
         points, failed, *_ = near_all(view, x, points)
         return Arrival(x, points, everyone, jnp.all(failed))
@@ -95,7 +97,9 @@ def arrive(P: Penalised, here: Place, direction: Direction, x: PyTree, last: Arr
     own = own.at[-1].set(0) if P.form.joint else own
 
     def settle(at: _Settling) -> _Settling:
-        x = jax.tree.map(partial(jnp.where, at.count > 0), joint_step(view, at.x, at.ends.y[-1]), at.x)
+        to = jax.tree.map(partial(jnp.where, at.count > 1), at.x, goal)
+        x = joint_step(view, at.x, at.ends.y[-1], goal=to)
+        x = jax.tree.map(partial(jnp.where, at.count > 0), x, at.x)
         return _Settling(x, restore_all(view, x, start[ends], own), at.count + 1)
 
     begin = Feasible(start[ends], jnp.ones(2, bool), own, jnp.zeros_like(motion.lift[ends]))
