@@ -157,25 +157,46 @@ def near_all(view: Blocks, x: PyTree, ys: Array, held: Array | None = None) -> F
 
 
 def fills(view: Blocks) -> bool:
-    """Whether `fill` is for this problem: Y is a box, and the coupling's rows are affine inequalities."""
-    coupling = view.problem.coupling
-    if not isinstance(coupling, LinearCoupling) or coupling.num_equalities:
+    """Whether `fill` is for this problem: Y is a box, and the coupling's rows are affine."""
+    if not isinstance(view.problem.coupling, LinearCoupling):
         return False
     return view.problem.y_set.bounds(view.unpack(jnp.zeros((view.n, view.m), view.dtype))) is not None
 
 
-def fill(view: Blocks, x: PyTree, middle: Array, ys: Array) -> Array:
-    """Points of Y spread inside of Y(x), [N, 1, m]: those that are in it stay, others go back towards the `middle`
-    [1, m], a point of Y(x), to a share of the way that is left to them. Projected, they would pile up on its faces.
+def fill(view: Blocks, x: PyTree, found: Feasible, ys: Array) -> Feasible:
+    """Points of Y, ys [N, 1, m], spread inside of Y(x): those that are in it stay, others go back towards the middle of
+    the points `found`, to a share of the way that is left to them. Projected, they would pile up on its faces.
+
+    Equalities hold all of them, and they go along these.
     """
+    middle, share = jnp.mean(found.y, axis=0), np.mod(0.5 + np.arange(1, len(ys) + 1) * GOLDEN, 1) ** (1 / view.m)
+    share = jnp.asarray(share, ys.dtype)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(len(ys), *leaf.shape[1:])), found)
     limits, d = local(view, x, middle).limits, (ys - middle[None])[:, 0]
+    coupling, equal = view.problem.coupling, jnp.zeros(len(limits.lo), bool)
+    if isinstance(coupling, LinearCoupling) and coupling.num_equalities:
+        equal = limits.lo == limits.hi
+        d = _along(jnp.where(equal[:, None], limits.C, 0), d)
+        held = jnp.broadcast_to(equal.astype(d.dtype), nothing.held.shape)
+        lift = motion(view, x, middle, held[0]).lift
+        nothing = nothing._replace(held=held, lift=jnp.broadcast_to(lift, nothing.lift.shape))
     at, speed = limits.C @ middle[0], d @ limits.C.T
     above, below = jnp.maximum(limits.hi - at, 0)[None], jnp.maximum(at - limits.lo, 0)[None]
     room = jnp.where(speed > 0, above, jnp.where(speed < 0, below, jnp.inf))
-    left = jnp.min(room / jnp.where(speed == 0, 1, jnp.abs(speed)), axis=1)
-    share = np.mod(0.5 + np.arange(1, len(ys) + 1) * GOLDEN, 1) ** (1 / view.m)
-    reach = jnp.where(left < 1, jnp.asarray(share, ys.dtype) * left, 1)
-    return middle[None] + (reach[:, None] * d)[:, None]
+    left = jnp.where(equal[None], jnp.inf, room / jnp.where(speed == 0, 1, jnp.abs(speed)))
+    left = jnp.min(left, axis=1)
+    reach = jnp.where(left < 1, share * left, 1)
+    return nothing._replace(y=middle[None] + (reach[:, None] * d)[:, None])
+
+
+def _along(E: Array, d: Array) -> Array:
+    """The parts of d [N, m] at right angles to the rows of E [rows, m], which may depend on each other or be zero."""
+    K = E @ E.T
+    ridge = 10 * float(jnp.finfo(E.dtype).eps) * jnp.trace(K) + jnp.finfo(E.dtype).tiny
+    pull = jnp.linalg.solve(K + ridge * jnp.eye(len(E), dtype=E.dtype), E)
+    for _ in range(2):  # the second time what the ridge has left
+        d = d - (d @ E.T) @ pull
+    return d
 
 
 def _where(chosen: Array, there: Feasible, here: Feasible) -> Feasible:

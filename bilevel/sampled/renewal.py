@@ -137,9 +137,8 @@ def _moved(view: Blocks, x: PyTree, spread: Array, others: Array) -> Feasible:
     if not fills(view):
         return near_all(view, x, jnp.concatenate([spread, others]))
     found = near_all(view, x, jnp.concatenate([spread[1::2], others]))
-    inside = fill(view, x, jnp.mean(found.y, axis=0), spread[::2])
-    nothing = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, shape=(len(inside), *leaf.shape[1:])), found)
-    return join(nothing._replace(y=inside, failed=nothing.failed | jnp.all(found.failed)), found)
+    inside = fill(view, x, found, spread[::2])
+    return join(inside._replace(failed=inside.failed | jnp.all(found.failed)), found)
 
 
 def _radius(view: Blocks, new: Array, others: Array) -> Array:
