@@ -1,6 +1,6 @@
 """Followers whose set moves with the leader: runs on the suite of `problems.coupled`, and the projection they rest on.
 
-    python -m benchmarks.experiments.coupled [--seeds 10] [--first 0] [--solver NAME …] [--limit S] [kind:n:m …]
+    python -m benchmarks.experiments.coupled [--seeds 10] [--first 0] [--solver NAME] … [--limit S] [kind:n:m …]
     python -m benchmarks.experiments.coupled --projection [--num 1000]
     python -m benchmarks.experiments.coupled --gradients [--num 200]
 
@@ -126,10 +126,15 @@ def waves(x: Any, y: Any, w: Any) -> Any:
     return jnp.sum(jnp.sin(w[:, :2] @ x + w[:, 2:-1] @ y + w[:, -1]))
 
 
-def anywhere(m: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A start."""
-    u = jax.random.uniform(key, (2 + m,), float, -1, 1)
-    return u[:2], u[2:]
+@functools.cache
+def start(m: int) -> Any:
+    """A start, the same function for every problem of a size, so that they share what is compiled."""
+
+    def anywhere(key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        u = jax.random.uniform(key, (2 + m,), float, -1, 1)
+        return u[:2], u[2:]
+
+    return anywhere
 
 
 def half_planes(rng: np.random.Generator, m: int, equality: bool) -> bilevel.LinearCoupling:
@@ -161,8 +166,8 @@ def gradients(num: int) -> None:
     for k in range(num):
         rng, m, equality = np.random.default_rng(k), 1 + k % 4, k % 8 >= 4 and k % 4 > 0
         f, g = (bilevel.Full(jnp.asarray(w)) for w in rng.uniform(-3, 3, (2, 3, 3 + m)))
-        rows, start = half_planes(rng, m, equality), functools.partial(anywhere, m)
-        problem = bilevel.BilevelProblem(waves, bilevel.Minimize(waves), box, box, rows, f, g, start)
+        rows = half_planes(rng, m, equality)
+        problem = bilevel.BilevelProblem(waves, bilevel.Minimize(waves), box, box, rows, f, g, start(m))
         x, points = rng.uniform(-0.5, 0.5, 2), rng.uniform(-1, 1, (8, 1, m))
         rho, t, free = 10 ** rng.uniform(-1, 1.3), rng.uniform(0.05, 1), jnp.zeros((8, 1, 2 + equality + m))
         points, held, _, gradient = slope(problem, x, points, free, rho, t)
@@ -180,7 +185,7 @@ def main() -> None:
     parser.add_argument("sizes", nargs="*")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--solver", nargs="+", default=["SampledPenalty"])
+    parser.add_argument("--solver", action="append")
     parser.add_argument("--limit", type=float, default=240.0)
     parser.add_argument("--projection", action="store_true")
     parser.add_argument("--gradients", action="store_true")
@@ -192,7 +197,7 @@ def main() -> None:
     elif given.gradients:
         gradients(given.num or 200)
     else:
-        for name in given.solver:
+        for name in given.solver or ["SampledPenalty"]:
             suite(given.sizes, name, range(given.first, given.first + given.seeds), given.limit)
 
 
