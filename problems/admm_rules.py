@@ -28,6 +28,8 @@ import numpy as np
 from scipy.special import logsumexp
 
 EPS = float(np.finfo(np.float64).eps)
+SOLVED = 1e-6
+"""The relative residual that counts as solved: no instance is worth more than that to F."""
 
 
 class Look(NamedTuple):
@@ -95,7 +97,7 @@ def progress(kind: str, numbers: dict[str, Any], rule: Rule, steps: int) -> np.n
     Q, found = numbers["U"] @ np.diag(numbers["l"]) @ numbers["U"].T, []
     for q in numbers["q"]:
         end = run(kind, {**numbers, "q": q}, rule, steps)[-1]
-        found.append(np.hypot(np.linalg.norm(Q @ end.z - q + end.lam) / np.linalg.norm(q), EPS))
+        found.append(np.hypot(np.linalg.norm(Q @ end.z - q + end.lam) / np.linalg.norm(q), SOLVED))
     return np.log(found) / steps
 
 
@@ -203,8 +205,8 @@ RULES: dict[str, Rule] = {
 }
 
 
-def of_eigen(numbers: dict[str, Any], steps: int, log_rho: Any) -> np.ndarray:
-    """F of `eigen` at each of the constants, shape of log_rho, in closed form, before rounding.
+def of_eigen(numbers: dict[str, Any], steps: int, log_rho: Any, solved: float = SOLVED) -> np.ndarray:
+    """F of `eigen` at each of the constants, shape of log_rho, in closed form.
 
     In the coordinates of Q's eigenvectors the residual after K steps is q_i (rho/(l_i + rho))^K inside of the subspace
     and q_i (l_i/(l_i + rho))^K outside of it.
@@ -213,15 +215,17 @@ def of_eigen(numbers: dict[str, Any], steps: int, log_rho: Any) -> np.ndarray:
     log_rho = np.asarray(log_rho)[..., None]
     factor = np.where(inside, log_rho, np.log(l)) - np.logaddexp(log_rho, np.log(l))
     shares = np.log(q**2 / np.sum(q**2, axis=1, keepdims=True))
-    return np.mean(logsumexp(2 * steps * factor[..., None, :] + shares, axis=-1), axis=-1) / (2 * steps)
+    squares: Any = logsumexp(2 * steps * factor[..., None, :] + shares, axis=-1)
+    with np.errstate(divide="ignore"):
+        return np.mean(np.logaddexp(squares, 2 * np.log(solved)), axis=-1) / (2 * steps)
 
 
-def best_of_eigen(numbers: dict[str, Any], steps: int, widest: float) -> tuple[float, float]:
+def best_of_eigen(numbers: dict[str, Any], steps: int, widest: float, solved: float = SOLVED) -> tuple[float, float]:
     """(log rho, F) at the least F over constants: a grid, refined around the best until F no longer shows it."""
     low, high = -widest, widest
     while high - low > 1e-9:
         grid = np.linspace(low, high, 201)
-        k = int(np.argmin(of_eigen(numbers, steps, grid)))
+        k = int(np.argmin(of_eigen(numbers, steps, grid, solved)))
         low, high = grid[max(k - 1, 0)], grid[min(k + 1, 200)]
     best = (low + high) / 2
-    return float(best), float(of_eigen(numbers, steps, best))
+    return float(best), float(of_eigen(numbers, steps, best, solved))
