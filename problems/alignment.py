@@ -9,7 +9,8 @@ E_D over demonstrations
 
     grad F = -(1/beta) (E_D - E_pi) sum_t e(s_{t-1}, s_t).
 
-The expert is pi at a drawn x*; with demonstrations = 0 it is shown as it is, and x* is the optimum.
+With reward=transformer r_x is a small network of the whole sequence, the policy still exact and x its weights. The
+expert is pi at a drawn x*; with demonstrations = 0 it is shown as it is, and x* is the optimum of the linear rewards.
 
 `markov` has partition function and expectations by the transfer matrix, which enumerates nothing: an independent
 reference. `rounds` is the loop that is used with large models in place of the gradient above, in expectation:
@@ -33,13 +34,15 @@ One round from ref is self-play fine-tuning's first (Chen et al. 2024).
 Metrics: `true_reward`, E_pi r*, as a part of the way from ref's to the expert's; `expert_kl`, KL(expert | pi);
 `ref_kl`, KL(pi | ref); `ranking`, the share of pairs of sequences from ref that r_x and r* order alike.
 
-Settings that work: `LBFGS()`; `ITD(lower_step_size=1.0, num_lower_steps=1)`; `AID()`.
+Settings that work: `LBFGS()`; `ITD(lower_step_size=1.0, num_lower_steps=1)`; `AID()`; of transformers ITD with
+upper_step_size=optax.adam(0.002).
 
 Reference: Joint reward and policy learning from demonstrations: arXiv:2503.13538, whose programs run the rounds with
 moving anchor, fresh rewards and kept pairs; the formulas of the fixed points are ours. Chen, Deng, Yuan, Ji, Gu.
 Self-play fine-tuning converts weak language models to strong language models. ICML 2024, arXiv:2401.01335.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -51,11 +54,15 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, FixedPoint, Full
+from bilevel.diagnostics import IMPLICIT
 from bilevel.struct import invalid
+from problems import tiny_transformer
 from problems.datasets import floats
 from problems.instance import Instance, Truth
+from problems.tiny_transformer import Size
 
 PyTree = Any
+REWARDS = "linear", "transformer"
 LARGEST = 300_000
 """The most sequences that are enumerated."""
 
@@ -140,6 +147,28 @@ def policy(x: Array, y: Array, batch: PyTree) -> Array:
     return jax.nn.log_softmax(batch["log_ref"] + batch["features"] @ x / batch["beta"])
 
 
+@functools.cache
+def network(vocab: int, length: int) -> Size:
+    """The transformer that is a reward: one number, read off at the last place."""
+    return Size(vocab + 1, length + 1, 1)
+
+
+@functools.cache
+def policy_by_network(size: Size) -> Callable[[PyTree, Array, PyTree], Array]:
+    """The map T for rewards that a transformer makes of the sequences."""
+
+    def policy(x: PyTree, y: Array, batch: PyTree) -> Array:
+        r = tiny_transformer.apply(size, x, batch["tokens"])[:, -1, 0]
+        return jax.nn.log_softmax(batch["log_ref"] + r / batch["beta"])
+
+    return policy
+
+
+def started(world: World) -> np.ndarray:
+    """The sequences with the token before the start in front, [N, length + 1]: what a network sees."""
+    return np.concatenate([np.full((len(world.sequences), 1), world.chain.shape[1]), world.sequences], axis=1)
+
+
 class Round(NamedTuple):
     """What a round of `rounds` leaves."""
 
@@ -218,13 +247,21 @@ def shown(world: World, beta: float, demonstrations: int, seed: int) -> np.ndarr
     return np.random.default_rng([1, seed]).multinomial(demonstrations, expert) / demonstrations
 
 
-def _metrics(world: World, beta: float, x: Array, y: Array) -> dict[str, float]:
-    return judge(world, beta, np.asarray(y, np.float64), world.features @ np.asarray(x, np.float64))
+def _metrics(world: World, beta: float, size: Size | None, x: PyTree, y: Array) -> dict[str, float]:
+    if size is None:
+        r = world.features @ np.asarray(x, np.float64)
+    else:
+        r = np.asarray(tiny_transformer.apply(size, x, jnp.asarray(started(world)))[:, -1, 0], np.float64)
+    return judge(world, beta, np.asarray(y, np.float64), r)
 
 
 @functools.cache
-def _init(num_features: int, count: int) -> Callable[[Array], tuple[Array, Array]]:
-    return lambda key: (jnp.zeros(num_features, float), jnp.zeros(count, float))
+def _init(size: Size | int, count: int) -> Callable[[Array], tuple[PyTree, Array]]:
+    def init(key: Array) -> tuple[PyTree, Array]:
+        x = tiny_transformer.initial(size, key) if isinstance(size, Size) else jnp.zeros(size, float)
+        return x, jnp.zeros(count, float)
+
+    return init
 
 
 def make(
@@ -234,6 +271,7 @@ def make(
     features: int = 6,
     beta: float = 1.0,
     demonstrations: int = 0,
+    reward: str = "linear",
 ) -> Instance:
     """A world of sequences, an expert in it and its demonstrations.
 
@@ -244,6 +282,7 @@ def make(
         features: of the reward, >= 1.
         beta: > 0, the price of KL(pi | ref).
         demonstrations: sampled from the expert, >= 0; 0 shows its distribution.
+        reward: "linear", or "transformer" for some 26,000 weights in place of x . features; the expert stays as it is.
 
     Raises:
         InvalidInput: a parameter outside of its range.
@@ -257,6 +296,8 @@ def make(
     for name, number, least in counts:
         if not (isinstance(number, int) and number >= least):
             invalid(f"{name} (alignment)", number, f"a whole number >= {least}", "It is a count.")
+    if reward not in REWARDS:
+        invalid("reward (alignment)", repr(reward), " or ".join(REWARDS), "Choose one.")
     if not 0 < beta < np.inf:
         invalid("beta (alignment)", beta, "a number > 0", "It is the price of KL(pi | ref).")
     if sum((vocab - 1.0) ** k for k in range(min(length, 60) + 1)) > LARGEST:
@@ -265,23 +306,28 @@ def make(
         )
     world = draw(seed, vocab, length, features, beta)
     data = shown(world, beta, demonstrations, seed)
-    lower = {"log_ref": world.log_ref, "features": world.features, "beta": beta}
+    size = network(vocab, length) if reward == "transformer" else None
+    lower = {"log_ref": floats(world.log_ref), "beta": floats(beta)}
+    seen = {"features": floats(world.features)} if size is None else {"tokens": jnp.asarray(started(world))}
     problem = BilevelProblem(
         upper,
-        FixedPoint(policy),
+        FixedPoint(policy if size is None else policy_by_network(size)),
         upper_data=Full({"demonstrations": floats(data)}),
-        lower_data=Full({name: floats(value) for name, value in lower.items()}),
-        init=_init(features, len(data)),
+        lower_data=Full(lower | seen),
+        init=_init(features if size is None else size, len(data)),
     )
     truth, log_expert = None, tilted(world.log_ref, world.features @ world.x, beta)
-    if demonstrations == 0:
+    if demonstrations == 0 and size is None:
         truth = Truth(float(-data @ log_expert), floats(world.x), floats(log_expert))
+    # The reference differentiates every entry of y in every weight at once: gigabytes for a network.
+    referee = IMPLICIT if size is None else dataclasses.replace(IMPLICIT, check=None)
     judged = functools.partial(judge, world, beta)
     return Instance(
         problem,
         truth,
         tags=frozenset({"irl", "fixed-point", "alignment", "known-optimum" if truth else "sampled"}),
-        metrics=functools.partial(_metrics, world, beta),
+        metrics=functools.partial(_metrics, world, beta, size),
+        referee=referee,
         baselines={
             "reference": lambda: judged(world.log_ref, None),
             "supervised": lambda: judged(fitted_chain(world, data * (demonstrations or 1e6)), None),

@@ -10,8 +10,9 @@ import pytest
 import bilevel
 import problems
 from benchmarks.experiments.alignment import bradley_terry
-from bilevel import InvalidInput
-from problems import alignment
+from bilevel import InvalidInput, oracles
+from problems import alignment, tiny_transformer
+from problems.tiny_transformer import Size
 
 SMALL = {"vocab": 4, "length": 3, "features": 3}
 
@@ -117,6 +118,28 @@ def test_with_beta_one_a_fixed_anchor_goes_to_and_fro():
     np.testing.assert_allclose(kept[-1].log_pi, np.log(D), atol=1e-10)
 
 
+def test_a_transformer_is_causal_and_a_reward():
+    """Later tokens do not change earlier outputs; the gradient through the policy is -(E_D - E_pi) grad r/beta."""
+    size = Size(4, 4, 2, width=8, blocks=1)
+    parameters, tokens = tiny_transformer.initial(size, jax.random.key(0)), jnp.array([[3, 0, 1, 2], [3, 2, 2, 0]])
+    outputs = tiny_transformer.apply(size, parameters, tokens)
+    changed = tiny_transformer.apply(size, parameters, tokens.at[:, 3].set(1))
+    np.testing.assert_array_equal(outputs[:, :3], changed[:, :3])
+    assert jnp.abs(outputs[:, 3] - changed[:, 3]).min() > 0
+
+    instance = problems.make("alignment", vocab=3, length=2, beta=0.7, demonstrations=9, reward="transformer")
+    problem = instance.problem.validate()
+    x, y = problem.init(jax.random.key(1))
+    batch, D = problem.lower_data.full(), problem.upper_data.full()["demonstrations"]
+    _, gradient = oracles.unrolled_objective(problem, x, y, 1, 1.0, problem.upper_data.full(), batch)
+    log_pi, r = problem.lower.T(x, y, batch), lambda x: tiny_transformer.apply(
+        alignment.network(3, 2), x, batch["tokens"])[:, -1, 0]  # fmt: skip
+    expected = jax.vjp(r, x)[1](-(D - jnp.exp(log_pi)) / 0.7)[0]
+    for a, b in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-10)
+    assert 0 <= instance.metrics(x, log_pi)["ranking"] <= 1
+
+
 def test_rankings():
     log_ref, true = np.log(np.full(4, 0.25)), np.arange(4.0)
     assert alignment.ranking(2 * true + 1, true, log_ref) == 1
@@ -131,6 +154,7 @@ def test_rankings():
         ({"length": 0}, r"length \(alignment\)"),
         ({"length": 7}, "at most 300000 sequences"),
         ({"features": 0}, r"features \(alignment\)"),
+        ({"reward": "table"}, r"reward \(alignment\)"),
         ({"beta": 0.0}, r"beta \(alignment\)"),
         ({"demonstrations": -1}, r"demonstrations \(alignment\)"),
     ],
