@@ -116,6 +116,14 @@ RULES: tuple[Rule, ...] = (
         },
     ),
     Rule(
+        "there is no x: f is to be least among the minimisers of g",
+        lambda seen: seen.num_x == 0 and not seen.smooth and not seen.constrained,
+        {
+            "BOME": "without x dynamic barrier gradient descent: f falls as far as g lets it",
+            "VPBGD": "f and a constant weight of g: not at a minimiser of g in the end",
+        },
+    ),
+    Rule(
         "g is flat",
         lambda seen: seen.curvature == "flat",
         {
