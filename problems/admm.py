@@ -42,8 +42,9 @@ non-expansive, and R_f has the slopes (rho - l)/(rho + l), l the eigenvalues of 
     q(rho) = 1/2 + max_l |rho - l|/(rho + l)/2,    least at rho = sqrt(lambda_min lambda_max),
 
 and no convex h does worse; h = 0 and the indicator of 0 do as badly, one for rho too large, the other for rho too
-small. With A w = z for w = z, Q is to be read as (A Q^-1 A')^-1: rho = 1/sqrt(lambda_min
-lambda_max) of A Q^-1 A'. `eigen` attains q(rho), so that its best constant for K steps tends to this one as K grows.
+small. With A w = z for w = z, Q is to be read as (A Q^-1 A')^-1: rho = 1/sqrt(lambda_min lambda_max) of A Q^-1 A'.
+`eigen` attains q(rho), so that its best constant for K steps tends to this one as K grows. With few steps and few
+instances F may have a second local minimum; `truth` is the least one.
 
 Settings that work: `LBFGS()`; `ITD(lower_step_size=1.0, num_lower_steps=K, upper_step_size=optax.adam(0.1))`.
 

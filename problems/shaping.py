@@ -161,7 +161,7 @@ def _init(vocab: int, length: int, steps: int) -> Callable[[Array], tuple[Array,
 
 def _metrics(reward: np.ndarray, vocab: int, length: int, x: PyTree, y: Array) -> dict[str, float]:
     got = float(np.asarray(probabilities(jnp.asarray(y)[-1], vocab, length), np.float64) @ reward)
-    return {"reward": (got - reward.mean()) / (reward.max() - reward.mean())}
+    return {"reward": float((got - reward.mean()) / (reward.max() - reward.mean()))}
 
 
 def trained(problem: BilevelProblem, x: Array) -> Array:
