@@ -191,7 +191,7 @@ def solve(
 def _begin(level: _Level, start: Array, sketch: Nystrom | None) -> _Search:
     """The search at a feasible point."""
     g, R = level.evaluate(start)
-    s = _first_step(level.problem, level.x, level.unravel(start), level.batch, sketch)
+    s = 1 / _curvature(level, start, R, sketch)
     size = level.residual(start, R, s)
     status = jnp.where(jnp.isfinite(g) & jnp.isfinite(size), Status.MAX_STEPS, Status.NONFINITE)
     before = jnp.maximum(size, jnp.finfo(start.dtype).tiny)
@@ -214,7 +214,8 @@ def _round(level: _Level, sketch: Nystrom | None, c: _Search) -> _Search:
     worse = stuck & ~(size <= c.size)
     idle = jnp.where(stuck, c.idle + 1, 0)
     size = jnp.where(worse, c.size, size)
-    solved = (good & (size <= level.tol * scale)) | (stuck & (least | (size <= level.tol * scale)))
+    was = c.size <= level.tol * c.scale()  # so that a Newton step has nothing to halve, not even at 0
+    solved = ((good | stuck | was) & (size <= level.tol * scale)) | (stuck & least)
     status = jnp.where(idle >= PATIENCE, Status.STALLED, Status.MAX_STEPS)
     status = jnp.where(solved, Status.CONVERGED, status)
     return _Search(
@@ -299,11 +300,11 @@ def _sketch(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> Nys
     return nystrom.sketch(oracles.flat_operator(problem, x, y, batch), flat.size, flat.dtype)
 
 
-def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sketch: Nystrom | None) -> Array:
-    """1/L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
-    estimate that the line search corrects.
+def _curvature(level: _Level, y: Array, R: Array, sketch: Nystrom | None) -> Array:
+    """1.1 L, L the largest curvature that ten power iterations find, or three from where the sketch saw the largest: an
+    estimate that the line search corrects. Where g is linear, |R|/|y|: a step as long as y, since no other is too long.
     """
-    flat, hessian = ravel_pytree(y)[0], oracles.flat_operator(problem, x, y, batch)
+    hessian = oracles.flat_operator(level.problem, level.x, level.unravel(y), level.batch)
 
     def power(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         v, _ = carry
@@ -311,9 +312,10 @@ def _first_step(problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree, sk
         size = norm(w)
         return w / jnp.where(size > 0, size, 1), size
 
-    first, steps = jax.random.normal(jax.random.key(0), flat.shape, flat.dtype), 10
+    first, steps = jax.random.normal(jax.random.key(0), y.shape, y.dtype), 10
     if sketch is not None:
         seen = jnp.any(sketch.rows[-1] != 0)
         first, steps = jnp.where(seen, sketch.rows[-1], first), jnp.where(seen, 3, 10)
-    _, L = lax.fori_loop(0, steps, power, (first / norm(first), jnp.zeros((), flat.dtype)))
-    return 1 / jnp.where(L > 0, 1.1 * L, 1)
+    _, L = lax.fori_loop(0, steps, power, (first / norm(first), jnp.zeros((), y.dtype)))
+    pull = norm(R) / jnp.where(jnp.any(y != 0), norm(y), 1)
+    return jnp.where(L > 0, 1.1 * L, jnp.where(pull > 0, pull, 1))

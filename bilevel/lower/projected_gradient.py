@@ -9,6 +9,7 @@ from jax import Array, lax
 from jax.flatten_util import ravel_pytree
 
 from bilevel import oracles
+from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm, poisoned, row_norms, take
 from bilevel.linear import DENSE_LIMIT, UNSOLVED, verified
 from bilevel.lower import projected, sides
@@ -47,6 +48,8 @@ class _Seen(NamedTuple):
     """|f_x| + |g_yx' u|, for rounding error."""
     fy: Array
     """|f_y|."""
+    room: Array
+    """[n], of each entry to where another face begins; negative where it is beyond."""
 
 
 def differentiate(
@@ -59,16 +62,17 @@ def differentiate(
     The first solves for u and gives the gradient; with `estimate` a second one (on balls, two more) gives a gradient
     that is right to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first
     one's error. Before each that follows, what is left of the equations, and on a ball the face, is taken off by what
-    rounding may make of it. It supposes that the face is the right one, which the margin shows; no proof from constants
-    is offered here.
+    rounding may make of it: on other sets with the signs of u, which move the gradient, and then with those of what y
+    moved by, which move y and so the multipliers. It supposes that the face is the right one; where these moves reach
+    another, `_resolved` says so. No proof from constants is offered here.
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = projected.solve(problem, x, y, lower_batch, settings)
     face, (flat, unravel) = found.face, ravel_pytree(found.y)
     round_set = not problem.y_set.polyhedral
-    passes = 3 if round_set else 2  # on a ball y moves, and then the face with it
+    passes = 3 if problem.constrained_lower else 2  # without constraints there is no other face
 
-    def correct(at: _Point, _: None) -> tuple[_Point, _Seen]:
+    def correct(at: _Point, first: Array) -> tuple[_Point, _Seen]:
         """Solve for the corrections of y and u, and look at the corrected point."""
         face, u, left = at.face, at.u, at.left
         solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
@@ -76,20 +80,24 @@ def differentiate(
             u = face.tangent(u)
             off = at.u - u
             left = left + face.mu * off + oracles.flat_operator(problem, x, found.y, lower_batch)(off)
-        flat = ravel_pytree(problem.y_set.project(unravel(at.y + solve(-face.tangent(at.R)))))[0]
+        step = solve(-face.tangent(at.R))
+        flat = ravel_pytree(problem.y_set.project(unravel(at.y + step)))[0]
         u = u + solve(face.tangent(left))
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(flat), upper_batch)
         directions = oracles.directions(problem, x, unravel(flat), unravel(u), lower_batch)
         fx, fy, R, Hu, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
         left = fy - Hu - face.mu * u
         size = norm(face.tangent(left))
-        seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy))
-        return _off(problem, unravel, _Point(flat, u, R, left, face), seen.fy), seen
+        room = _room(problem, unravel, at.y + step, R, face)
+        seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy), room)
+        signs = sides.sign(jnp.where(first | round_set, u, step))
+        return _off(problem, unravel, _Point(flat, u, R, left, face), seen.fy, signs), seen
 
     R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
     begin = _Point(flat, jnp.zeros_like(flat), R, fy, face)
-    corrections = lax.scan(correct, begin, length=passes if estimate else 1)[1]  # a scan: `correct` is compiled once
+    count = passes if estimate else 1
+    corrections = lax.scan(correct, begin, jnp.arange(count) == 0)[1]  # a scan: `correct` is compiled once
     seen = take(corrections, 0)
     if estimate:
         error = _error(seen, corrections.gradient[1:], begin)
@@ -97,11 +105,52 @@ def differentiate(
     else:
         error = jnp.full((), jnp.nan, flat.dtype)
         good = jnp.where(_solved(seen, begin), Status.UNCHECKED, Status.UNSOLVED_LINEAR)
-    lower = jnp.where(_is_flat(problem, x, found), Status.UNDETERMINED, found.status) if estimate else found.status
+    lower = found.status
+    if estimate:
+        wide = found
+        if problem.constrained_lower and not round_set:
+            lower, wide = _resolved(problem, x, found, corrections)
+        lower = jnp.where(_is_flat(problem, x, wide), Status.UNDETERMINED, lower)
     return conclude(
         lower, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
         lower_residual=found.residual, linear_residual=seen.linear_residual, active_margin=face.margin,
     )  # fmt: skip
+
+
+def _room(problem: BilevelProblem, unravel: Callable[[Array], PyTree], y: Array, R: Array, face: Face) -> Array:
+    """How far the entries of y - s R are from where another face begins, negative where they are beyond: [n]."""
+    there = problem.y_set.face(unravel(y), unravel(R), face.s)
+    return jnp.where(there.free == face.free, there.room, -there.room)
+
+
+def _resolved(
+    problem: BilevelProblem, x: PyTree, found: ProjectedSolution, corrections: _Seen
+) -> tuple[Array, ProjectedSolution]:
+    """The lower level's status, with what the corrections say of the face, as `polyhedral_gradient` does by rows:
+    WEAKLY_ACTIVE where what rounding makes of y and the multipliers may turn an entry, STALLED where y moves much by
+    that, on this face or on the one where such entries leave their bounds; and `found` on that face.
+    """
+    flat, face = ravel_pytree(found.y)[0], found.face
+    s, eps, room = face.s, float(jnp.finfo(flat.dtype).eps), corrections.room
+    size, pull = norm(flat), s * norm(found.R)
+    apart = jnp.where(jnp.isfinite(room[:1]), jnp.abs(room[1:] - room[:1]), 0)
+    moved = jnp.max(apart, axis=0) + sides.UNITS * eps / flat.size**0.5 * (size + pull)
+    natural = jnp.where(size > 10 * eps * pull, size, jnp.inf)  # at y = 0, but for rounding, there is no unit
+    entries = sides.Sides(room[0], moved, jnp.broadcast_to(natural, moved.shape))
+    leaving = entries.open & (face.inward != 0)
+    wide = found._replace(face=face.opened(leaving))
+    forces = jnp.where(leaving, face.inward * moved / s, 0)
+    reach = once_if(jnp.any(leaving), lambda _: _pulled(problem, x, wide, forces), moved)
+    touching = (found.status == Status.CONVERGED) & jnp.any(entries.open)
+    status = jnp.where(touching, Status.WEAKLY_ACTIVE, found.status)
+    unknown = entries.unknown | entries._replace(moved=jnp.where(leaving, reach, moved)).unknown
+    return jnp.where(solved(status) & unknown, Status.STALLED, status), wide
+
+
+def _pulled(problem: BilevelProblem, x: PyTree, found: ProjectedSolution, forces: Array) -> Array:
+    """By how much the entries of y move along the face where R is off by these `forces`, [n]."""
+    solve = projected.tangent_solve(problem, x, found.y, problem.lower_data.full(), found.face, found.sketch)
+    return jnp.abs(solve(found.face.tangent(forces)))
 
 
 def _is_flat(problem: BilevelProblem, x: PyTree, found: ProjectedSolution) -> Array:
@@ -124,15 +173,17 @@ def _is_flat(problem: BilevelProblem, x: PyTree, found: ProjectedSolution) -> Ar
     return (length > 1e-3 * norm(w)) & (jnp.abs(z @ product(z)) <= n * eps / face.s)
 
 
-def _off(problem: BilevelProblem, unravel: Callable[[Array], PyTree], at: _Point, size_fy: Array) -> _Point:
-    """The point with R, and what is left of the adjoint, off by what rounding may make of them: eps |y|/s and
-    eps (|u|/s + |f_y|), 1/s the largest curvature, with the signs of u; and the face of a ball as that turns it.
+def _off(
+    problem: BilevelProblem, unravel: Callable[[Array], PyTree], at: _Point, size_fy: Array, signs: Array
+) -> _Point:
+    """The point with R, and what is left of the adjoint, off by what rounding may make of them: eps |y|/s, with these
+    `signs`, and eps (|u|/s + |f_y|), with those of u, 1/s the largest curvature; and the face of a ball, turned.
     """
     n, s = at.y.size, at.face.s
-    unit, signs = sides.UNITS * float(jnp.finfo(at.y.dtype).eps) / n**0.5, sides.sign(at.u)
+    unit = sides.UNITS * float(jnp.finfo(at.y.dtype).eps) / n**0.5
     wrong = unit * norm(at.y) / s
     R = at.R + wrong * signs
-    more = unit * (norm(at.u) / s + size_fy) * signs
+    more = unit * (norm(at.u) / s + size_fy) * sides.sign(at.u)
     left = at.left + sides.sign(more @ at.left) * more
     if problem.y_set.polyhedral:
         return at._replace(R=R, left=left)
