@@ -42,11 +42,11 @@ def differentiate(problem: BilevelProblem, x: PyTree, found: LowerSolution, adjo
 
     def look(y: Array, v: Array) -> Look:
         value, gradients = oracles.upper_value_and_gradients(problem, x, unravel(y), upper_batch)
-        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)[1:]
-        fx, fy, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
+        directions = oracles.directions(problem, x, unravel(y), unravel(v), lower_batch)
+        fx, fy, R, Hv, cross = (ravel_pytree(part)[0] for part in (*gradients, *directions))
         r_v = fy - Hv
         (size_fx, size_cross), (size_fy, size_r) = norms(fx, cross), norms(fy, r_v)
-        return Look(fx - cross, cross, r_v, Sizes(value, size_fx, size_fy, size_cross, size_r))
+        return Look(fx - cross, cross, R, r_v, Sizes(value, size_fx, size_fy, size_cross, size_r))
 
     v = jnp.zeros_like(flat_y) if adjoint.v is None else ravel_pytree(adjoint.v)[0]
     system = system_of(problem, x, found, lower_batch, adjoint.method)
@@ -79,7 +79,7 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
         status = jnp.where(seen.unsolved, Status.UNSOLVED_LINEAR, Status.UNCHECKED)
         return jnp.full((), jnp.nan, y.dtype), status
     slope = seen.moved / jnp.where(seen.shifted > 0, seen.shifted, 1)  # of R_x' v in f_y
-    error = 2 * seen.change + rounding * (size.fx + size.cross + slope * size.fy)
+    error = 3 * seen.noise * seen.change + rounding * (size.fx + size.cross + slope * size.fy)
     error = jnp.where(seen.unsolved, jnp.inf, error)  # an estimate by a solver that has not solved is none
     return error, jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
 

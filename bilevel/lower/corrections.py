@@ -23,7 +23,7 @@ from bilevel.backend.tree import norm
 from bilevel.linear import UNSOLVED, LinearSolution, LinearSolver, default_solver
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import LowerSolution
-from bilevel.lower.rounding import Rounding, rounding_of, wrong_adjoint, wrong_lower
+from bilevel.lower.rounding import Rounding, rounding_of, seen_noise, wrong_adjoint, wrong_lower
 from bilevel.problem import BilevelProblem, Minimize
 
 PyTree = Any
@@ -31,10 +31,11 @@ ESTIMATE_TOL = 1e-3  # relative residual of the corrections that an error is est
 
 
 class Look(NamedTuple):
-    """What (y, v) shows: f []; f_x - R_x' v and R_x' v, [dim x]; r_v = f_y - R_y' v [dim y]; sizes."""
+    """What (y, v) shows: f_x - R_x' v and R_x' v, [dim x]; R and r_v = f_y - R_y' v, [dim y]; f and sizes."""
 
     gradient: Array
     cross: Array
+    R: Array
     r_v: Array
     sizes: "Sizes"
 
@@ -76,7 +77,8 @@ class Findings(NamedTuple):
 
     v [dim y], gradient [dim x], sizes: at (y, v), v solved. cross: R_x' v [dim x], there and then at (y + d, v).
     shifted: |r_v| at (y + d, v), with what rounding may make of it. moved: how far R_x' v moved by dv. change: how far
-    the gradient moved by d and dv. unsolved: the adjoint, or a correction, is not solved. looks: taken so far.
+    the gradient moved by d and dv. noise: by how much more rounding leaves of R than `rounding` supposes, at least 1.
+    unsolved: the adjoint, or a correction, is not solved. looks: taken so far.
     """
 
     v: Array
@@ -86,6 +88,7 @@ class Findings(NamedTuple):
     shifted: Array
     moved: Array
     change: Array
+    noise: Array
     unsolved: Array
     looks: Array
 
@@ -94,7 +97,8 @@ def start(y: Array, v: Array, size_x: int) -> Point:
     """The point (y, v) before anything is seen there."""
     nought, gradient = jnp.zeros((), y.dtype), jnp.zeros(size_x, y.dtype)
     sizes = Sizes(nought, nought, nought, nought, jnp.full_like(nought, jnp.inf))
-    return Point(y, v, Look(gradient, gradient, jnp.zeros_like(y), sizes), nought)
+    zero = jnp.zeros_like(y)
+    return Point(y, v, Look(gradient, gradient, zero, zero, sizes), nought)
 
 
 def correct(
@@ -109,7 +113,7 @@ def correct(
         return Point(y, v, look(y, v), left)
 
     nothing = Findings(
-        begin.v, begin.at.gradient, begin.at.sizes, begin.at.cross, nought, nought, nought, no, jnp.array(0)
+        begin.v, begin.at.gradient, begin.at.sizes, begin.at.cross, nought, nought, nought, nought + 1, no, jnp.array(0)
     )
     stay = Move(jnp.zeros_like(begin.y), no, no, nought + 1)
     settle = partial(_settle, system, found.R if estimate else stay.r)
@@ -138,11 +142,13 @@ def _shift(
     """At (y + d, v): correct v."""
     unsolved = found.unsolved | (seen.left > UNSOLVED * lower_residual)
     r_v, size = seen.at.r_v, seen.at.sizes.r_v
+    noise = found.noise
     if system.rounding is not None:
+        noise = seen_noise(system.rounding, seen.at.R, y, seen.v, found.cross)
         r_v = wrong_adjoint(system.rounding, r_v, seen.v, seen.y - y)
         size = norm(r_v)
     move = Move(r_v, jnp.array(False), jnp.array(False), jnp.ones_like(lower_residual))
-    found = found._replace(cross=seen.at.cross, shifted=size, unsolved=unsolved)
+    found = found._replace(cross=seen.at.cross, shifted=size, noise=noise, unsolved=unsolved)
     return move, found, jnp.array(True)
 
 

@@ -60,7 +60,7 @@ def differentiate(
         y <- Proj(y + d),  P (H + D) P d = -P R,        u <- u + du,  P (H + D) P du = P (f_y - (H + D) u).
 
     The first solves for u and gives the gradient; with `estimate` a second one (on balls, two more) gives a gradient
-    that is right to higher order: twice the distance of the two, plus an allowance for rounding, estimates the first
+    that is right to higher order: three times the distance, plus an allowance for rounding, estimates the first
     one's error. Before each that follows, what is left of the equations, and on a ball the face, is taken off by what
     rounding may make of it: on other sets with the signs of u, which move the gradient, and then with those of what y
     moved by, which move y and so the multipliers. It supposes that the face is the right one; where these moves reach
@@ -193,12 +193,12 @@ def _off(
 
 
 def _error(seen: _Seen, better: Array, begin: _Point) -> Array:
-    """Twice the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding; infinite
+    """Three times the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding; infinite
     where the first adjoint is not solved: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
     apart = jnp.max(row_norms(better - seen.gradient[None]))
-    error = 2 * apart + eps * n * seen.sizes
+    error = 3 * apart + eps * n * seen.sizes
     return jnp.where(_solved(seen, begin), error, jnp.inf)
 
 

@@ -10,6 +10,8 @@ from bilevel.backend.tree import norm
 from bilevel.lower.sides import UNITS, sign
 
 PyTree = Any
+SEEN = 16.0
+MOST_NOISE = 32.0  # what a step leaves beyond that is g's third derivative, which the gradient at its end knows
 
 
 class Rounding(NamedTuple):
@@ -50,6 +52,19 @@ def rounding_of(factor: PyTree, minimize: bool, size_x: Array) -> Rounding | Non
 def wrong_lower(rounding: Rounding | None, R: Array, y: Array, v: Array, cross: Array) -> Array:
     """R [n] off by what rounding may make of it, with signs of v, along which f changes."""
     return R if rounding is None else R + sign(v) * rounding.lower(y, v, cross)
+
+
+def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -> Array:
+    """By how much more rounding makes of R(x, y) [n] than `wrong_lower` supposes, from 1 to `MOST_NOISE`, [].
+
+    Terms of R that move with neither x nor y, or no longer, as those of a saturated function, are in no derivative. But
+    R is seen after a Newton step from `wrong_lower` (R [n], there): it is what that took off, but for rounding, of which
+    one residual has about 1/100 of what is supposed of the worst where the terms are known.
+    """
+    off = sign(v) * rounding.lower(y, v, cross)
+    size = norm(off)
+    seen = norm(R + off) / jnp.where(size > 0, size, 1)
+    return jnp.clip(SEEN * seen, 1, MOST_NOISE)
 
 
 def wrong_adjoint(rounding: Rounding | None, r_v: Array, v: Array, moved: Array) -> Array:
