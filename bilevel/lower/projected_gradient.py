@@ -180,7 +180,8 @@ def _off(
     `signs`, and eps (|u|/s + |f_y|), with those of u, 1/s the largest curvature; and the face of a ball, turned.
     """
     n, s = at.y.size, at.face.s
-    unit = sides.UNITS * float(jnp.finfo(at.y.dtype).eps) / n**0.5
+    units = sides.UNITS if problem.y_set.polyhedral else 2 * sides.UNITS  # the multiplier's own rounding counts as much
+    unit = units * float(jnp.finfo(at.y.dtype).eps) / n**0.5
     wrong = unit * norm(at.y) / s
     R = at.R + wrong * signs
     more = unit * (norm(at.u) / s + size_fy) * sides.sign(at.u)
