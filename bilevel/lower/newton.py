@@ -182,12 +182,17 @@ def _step(level: _Level, c: _Search) -> _Search:
     here = here._replace(
         length=length,
         slope=slope,
-        t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
+        t=_length(c.t, ok & ~first, renew) if level.minimize else jnp.ones_like(c.t),
         fresh=jnp.where(renew, trial.refactor, c.fresh),
         safe=~renew & (not level.minimize),
         steps=c.steps + 1,
     )
     return here._replace(status=_status(level, c, trial, here, jnp.hypot(size, here.reach), trusted))
+
+
+def _length(t: Array, ok: Array, renew: Array) -> Array:
+    """Of the next step along d: after a very short one, as barriers ask for, at most four times as long."""
+    return jnp.where(ok & (t <= 1 / 8), 4 * t, jnp.where(ok | renew, 1, t / 2))
 
 
 def _look(level: _Level, c: _Search) -> _Trial:

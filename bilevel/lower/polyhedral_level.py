@@ -29,7 +29,7 @@ class Settings:
     start: Any = None
     factor: Any = None
     inverse: Any = None
-    max_steps: int = static(default=100)
+    max_steps: int = static(default=200)
     max_changes: int = static(default=MAX_CHANGES)
 
     def __post_init__(self) -> None:

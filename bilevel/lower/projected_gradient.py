@@ -194,8 +194,8 @@ def _off(
 
 
 def _error(seen: _Seen, better: Array, begin: _Point) -> Array:
-    """Three times the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding; infinite
-    where the first adjoint is not solved: an estimate by a solver that has not solved is none.
+    """Three times the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding;
+    infinite where the first adjoint is not solved: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
     apart = jnp.max(row_norms(better - seen.gradient[None]))

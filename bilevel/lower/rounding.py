@@ -10,8 +10,8 @@ from bilevel.backend.tree import norm
 from bilevel.lower.sides import UNITS, sign
 
 PyTree = Any
-SEEN = 16.0
-MOST_NOISE = 32.0  # what a step leaves beyond that is g's third derivative, which the gradient at its end knows
+SEEN = 32.0
+MOST_NOISE = 64.0  # what a step leaves beyond that is g's third derivative, which the gradient at its end knows
 
 
 class Rounding(NamedTuple):
@@ -58,8 +58,8 @@ def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -
     """By how much more rounding makes of R(x, y) [n] than `wrong_lower` supposes, from 1 to `MOST_NOISE`, [].
 
     Terms of R that move with neither x nor y, or no longer, as those of a saturated function, are in no derivative. But
-    R is seen after a Newton step from `wrong_lower` (R [n], there): it is what that took off, but for rounding, of which
-    one residual has about 1/100 of what is supposed of the worst where the terms are known.
+    R is seen after a Newton step from `wrong_lower` (R [n], there): it is what that took off, but for rounding, of
+    which one residual has about 1/100 of what is supposed of the worst where the terms are known.
     """
     off = sign(v) * rounding.lower(y, v, cross)
     size = norm(off)

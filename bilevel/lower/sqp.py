@@ -4,10 +4,11 @@ At y with multipliers lam, the step p and the next multipliers solve the quadrat
 
     min over p of  p' grad_y g + p' g_yy p/2   with  lo <= C (y + p) <= hi,    y <- y + t p,
 
-t = 1 until y is feasible; from then on the first of 1, 1/2, 1/4, ... for which g falls by Armijo's rule, and does not
-rise again at y + t p more steeply than it fell at y: p' grad_y g(y + t p) <= 0.9 |p' grad_y g(y)|. A full step ends on
-the rows, where an entropy or a logarithm is at the end of its domain: there g may be finite, and far from its minimum,
-with a Hessian so large that the next step is none.
+t = 1 until y is feasible, or less where a gradient ten thousand times as steep says that g ends there; from then on the
+first of T, T/2, T/4, ..., with T = 1 or twice the last t if that is less, for which g falls by Armijo's rule, and does
+not rise again at y + t p more steeply than it fell at y: p' grad_y g(y + t p) <= 0.9 |p' grad_y g(y)|. A full step ends
+on the rows, where an entropy or a logarithm is at the end of its domain: there g may be finite, and far from its
+minimum, with a Hessian so large that the next step is none.
 """
 
 from functools import partial
@@ -30,12 +31,14 @@ class _Search(NamedTuple):
     """[], step length."""
     g: Array
     """[], value at y."""
+    grad: Array
+    """[n], grad_y g at y."""
     slope: Array
     """[], p' grad_y g."""
     reach: Array
     """[], the longest step so far."""
     feasible: Array
-    """[], whether y is: from the start, or from the first full step on, which makes it so."""
+    """[], whether y is: from the start, or from the first full step on, which makes it so, or before."""
     factor: Factor
     model: Model
     """At y: the step p, the multipliers and the active set."""
@@ -62,7 +65,7 @@ class _Look(NamedTuple):
 
 def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     """The end of the search, where it converged with one more full step, which is too short to need a look."""
-    limits, dtype, eps = level.limits, y.dtype, float(jnp.finfo(y.dtype).eps)
+    limits, dtype = level.limits, y.dtype
     zero, no, nobody = jnp.zeros((), dtype), jnp.array(False), jnp.zeros_like(limits.lo)
     start = None if warm.active is None else jnp.asarray(warm.active, dtype)
     (m, n), first = limits.C.shape, nobody if start is None else start
@@ -71,7 +74,7 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     flat = jnp.zeros_like(y)
     unmade = Factor(square, None, rows, nothing.inverse, nobody, nobody, flat, flat, nobody)
     begin = _Search(
-        y, zero + 1, zero, zero, zero, no, unmade, nothing, zero, zero + jnp.inf, jnp.array(0),
+        y, zero + 1, zero, flat, zero, zero, no, unmade, nothing, zero, zero + jnp.inf, jnp.array(0),
         jnp.array(Status.MAX_STEPS),
     )  # fmt: skip
 
@@ -81,22 +84,24 @@ def solve(level: Level, y: Array, settings: Settings, warm: Warm) -> Found:
     end = lax.while_loop(go_on, partial(_step, level, settings, start is None), begin)
     last = end.y + jnp.where(end.status == Status.CONVERGED, end.model.p, 0)
     grad = level.gradient(last)
+    inside = jnp.isfinite(grad).all()  # a step that is short beside y may end where a logarithm does
+    last, grad = jnp.where(inside, last, end.y), jnp.where(inside, grad, end.grad)
     R = grad + limits.C.T @ end.model.multipliers
-    trace = jnp.minimum(end.trace, end.factor.trace)
-    enough = eps**0.5 * (end.steep + norm(grad)) + 100 * eps * trace * norm(last)
-    status = jnp.where((end.status == Status.CONVERGED) & ~_balanced(level, end.model, grad, enough),
-                       Status.STALLED, end.status)  # fmt: skip
+    stalled = (end.status == Status.CONVERGED) & ~_balanced(level, end._replace(y=last, grad=grad))
+    status = jnp.where(stalled, Status.STALLED, end.status)
     face = on_face(limits, end.factor, end.model)
     return Found(last, face.factor, face.model, limits.C @ last, R, end.steps, face.word(status))
 
 
-def _balanced(level: Level, model: Model, grad: Array, enough: Array) -> Array:
+def _balanced(level: Level, c: _Search) -> Array:
     """Whether grad_y g + C' lam is small with multipliers of the right signs alone: a short step proves nothing where
     the Hessian is very large.
     """
-    a, free = model.active, level.limits.lo == level.limits.hi
-    lam = jnp.where(free | (a * model.multipliers > 0), model.multipliers, 0)
-    return norm(grad + level.limits.C.T @ lam) <= enough
+    eps = float(jnp.finfo(c.y.dtype).eps)
+    enough = eps**0.5 * (c.steep + norm(c.grad)) + 100 * eps * jnp.minimum(c.trace, c.factor.trace) * norm(c.y)
+    a, free = c.model.active, level.limits.lo == level.limits.hi
+    lam = jnp.where(free | (a * c.model.multipliers > 0), c.model.multipliers, 0)
+    return norm(c.grad + level.limits.C.T @ lam) <= enough
 
 
 def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Search:
@@ -114,11 +119,12 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
     model = lax.cond(ok, lambda: solve_model(factor, limits, at, active, settings.max_changes), lambda: c.model)
     new = _Search(
         y=jnp.where(ok, look.y, c.y),
-        t=jnp.where(ok, 1, c.t / 2).astype(c.t.dtype),
+        t=jnp.where(ok, jnp.minimum(2 * c.t, 1), c.t / 2),
         g=jnp.where(ok, look.g, c.g),
+        grad=jnp.where(ok, look.grad, c.grad),
         slope=look.grad @ model.p,
         reach=jnp.maximum(c.reach, jnp.where(first, 0, norm(c.t * c.model.p))),
-        feasible=jnp.where(first, _inside(limits, look.y), c.feasible | (ok & (c.t == 1))),
+        feasible=c.feasible | (ok & ((~first & (c.t == 1)) | _inside(limits, look.y))),
         factor=factor,
         model=model,
         steep=jnp.where(first, norm(look.grad), c.steep),
@@ -126,7 +132,7 @@ def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Searc
         steps=c.steps + 1,
         status=c.status,
     )
-    status = ends(level, _status(settings, c, new, ok), factor, model)
+    status = ends(level, _status(level, settings, c, new, ok), factor, model)
     return new._replace(status=jnp.where(first & ~look.finite, Status.NONFINITE, status))
 
 
@@ -146,17 +152,21 @@ def _look(level: Level, c: _Search) -> _Look:
     eps = jnp.finfo(y.dtype).eps
     enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
     steep, size = norm(grad), norm(y)
-    rounding = eps * (1e3 * norm(c.model.p) * (steep + c.factor.trace * size) + 100 * steep * size)
+    rounding = eps * (
+        1e3 * norm(c.model.p) * (steep + jnp.minimum(c.trace, c.factor.trace) * size) + 100 * steep * size
+    )
     enough = enough & (grad @ c.model.p <= 0.9 * jnp.abs(c.slope) + rounding)
-    return _Look(y, g, grad, R, finite, finite & ((c.steps == 0) | ~c.feasible | enough))
+    steepest = 1e4 * (norm(c.grad) + norm(c.factor.L @ (c.factor.L.T @ c.model.p)))  # of a quadratic: 1
+    good = jnp.where(c.feasible, enough, norm(grad) <= steepest)
+    return _Look(y, g, grad, R, finite, finite & ((c.steps == 0) | good))
 
 
-def _status(settings: Settings, old: _Search, new: _Search, ok: Array) -> Array:
+def _status(level: Level, settings: Settings, old: _Search, new: _Search, ok: Array) -> Array:
     """CONVERGED where the next step is short, or is rounding error: of full length, small, and not half the last."""
     first, eps = old.steps == 0, jnp.finfo(new.y.dtype).eps
     tol = 10 * eps if settings.tol is None else settings.tol
     length, before = norm(new.model.p), norm(old.model.p)
     scale = norm(new.y) + jnp.where(first, length, new.reach)
-    level = ~first & (old.t == 1) & (length >= before / 2) & (length <= jnp.sqrt(eps) * scale)
-    done = ok & ((length <= tol * scale) | level)
+    rounding = ~first & (old.t == 1) & (length >= before / 2) & (length <= jnp.sqrt(eps) * scale)
+    done = ok & ((length <= tol * scale) | rounding) & _balanced(level, new)
     return jnp.where(done, Status.CONVERGED, jnp.where(new.t < eps, Status.STALLED, Status.MAX_STEPS))
