@@ -46,7 +46,7 @@ class Newton(LowerMethod):
     """
 
     tol: Any = None
-    max_steps: int = static(default=200)
+    max_steps: int = static(default=400)
     dense: bool | None = static(default=None)
 
     def solve(self, problem: BilevelProblem, x: PyTree, y: PyTree, batch: PyTree) -> LowerSolution:
@@ -182,17 +182,12 @@ def _step(level: _Level, c: _Search) -> _Search:
     here = here._replace(
         length=length,
         slope=slope,
-        t=_length(c.t, ok & ~first, renew) if level.minimize else jnp.ones_like(c.t),
+        t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
         fresh=jnp.where(renew, trial.refactor, c.fresh),
         safe=~renew & (not level.minimize),
         steps=c.steps + 1,
     )
     return here._replace(status=_status(level, c, trial, here, jnp.hypot(size, here.reach), trusted))
-
-
-def _length(t: Array, ok: Array, renew: Array) -> Array:
-    """Of the next step along d: after a very short one, as barriers ask for, at most four times as long."""
-    return jnp.where(ok & (t <= 1 / 8), 4 * t, jnp.where(ok | renew, 1, t / 2))
 
 
 def _look(level: _Level, c: _Search) -> _Trial:
