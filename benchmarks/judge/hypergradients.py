@@ -75,10 +75,10 @@ def run(
     return found
 
 
-def judged(family: Family, dtype: str, seed: int, count: int) -> list[Verdict]:
-    """The draws 0 to count - 1 of a family."""
+def judged(family: Family, dtype: str, seed: int, count: int, first: int = 0) -> list[Verdict]:
+    """So many draws of a family, from the one with index `first` on."""
     with np.errstate(all="ignore"):
-        cases = [case(family, dtype, seed, index) for index in range(count)]
+        cases = [case(family, dtype, seed, first + index) for index in range(count)]
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(one.data for one in cases))
 
     def call(data: Any) -> Any:
@@ -88,7 +88,9 @@ def judged(family: Family, dtype: str, seed: int, count: int) -> list[Verdict]:
 
     results = jax.device_get(jax.jit(jax.vmap(call))(stacked))
     with digits():
-        return [_verdict(family.name, dtype, k, one, *(part[k] for part in results)) for k, one in enumerate(cases)]
+        return [
+            _verdict(family.name, dtype, first + k, one, *(part[k] for part in results)) for k, one in enumerate(cases)
+        ]
 
 
 def _verdict(

@@ -31,6 +31,13 @@ def test_no_good_word_is_wrong(sample):
     assert not any(one.good for one in unsolvable)
 
 
+def test_a_face_that_rounding_may_turn_has_no_good_word():
+    """Among these are vertices of linear g at 1e25 of its scale, flat faces and multipliers of rounding error."""
+    found = campaign.judged(KNOWN["simplex-projected"], "float64", 0, 50, first=190)
+    assert [one for one in found if one.broken] == []
+    assert campaign.row(found)["good"] >= 0.9
+
+
 def test_a_wrong_answer_is_seen():
     """With another gradient as the right one, each good word is broken."""
     family = KNOWN["free"]._replace(draw=lambda draw: _doubled(KNOWN["free"].draw(draw)))
