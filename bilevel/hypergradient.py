@@ -14,10 +14,10 @@ This is a proof in exact arithmetic. For rounding, each computed residual is rai
 show of the sizes involved; data that cancel before they reach f or g (residuals of least squares, say) are not seen.
 
 Without constants the error is estimated: the Newton corrections y + d, d = -R_y^-1 R, and then v + R_y^-T r_v give a
-gradient that is right to higher order; the estimate is three times its distance to the one returned (below polyhedra by
-`ActiveSet` twice), more where R turns out noisier than its derivatives tell, plus an allowance for rounding. It is an
-estimate: status says so. Iterative methods find the corrections to a relative residual of
-`ESTIMATE_TOL`: with a condition number beyond 1/ESTIMATE_TOL what soft directions add to an error may be missed.
+gradient that is right to higher order; the estimate is three times its distance to the one returned, more where R is
+noisier than its derivatives tell, plus an allowance for rounding. It is an estimate: status says so. Iterative methods
+find the corrections to a relative residual of `ESTIMATE_TOL`: with a condition number beyond 1/ESTIMATE_TOL what soft
+directions add to an error may be missed.
 """
 
 import weakref

@@ -22,6 +22,7 @@ from bilevel.linear import LinearSolver, default_solver, refine, verified
 from bilevel.lower.corrections import Findings, Look, Sizes, correct, start, system_of
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerSolution, Solved, Unrolled
+from bilevel.lower.rounding import underflow
 from bilevel.problem import BilevelProblem, Constants, Minimize
 from bilevel.record import Hypergradient, Status
 
@@ -80,6 +81,7 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
         return jnp.full((), jnp.nan, y.dtype), status
     slope = seen.moved / jnp.where(seen.shifted > 0, seen.shifted, 1)  # of R_x' v in f_y
     error = 3 * seen.noise * seen.change + rounding * (size.fx + size.cross + slope * size.fy)
+    error = error + underflow(size.cross, seen.v)
     error = jnp.where(seen.unsolved, jnp.inf, error)  # an estimate by a solver that has not solved is none
     return error, jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
 

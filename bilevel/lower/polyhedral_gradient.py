@@ -24,6 +24,7 @@ from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral import PolyhedralSolution, Settings
 from bilevel.lower.polyhedral_level import Warm, start_of, unit_of
 from bilevel.lower.quadratic import KEPT_REFINEMENTS
+from bilevel.lower.rounding import underflow
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import kkt_solve
 from bilevel.qp.convex import factorize_convex, pinned, shifted
@@ -53,8 +54,8 @@ def differentiate(
     """The hypergradient from the warm start y (and `warm`), by Newton corrections of (y, lam) and (u, v) together.
 
     The first solves for (u, v), which gives the gradient; with `estimate` further ones find out how far it may be off
-    (`kkt_system`): twice that, plus an allowance for rounding, is the bound. It is an estimate; no proof from constants
-    is offered here.
+    (`kkt_system`): three times that, plus an allowance for rounding, is the bound. It is an estimate; no proof from
+    constants is offered here.
     """
     warm = start_of(settings, warm)
     found = polyhedral.solve(problem, x, y, problem.lower_data.full(), settings, warm)
@@ -76,7 +77,8 @@ def differentiate(
     if estimate:
         at, seen, off = solved_with_error(system, at, left)
         rounding = jnp.finfo(flat.dtype).eps * flat.size * seen.sizes
-        status, good, error = _resolved(system, at, off), jnp.array(Status.ESTIMATED), 2 * off.gradient + rounding
+        rounding = rounding + underflow(seen.sizes, at.u) + underflow(seen.sizes, at.v)
+        status, good, error = _resolved(system, at, off), jnp.array(Status.ESTIMATED), 3 * off.gradient + rounding
     assert seen is not None
     return conclude(
         status, good, x, seen.value, seen.gradient, error, y=unravel(at.y), v=unravel(at.u),

@@ -16,6 +16,7 @@ from bilevel.lower import projected, sides
 from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral_gradient import conclude
 from bilevel.lower.projected import ProjectedSolution, Settings
+from bilevel.lower.rounding import underflow
 from bilevel.problem import BilevelProblem
 from bilevel.qp.face import Face
 from bilevel.record import Hypergradient, Status, solved
@@ -199,7 +200,7 @@ def _error(seen: _Seen, better: Array, begin: _Point) -> Array:
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
     apart = jnp.max(row_norms(better - seen.gradient[None]))
-    error = 3 * apart + eps * n * seen.sizes
+    error = 3 * apart + eps * n * seen.sizes + underflow(seen.sizes, seen.u)
     return jnp.where(_solved(seen, begin), error, jnp.inf)
 
 

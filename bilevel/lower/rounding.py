@@ -67,6 +67,12 @@ def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -
     return jnp.clip(SEEN * seen, 1, MOST_NOISE)
 
 
+def underflow(size: Array, u: Array) -> Array:
+    """What entries of u [n] below the smallest normal number may cost terms R_x' u of this `size`, []."""
+    tiny, length = jnp.finfo(u.dtype).tiny, norm(u)
+    return jnp.where(length > 0, u.size * tiny / jnp.where(length > 0, length, 1) * size, 0)
+
+
 def wrong_adjoint(rounding: Rounding | None, r_v: Array, v: Array, moved: Array) -> Array:
     """r_v [n] likewise, with the signs of where y moved, which shows a soft direction, so that it adds to r_v there."""
     if rounding is None:
