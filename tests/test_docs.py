@@ -65,6 +65,11 @@ def test_the_tables_of_solvers_are_current(page):
     assert solver_tables.current(TEXT[page]) == TEXT[page]
 
 
+def test_every_status_has_a_row():
+    rows = re.findall(r"^\| `([A-Z_]+)` \|", TEXT["docs/not-converging.md"], re.MULTILINE)
+    assert sorted(rows) == sorted(status.name for status in bilevel.Status)
+
+
 def test_every_solver_has_a_row():
     for name, kind in bilevel.solvers.ALL.items():
         if kind.__module__.startswith("bilevel.solvers."):
