@@ -22,6 +22,7 @@ from bilevel.qp.face import Face
 from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
+NEAR = 1e3  # a move with the worst signs may be so many times one with others
 
 
 class _Point(NamedTuple):
@@ -60,21 +61,22 @@ def differentiate(
 
         y <- Proj(y + d),  P (H + D) P d = -P R,        u <- u + du,  P (H + D) P du = P (f_y - (H + D) u).
 
-    The first solves for u and gives the gradient; with `estimate` a second one (on balls, two more) gives a gradient
-    that is right to higher order: three times the distance, plus an allowance for rounding, estimates the first
-    one's error. Before each that follows, what is left of the equations, and on a ball the face, is taken off by what
-    rounding may make of it: on other sets with the signs of u, which move the gradient, and then with those of what y
-    moved by, which move y and so the multipliers. It supposes that the face is the right one; where these moves reach
-    another, `_resolved` says so. No proof from constants is offered here.
+    The first solves for u and gives the gradient; with `estimate` a second one gives a gradient that is right to higher
+    order: three times the distance, plus an allowance for rounding, estimates the first one's error. Before each that
+    follows, what is left of the equations, and on a ball the face, is taken off by what rounding may make of it, with
+    the signs of u, which move the gradient. On balls there is a third; on other sets where another face is within
+    `NEAR` times what the second moved, now with the signs of that move, which move y and so the multipliers. It
+    supposes that the face is the right one; where these moves reach another, `_resolved` says so. No proof from
+    constants is offered here.
     """
     upper_batch, lower_batch = problem.upper_data.full(), problem.lower_data.full()
     found = projected.solve(problem, x, y, lower_batch, settings)
     face, (flat, unravel) = found.face, ravel_pytree(found.y)
     round_set = not problem.y_set.polyhedral
-    passes = 3 if problem.constrained_lower else 2  # without constraints there is no other face
+    passes = (3 if problem.constrained_lower else 2) if estimate else 1  # without constraints there is no other face
 
-    def correct(at: _Point, first: Array) -> tuple[_Point, _Seen]:
-        """Solve for the corrections of y and u, and look at the corrected point."""
+    def correct(at: _Point, count: Array) -> tuple[_Point, _Seen]:
+        """Solve for the corrections of y and u, the first where `count` is 0, and look at the corrected point."""
         face, u, left = at.face, at.u, at.left
         solve = projected.tangent_solve(problem, x, found.y, lower_batch, face, found.sketch)
         if round_set:  # the face may have turned
@@ -91,14 +93,13 @@ def differentiate(
         size = norm(face.tangent(left))
         room = _room(problem, unravel, at.y + step, R, face)
         seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy), room)
-        signs = sides.sign(jnp.where(first | round_set, u, step))
+        signs = sides.sign(jnp.where((count == 0) | round_set, u, step))
         return _off(problem, unravel, _Point(flat, u, R, left, face), seen.fy, signs), seen
 
     R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
     begin = _Point(flat, jnp.zeros_like(flat), R, fy, face)
-    count = passes if estimate else 1
-    corrections = lax.scan(correct, begin, jnp.arange(count) == 0)[1]  # a scan: `correct` is compiled once
+    corrections = _corrections(correct, begin, ravel_pytree(x)[0].size, passes, round_set)
     seen = take(corrections, 0)
     if estimate:
         error = _error(seen, corrections.gradient[1:], begin)
@@ -116,6 +117,35 @@ def differentiate(
         lower, good, x, seen.value, seen.gradient, error, y=unravel(seen.y), v=unravel(seen.u),
         lower_residual=found.residual, linear_residual=seen.linear_residual, active_margin=face.margin,
     )  # fmt: skip
+
+
+class _Passes(NamedTuple):
+    """Carry of the corrections: where they stand, what each saw, how many there were, whether there is one more."""
+
+    at: _Point
+    seen: _Seen
+    count: Array
+    more: Array
+
+
+def _corrections(correct: Callable, begin: _Point, size_x: int, passes: int, always: bool) -> _Seen:
+    """What each pass saw, [passes, ...]; the third, where it is not made, what the second did.
+
+    A loop, so that `correct` is compiled once.
+    """
+    numbers, vectors = jnp.zeros(passes, begin.y.dtype), jnp.zeros((passes, begin.y.size), begin.y.dtype)
+    gradients = jnp.zeros((passes, size_x), begin.y.dtype)
+    nothing = _Seen(vectors, vectors, numbers, gradients, numbers, numbers, numbers, vectors)
+
+    def once(c: _Passes) -> _Passes:
+        at, now = correct(c.at, c.count)
+        later = jnp.arange(passes) >= c.count
+        seen = jax.tree.map(lambda rows, row: jnp.where(later.reshape(-1, *[1] * row.ndim), row, rows), c.seen, now)
+        near = jnp.any(seen.room[0] <= NEAR * jnp.abs(seen.room[-1] - seen.room[0]))
+        return _Passes(at, seen, c.count + 1, (c.count == 0) | always | near)
+
+    first = _Passes(begin, nothing, jnp.array(0), jnp.array(True))
+    return lax.while_loop(lambda c: c.more & (c.count < passes), once, first).seen
 
 
 def _room(problem: BilevelProblem, unravel: Callable[[Array], PyTree], y: Array, R: Array, face: Face) -> Array:
