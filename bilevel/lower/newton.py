@@ -19,6 +19,7 @@ from bilevel.record import Hypergradient, Status
 from bilevel.struct import static, struct
 
 PyTree = Any
+LEAST = 1 / 64  # the shortest Newton step of a fixed point
 
 
 @struct
@@ -28,8 +29,8 @@ class Newton(LowerMethod):
     Minimize: d = -H^-1 R; where Cholesky fails, a multiple of the absolute row sums is added to H's diagonal (dense),
     and CG stops at negative curvature (matrix-free, forcing term min(0.01, |R|/|R_0|)). The step is halved until g
     decreases (Armijo, 1e-4), or |R| halves while g does not rise beyond rounding.
-    FixedPoint: d = -(I - T_y)^-1 R by LU or GMRES, taken where it halves |R|, else y <- T(x, y), which is
-    the safe step of a contraction.
+    FixedPoint: d = -(I - T_y)^-1 R by LU or GMRES, along which |R| falls: the first of t = 1, 1/2, ... 1/64 with
+    |R(y + t d)| <= (1 - t/2) |R|, else y <- T(x, y), which is the safe step of a contraction.
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
 
     The next direction's length estimates the error of y, whatever the scales of g and of y. With s^2 = |y|^2 +
@@ -177,14 +178,15 @@ def _step(level: _Level, c: _Search) -> _Search:
     )
     here = here._replace(first_size=jnp.where(first, here.R_size, c.first_size))
     renew = ok | trial.refactor
-    here, trusted = _redirect(level, here, renew, trial.refactor)
+    safe = ~renew & (c.t <= LEAST) & (not level.minimize)
+    here, trusted = _redirect(level, here, renew, trial.refactor, safe)
     (size, length), (slope,) = norms_and_sums([here.y, here.d], [here.R * here.d])
     here = here._replace(
         length=length,
         slope=slope,
-        t=jnp.where(renew, 1, c.t / 2) if level.minimize else jnp.ones_like(c.t),
+        t=jnp.where(renew | safe, 1, c.t / 2),
         fresh=jnp.where(renew, trial.refactor, c.fresh),
-        safe=~renew & (not level.minimize),
+        safe=safe,
         steps=c.steps + 1,
     )
     return here._replace(status=_status(level, c, trial, here, jnp.hypot(size, here.reach), trusted))
@@ -202,7 +204,7 @@ def _look(level: _Level, c: _Search) -> _Trial:
         slack = 1e3 * eps * (1 + jnp.abs(c.g))
         enough = ((c.slope < 0) & (g <= c.g + 1e-4 * c.t * c.slope)) | (halved & (g <= c.g + slack))
     else:
-        enough = c.safe | halved
+        enough = c.safe | (R_size <= (1 - c.t / 2) * c.R_size)
     ok = finite & (first | enough)
     chord = R_size <= 0.1 * c.R_size  # the old factor serves again while it cuts |R| tenfold
     refactor = jnp.where(ok, first | ~chord, ~c.fresh) if level.dense else ok
@@ -210,12 +212,12 @@ def _look(level: _Level, c: _Search) -> _Trial:
     return _Trial(y, R, g, R_size, first, finite, ok, steady, flat, refactor)
 
 
-def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array) -> tuple[_Search, Array]:
+def _redirect(level: _Level, here: _Search, renew: Array, refactor: Array, safe: Array) -> tuple[_Search, Array]:
     """(`here` with the direction from its y where `renew`, whether that is to be trusted); else the same direction, or
-    for a fixed point the Picard step.
+    where it is `safe` the Picard step.
     """
     factor = lax.cond(refactor, level.prepare, lambda _: here.factor, here.y)
-    otherwise = here.d if level.minimize else -here.R
+    otherwise = jnp.where(safe, -here.R, here.d)
     if level.dense:
         d, definite, trusted = level.apply(factor, here.y, here.R, None)
         d = jnp.where(renew, d, otherwise)
