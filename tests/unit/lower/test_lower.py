@@ -255,6 +255,14 @@ def test_fixed_point_with_nan():
     assert not np.isfinite(bad.residual)
 
 
+def test_shorter_steps_where_newton_overshoots():
+    """R = arctan(y): from 10 the full step goes to -138, a sixteenth of it next to 0, a step of the map to 8.5."""
+    found = solve(FixedPoint(lambda x, y, batch: y - jnp.arctan(y) + x), 0.0, jnp.array([10.0]), DENSE)
+    assert found.status == Status.CONVERGED
+    np.testing.assert_allclose(found.y, 0, atol=1e-12)
+    assert found.steps <= 20  # steps of the map between them: 25
+
+
 def test_picard_rescues_where_newton_overshoots():
     """Slope near 1 at the start, steep bend: the full Newton step goes far away, the contraction does not."""
     T = FixedPoint(lambda x, y, batch: 0.999 * jnp.arctan(y) + x)
