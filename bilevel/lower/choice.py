@@ -27,7 +27,7 @@ def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str =
     The default is `Newton` without constraints. With sets or linear coupling it is `ActiveSet`; but `ProjectedNewton`
     where there is a ball, where y has more than `linear.DENSE_LIMIT` entries, or where g_yy is given by its diagonal,
     with which that method needs no linear solve. Without constraints it is `ProjectedNewton` for a y that large, too:
-    its Newton steps are matrix-free.
+    its Newton steps are matrix-free. A `Newton` that says whether it is `dense` stays what it is there.
 
     Args:
         problem: any.
@@ -57,6 +57,8 @@ def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str =
     if lower is not None and not isinstance(lower, Newton):
         return lower  # pyright: ignore[reportReturnType]
     newton = Newton() if lower is None else lower
+    if newton.dense is not None and not problem.constrained_lower:
+        return newton  # asked for by name
     if _projection_suits(problem) and _projection_pays(problem, y):
         return ProjectedNewton(tol=newton.tol)
     if problem.constrained_lower:

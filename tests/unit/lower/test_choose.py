@@ -93,6 +93,7 @@ def test_each_kind_of_level_gets_its_method(name):
         (make(y_set=Box(0.0, 1.0)), ProjectedNewton()),
         (make(y_set=Box(0.0, 1.0), n=MANY), ActiveSet(max_steps=7)),
         (make(y_set=Reals()), Newton(dense=False)),
+        (make(n=MANY), Newton(dense=True)),
     ],
 )
 def test_what_is_asked_for_is_taken(problem, asked):
