@@ -93,10 +93,14 @@ def enumerate_all(vocab: int, length: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def started(sequences: np.ndarray, vocab: int) -> np.ndarray:
+    """The sequences with the token before the start, `vocab`, in front, [N, length + 1]: what a network sees."""
+    return np.concatenate([np.full((len(sequences), 1), vocab), sequences], axis=1)
+
+
 def along(table: np.ndarray, sequences: np.ndarray) -> np.ndarray:
     """Sums over each sequence's transitions of table[before, token], shape [N, ...]."""
-    before = np.concatenate([np.full((len(sequences), 1), len(table) - 1), sequences[:, :-1]], axis=1)
-    return table[before, sequences].sum(axis=1)
+    return table[started(sequences, len(table) - 1)[:, :-1], sequences].sum(axis=1)
 
 
 def draw(seed: int, vocab: int, length: int, num_features: int, beta: float) -> World:
@@ -164,11 +168,6 @@ def policy_by_network(size: Size) -> Callable[[PyTree, Array, PyTree], Array]:
     return policy
 
 
-def started(world: World) -> np.ndarray:
-    """The sequences with the token before the start in front, [N, length + 1]: what a network sees."""
-    return np.concatenate([np.full((len(world.sequences), 1), world.chain.shape[1]), world.sequences], axis=1)
-
-
 class Round(NamedTuple):
     """What a round of `rounds` leaves."""
 
@@ -230,7 +229,7 @@ def fitted_chain(world: World, demonstrations: np.ndarray, smoothing: float = 0.
     Each transition is counted `smoothing` times more, as a chain that ends at once after an end.
     """
     vocab, length = world.chain.shape[1], world.sequences.shape[1]
-    before = np.concatenate([np.full((len(world.sequences), 1), vocab), world.sequences[:, :-1]], axis=1)
+    before = started(world.sequences, vocab)[:, :-1]
     counts = np.full((vocab + 1, vocab), smoothing)
     np.add.at(counts, (before.ravel(), world.sequences.ravel()), np.repeat(demonstrations, length))
     counts[0] = np.eye(vocab)[0]
@@ -251,7 +250,10 @@ def _metrics(world: World, beta: float, size: Size | None, x: PyTree, y: Array) 
     if size is None:
         r = world.features @ np.asarray(x, np.float64)
     else:
-        r = np.asarray(tiny_transformer.apply(size, x, jnp.asarray(started(world)))[:, -1, 0], np.float64)
+        r = np.asarray(
+            tiny_transformer.apply(size, x, jnp.asarray(started(world.sequences, world.chain.shape[1])))[:, -1, 0],
+            np.float64,
+        )
     return judge(world, beta, np.asarray(y, np.float64), r)
 
 
@@ -308,7 +310,11 @@ def make(
     data = shown(world, beta, demonstrations, seed)
     size = network(vocab, length) if reward == "transformer" else None
     lower = {"log_ref": floats(world.log_ref), "beta": floats(beta)}
-    seen = {"features": floats(world.features)} if size is None else {"tokens": jnp.asarray(started(world))}
+    seen = (
+        {"features": floats(world.features)}
+        if size is None
+        else {"tokens": jnp.asarray(started(world.sequences, world.chain.shape[1]))}
+    )
     problem = BilevelProblem(
         upper,
         FixedPoint(policy if size is None else policy_by_network(size)),

@@ -60,6 +60,11 @@ def scores(theta: PyTree, Z: Array) -> Array:
     return jnp.tanh(Z @ theta["W"] + theta["b"][None]) @ theta["V"] + theta["c"][None]
 
 
+def penalty(theta: PyTree) -> Any:
+    """L2/2 times the squared norm of the weights, shape []."""
+    return L2 * (sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta)) / 2)
+
+
 def moved(y: PyTree, batch: PyTree) -> PyTree:
     """The weights base + y."""
     return jax.tree.map(jnp.add, batch["base"], y)
@@ -68,8 +73,7 @@ def moved(y: PyTree, batch: PyTree) -> PyTree:
 def retain(x: PyTree, y: PyTree, batch: PyTree) -> Array:
     """Mean cross-entropy and the penalty on the weights, shape []."""
     theta = moved(y, batch)
-    penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta)) / 2
-    return jnp.mean(cross_entropy(scores(theta, batch["Z"]), batch["targets"])) + L2 * penalty
+    return jnp.mean(cross_entropy(scores(theta, batch["Z"]), batch["targets"])) + penalty(theta)
 
 
 def uniform(x: PyTree, y: PyTree, batch: PyTree) -> Array:
@@ -143,8 +147,7 @@ def train(start: PyTree, Z: Array, targets: Array, weights: Array, steps: int = 
     rule = optax.adam(optax.cosine_decay_schedule(0.02, steps))
 
     def loss(theta: PyTree) -> Array:
-        penalty = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta)) / 2
-        return jnp.sum(weights * cross_entropy(scores(theta, Z), targets)) / jnp.sum(weights) + L2 * penalty
+        return jnp.sum(weights * cross_entropy(scores(theta, Z), targets)) / jnp.sum(weights) + penalty(theta)
 
     def step(carry: Any, _: None) -> tuple[Any, None]:
         theta, state = carry

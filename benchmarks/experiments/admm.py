@@ -128,7 +128,7 @@ def best_random(score: Callable[[admm_rules.Rule], float], rng: np.random.Genera
 def learnt(kind: str, tuned: str, seed: int, budget: int) -> admm_rules.Rule:
     """The rule at the best point that LBFGS measured within the budget."""
     problem = problems.make("admm", kind=kind, tuned=tuned, seed=seed, steps=STEPS, instances=COUNT).problem
-    spent, state, key, solver = 1, None, jax.random.key(seed), bilevel.LBFGS()
+    spent, key, solver = 1, jax.random.key(seed), bilevel.LBFGS()
     state = jax.jit(solver.init)(problem, key)
     step = jax.jit(lambda state, k: bilevel.advance(problem, solver, state, key, k, 1))
     best = np.asarray(state.x), np.inf

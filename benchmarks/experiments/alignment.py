@@ -18,6 +18,7 @@ beta log(pi/start), of pairs from ref, 0.5 by chance. Mean and deviation over se
 
 import argparse
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -102,6 +103,20 @@ def one(seed: int, demonstrations: int, beta: float, count: int) -> dict[str, di
     return found
 
 
+def show(title: str, runs: Sequence[Mapping[str, Mapping[str, float]]], columns: Sequence[str]) -> None:
+    """A table of mean and deviation over `runs`, {row: its numbers} each; the row nearest to the expert first."""
+    table = Table(title=title)
+    for heading in ("method", *columns):
+        table.add_column(heading)
+    for name in sorted(runs[0], key=lambda name: np.mean([run[name]["expert_kl"] for run in runs])):
+        cells = []
+        for column in columns:
+            numbers = np.array([run[name].get(column, np.nan) for run in runs])
+            cells.append("" if np.isnan(numbers).all() else f"{numbers.mean():.3f} ± {numbers.std(ddof=1):.3f}")
+        table.add_row(name, *cells)
+    Console(width=130).print(table)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -113,17 +128,8 @@ def main() -> None:
     use_quick_compilation()
     jax.config.update("jax_enable_x64", True)
     runs = [one(seed, args.demonstrations, args.beta, args.rounds) for seed in range(args.seeds)]
-    columns = ("true_reward", "expert_kl", "start_kl", "ranking", "implied")
-    table = Table(title=f"{args.demonstrations} demonstrations, beta {args.beta:g}, {args.seeds} seeds")
-    for heading in ("start and method", *columns):
-        table.add_column(heading)
-    for name in sorted(runs[0], key=lambda name: np.mean([run[name]["expert_kl"] for run in runs])):
-        cells = []
-        for column in columns:
-            numbers = np.array([run[name].get(column, np.nan) for run in runs])
-            cells.append("" if np.isnan(numbers).all() else f"{numbers.mean():.3f} ± {numbers.std(ddof=1):.3f}")
-        table.add_row(name, *cells)
-    Console(width=130).print(table)
+    title = f"{args.demonstrations} demonstrations, beta {args.beta:g}, {args.seeds} seeds"
+    show(title, runs, ("true_reward", "expert_kl", "start_kl", "ranking", "implied"))
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.experiments.alignment import show
 from benchmarks.study.compilation import use_quick_compilation
 from problems import alignment, tiny_transformer
 from problems.tiny_transformer import Size
@@ -178,17 +177,8 @@ def main() -> None:
         print(
             f"seed {seed}: " + ", ".join(f"{name} {row['expert_kl']:.3f}" for name, row in runs[-1].items()), flush=True
         )
-    columns = ("true_reward", "expert_kl", "start_kl", "ranking")
-    table = Table(title=f"{args.demonstrations} demonstrations, beta {args.beta:g}, {args.seeds} seeds, transformers")
-    for heading in ("method", *columns):
-        table.add_column(heading)
-    for name in sorted(runs[0], key=lambda name: np.mean([run[name]["expert_kl"] for run in runs])):
-        cells = []
-        for column in columns:
-            numbers = np.array([run[name].get(column, np.nan) for run in runs])
-            cells.append("" if np.isnan(numbers).all() else f"{numbers.mean():.3f} ± {numbers.std(ddof=1):.3f}")
-        table.add_row(name, *cells)
-    Console(width=120).print(table)
+    title = f"{args.demonstrations} demonstrations, beta {args.beta:g}, {args.seeds} seeds, transformers"
+    show(title, runs, ("true_reward", "expert_kl", "start_kl", "ranking"))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ import problems
 from benchmarks.study.compilation import use_quick_compilation
 from bilevel import oracles
 from problems.instance import Instance
+from problems.unlearning import network
 
 Combine = Callable[[Array, Array, Array], Array]
 STEPS, WEIGHTS, ALONE = (0.003, 0.02, 0.1, 0.5), (0.01, 0.1, 1.0, 10.0), np.geomspace(0.001, 3.0, 16)
@@ -84,8 +85,6 @@ def start_of(name: str, instance: Instance, seed: int) -> Any:
     y = instance.problem.init(jax.random.key(0))[1]
     if name != "retrain":
         return y
-    from problems.unlearning import network
-
     base = instance.problem.upper_data.full()["base"]
     return jax.tree.map(jnp.subtract, network(np.random.default_rng(seed)), base)
 

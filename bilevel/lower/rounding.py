@@ -28,6 +28,10 @@ class Rounding(NamedTuple):
         by_x = self.size_x * norm(cross) / jnp.where(size > 0, size, 1)
         return self._unit(y) * (self._product(y) + by_x)
 
+    def worst(self, y: Array, v: Array, cross: Array) -> Array:
+        """The same with the signs of v, along which f changes, [n]."""
+        return sign(v) * self.lower(y, v, cross)
+
     def adjoint(self, v: Array) -> Array:
         """Of f_y - R_y' v, [n]."""
         return self._unit(v) * self._product(v)
@@ -51,7 +55,7 @@ def rounding_of(factor: PyTree, minimize: bool, size_x: Array) -> Rounding | Non
 
 def wrong_lower(rounding: Rounding | None, R: Array, y: Array, v: Array, cross: Array) -> Array:
     """R [n] off by what rounding may make of it, with signs of v, along which f changes."""
-    return R if rounding is None else R + sign(v) * rounding.lower(y, v, cross)
+    return R if rounding is None else R + rounding.worst(y, v, cross)
 
 
 def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -> Array:
@@ -61,7 +65,7 @@ def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -
     R is seen after a Newton step from `wrong_lower` (R [n], there): it is what that took off, but for rounding, of
     which one residual has about 1/100 of what is supposed of the worst where the terms are known.
     """
-    off = sign(v) * rounding.lower(y, v, cross)
+    off = rounding.worst(y, v, cross)
     size = norm(off)
     seen = norm(R + off) / jnp.where(size > 0, size, 1)
     return jnp.clip(SEEN * seen, 1, MOST_NOISE)

@@ -49,6 +49,11 @@ class _Search(NamedTuple):
     steps: Array
     status: Array
 
+    @property
+    def curvature(self) -> Array:
+        """The trace of g_yy, at the start or of the last factor, whichever is less: near a barrier it has no limit."""
+        return jnp.minimum(self.trace, self.factor.trace)
+
 
 class _Look(NamedTuple):
     """What a pass sees at its trial point."""
@@ -98,7 +103,7 @@ def _balanced(level: Level, c: _Search) -> Array:
     the Hessian is very large.
     """
     eps = float(jnp.finfo(c.y.dtype).eps)
-    enough = eps**0.5 * (c.steep + norm(c.grad)) + 100 * eps * jnp.minimum(c.trace, c.factor.trace) * norm(c.y)
+    enough = eps**0.5 * (c.steep + norm(c.grad)) + 100 * eps * c.curvature * norm(c.y)
     a, free = c.model.active, level.limits.lo == level.limits.hi
     lam = jnp.where(free | (a * c.model.multipliers > 0), c.model.multipliers, 0)
     return norm(c.grad + level.limits.C.T @ lam) <= enough
@@ -107,9 +112,9 @@ def _balanced(level: Level, c: _Search) -> Array:
 def _step(level: Level, settings: Settings, guessed: bool, c: _Search) -> _Search:
     """One pass. The first (t p = 0) only looks at the start; `guessed`: whether it has to find an active set, too."""
     first, limits = c.steps == 0, level.limits
-    look = _look(level, c)
-    ok = look.accepted
     before = norm(c.factor.L @ (c.factor.L.T @ c.model.p))  # |H p| = |grad_y g + C' lam| at the last y
+    look = _look(level, c, before)
+    ok = look.accepted
     renew = first | (ok & ~((norm(look.R) <= 0.1 * before) & (c.t == 1)))
     factor = lax.cond(renew, lambda: level.factor_at(look.y, look.grad), lambda: c.factor)
     z, active = factor.down(look.R), c.model.active
@@ -142,8 +147,8 @@ def _inside(limits: Rows, y: Array) -> Array:
     return jnp.all((at <= limits.hi + noise) & (at >= limits.lo - noise))
 
 
-def _look(level: Level, c: _Search) -> _Look:
-    """The trial point, and whether the search moves there."""
+def _look(level: Level, c: _Search, before: Array) -> _Look:
+    """The trial point, and whether the search moves there; before: |H p|."""
     y = c.y + c.t * c.model.p
     g, grad = level.value_and_gradient(y)
     R = grad + level.limits.C.T @ c.model.multipliers
@@ -152,11 +157,9 @@ def _look(level: Level, c: _Search) -> _Look:
     eps = jnp.finfo(y.dtype).eps
     enough = g <= c.g + 1e-4 * c.t * c.slope + 1e3 * eps * (1 + jnp.abs(c.g))
     steep, size = norm(grad), norm(y)
-    rounding = eps * (
-        1e3 * norm(c.model.p) * (steep + jnp.minimum(c.trace, c.factor.trace) * size) + 100 * steep * size
-    )
+    rounding = eps * (1e3 * norm(c.model.p) * (steep + c.curvature * size) + 100 * steep * size)
     enough = enough & (grad @ c.model.p <= 0.9 * jnp.abs(c.slope) + rounding)
-    steepest = 1e4 * (norm(c.grad) + norm(c.factor.L @ (c.factor.L.T @ c.model.p)))  # of a quadratic: 1
+    steepest = 1e4 * (norm(c.grad) + before)  # of a quadratic: 1
     good = jnp.where(c.feasible, enough, norm(grad) <= steepest)
     return _Look(y, g, grad, R, finite, finite & ((c.steps == 0) | good))
 

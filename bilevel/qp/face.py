@@ -1,5 +1,6 @@
 """The face of a set on which a point lies, as a step along a gradient would meet it."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -44,8 +45,8 @@ class Face(NamedTuple):
         return jnp.min(self.room, initial=jnp.inf)
 
     def opened(self, entries: Array) -> "Face":
-        """The larger face on which these entries [n], where they are at a bound, move as well."""
-        free = self.free | (entries & (self.inward != 0))
+        """The larger face on which these entries [n], which are at a bound that they can leave, move as well."""
+        free = self.free | entries
         return self._replace(free=free, normals=_within(free, self.across))
 
     def tangent(self, v: Array) -> Array:
@@ -105,13 +106,10 @@ def widened(rows: Array, offset: int, n: int) -> Array:
 
 def of_product(faces: Sequence[Face], s: Array) -> Face:
     """The face of a product of sets, in the order of the faces of its factors."""
-    n = sum(face.free.size for face in faces)
-    offsets = [sum(face.free.size for face in faces[:k]) for k in range(len(faces))]
-    entries = {
-        name: jnp.concatenate([getattr(face, name) for face in faces]) for name in ("free", "mu", "room", "inward")
-    }
+    *offsets, n = itertools.accumulate((face.free.size for face in faces), initial=0)
+    each = {name: [getattr(face, name) for face in faces] for name in ("free", "mu", "room", "inward")}
     rows = {
-        name: jnp.concatenate([widened(getattr(face, name), at, n) for face, at in zip(faces, offsets, strict=True)])
+        name: [widened(getattr(face, name), at, n) for face, at in zip(faces, offsets, strict=True)]
         for name in ("normals", "across")
     }
-    return Face(**entries, **rows, s=s)
+    return Face(**{name: jnp.concatenate(parts) for name, parts in (each | rows).items()}, s=s)
