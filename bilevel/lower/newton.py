@@ -34,8 +34,9 @@ class Newton(LowerMethod):
     A dense factor serves again while it cuts |R| tenfold (chord steps): a quadratic is factored once.
 
     The next direction's length estimates the error of y, whatever the scales of g and of y. With s^2 = |y|^2 +
-    |longest step so far|^2, CONVERGED means that it is at most tol s; or that it was at most sqrt(eps) s, and neither
-    it nor |R| halves any more: rounding allows no more. Where |R| and g stop falling before, the status is STALLED.
+    |longest step so far|^2, CONVERGED means that it is at most tol s; or that it was at most sqrt(eps) s, and |R| does
+    not halve any more, nor g fall or the length halve: rounding allows no more. Where |R| and g stop falling before,
+    the status is STALLED.
     Minimize: CONVERGED needs a Hessian that is positive semidefinite up to rounding (dense; matrix-free only along
     CG's directions), else SADDLE. s is one number: entries of y much smaller than the largest are less exact by that
     ratio.
@@ -234,11 +235,12 @@ def _status(level: _Level, c: _Search, trial: _Trial, here: _Search, scale: Arra
     eps, ok, first = jnp.finfo(here.y.dtype).eps, trial.ok, trial.first
     small = (c.length <= eps**0.5 * scale) & ~first
     no_better = jnp.where(ok, trial.steady & (here.length >= c.length / 2), ~trial.refactor)
-    at_rounding = small & no_better & (here.length <= eps**0.5 * scale)
-    done = (ok & trusted & (here.length <= level.tol * scale)) | at_rounding
     stuck = here.t < eps
     if level.minimize:  # a Newton step that lowers neither |R| nor g: the conditioning allows no more
-        stuck = stuck | (ok & ~first & c.fresh & c.definite & trial.steady & trial.flat)
+        idle = ok & ~first & c.fresh & c.definite & trial.steady & trial.flat
+        no_better, stuck = no_better | idle, stuck | idle
+    at_rounding = small & no_better & (here.length <= eps**0.5 * scale)
+    done = (ok & trusted & (here.length <= level.tol * scale)) | at_rounding
     solved = here.definite & ((done & jnp.isfinite(scale)) | (here.R_size == 0))
     saddle = ~here.definite & ok & (here.R_size <= 10 * eps * here.first_size)
     status = jnp.where(stuck, Status.STALLED, Status.MAX_STEPS)

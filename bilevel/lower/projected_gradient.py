@@ -166,7 +166,7 @@ def _resolved(
     size, pull = norm(flat), s * norm(found.R)
     apart = jnp.where(jnp.isfinite(room[:1]), jnp.abs(room[1:] - room[:1]), 0)
     moved = jnp.max(apart, axis=0) + sides.UNITS * eps / flat.size**0.5 * (size + pull)
-    natural = jnp.where(size > 10 * eps * pull, size, jnp.inf)  # at y = 0, but for rounding, there is no unit
+    natural = jnp.where(size > 10 * eps * pull, size, pull)  # at y = 0, but for rounding, the longest step's
     entries = sides.Sides(room[0], moved, jnp.broadcast_to(natural, moved.shape))
     leaving = entries.open & (face.inward != 0)
     wide = found._replace(face=face.opened(leaving))

@@ -104,10 +104,13 @@ class Solved(NamedTuple):
             own = jnp.maximum(1 - self.factor.pin / d**2, float(jnp.finfo(d.dtype).eps))
             room, moved = (jnp.where(inside, part / own, part) for part in (room, moved))
         L, eps = self.factor.L, float(jnp.finfo(d.dtype).eps)
-        somewhere = norm(L @ (L.T @ self.y)) > 10 * eps * norm(self.lam @ limits.C)
+        pull = norm(self.lam @ limits.C)
+        somewhere = norm(L @ (L.T @ self.y)) > 10 * eps * pull
         natural = length * norm(self.y) + d * ends(limits)
+        trace = self.factor.trace  # at y = 0, but for rounding, the unit is what the multipliers would make of y
+        unit = jnp.where(trace > 0, length * pull / jnp.where(trace > 0, trace, 1), jnp.inf)
         equal = (limits.lo == limits.hi) & inside
-        natural = jnp.where(somewhere & (natural > 0), natural, jnp.inf)  # at y = 0, but for rounding, there is no unit
+        natural = jnp.where(somewhere & (natural > 0), natural, unit)
         return Sides(jnp.where(equal | (length == 0), jnp.inf, room), moved, natural)
 
 

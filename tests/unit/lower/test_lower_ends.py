@@ -1,5 +1,6 @@
 """Where the lower-level solve may say CONVERGED: not at a maximum, nor where a scale or a direction hides an error."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -81,3 +82,26 @@ def test_hopeless_conditioning_is_stalled_not_converged():
     solution = lower.solve(problem, *point)
     assert solution.status == Status.STALLED
     assert solution.steps < 200
+
+
+def tilted(x, y, batch):
+    H, b = batch
+    return 0.5 * y @ H @ y - b @ y
+
+
+def test_a_start_that_is_right_but_for_rounding_is_converged():
+    """The one step from there may halve the distance and not |R|, which is rounding already."""
+    basis = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
+    H = basis @ np.diag(np.geomspace(1, 3e3, 5)) @ basis.T
+    problem, (x, y, _) = plain(tilted, np.zeros(5))
+    offsets = np.random.default_rng(1).normal(size=(2, 200, 5))
+    exact = 27 * offsets[0] / np.linalg.norm(offsets[0], axis=1)[:, None]
+    starts = exact * (1 + 1e-14 * offsets[1])
+
+    def end(y, b):
+        found = lower.solve(problem, x, y, (jnp.asarray(H), b))
+        return found.status, found.iterate
+
+    status, found = jax.jit(jax.vmap(end))(starts, exact @ H)
+    assert (np.asarray(status) == Status.CONVERGED).all()
+    np.testing.assert_allclose(found, exact, atol=1e-10)
