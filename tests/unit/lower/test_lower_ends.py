@@ -93,7 +93,7 @@ def test_a_start_that_is_right_but_for_rounding_is_converged():
     """The one step from there may halve the distance and not |R|, which is rounding already."""
     basis = np.linalg.qr(np.random.default_rng(0).normal(size=(5, 5)))[0]
     H = basis @ np.diag(np.geomspace(1, 3e3, 5)) @ basis.T
-    problem, (x, y, _) = plain(tilted, np.zeros(5))
+    problem, (x, *_) = plain(tilted, np.zeros(5))
     offsets = np.random.default_rng(1).normal(size=(2, 200, 5))
     exact = 27 * offsets[0] / np.linalg.norm(offsets[0], axis=1)[:, None]
     starts = exact * (1 + 1e-14 * offsets[1])
