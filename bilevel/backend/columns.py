@@ -38,7 +38,7 @@ def columns(part: Any, like: PyTree, b: Any, dtype: Any) -> Array:
 
 
 def check_columns(label: str, part: Any, like: PyTree, rows: tuple, optional: bool) -> None:
-    """Check the columns of a `LinearCoupling` for the variable `like`."""
+    """Check the columns of a `LinearCoupling` or a `Polyhedron` for the variable `like`."""
     leaves, size = by_leaves(part, like), sum(int(np.size(leaf)) for leaf in jax.tree.leaves(like))
     if part is None or leaves is None:
         if not (part is None and optional):
@@ -56,7 +56,7 @@ def check_shape(label: str, part: Any, shape: object) -> None:
     if have != shape:
         got = "None" if part is None else f"a {type(part).__name__}" if have is None else f"shape {have}"
         do = "Give A and b together; columns count raveled entries, or have the names of the leaves."
-        invalid(label, got, f"shape {shape} for A y + B x <= b", do)
+        invalid(label, got, f"shape {shape}, a row for each number of b", do)
     if not np.isfinite(np.asarray(part)).all():
         invalid(label, "a non-finite entry", "finite numbers", "Leave out rows without a bound.")
 

@@ -19,6 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import draws
 from bilevel.backend.checks import check_numbers, check_prefix, check_rows
+from bilevel.backend.columns import by_leaves, check_columns, check_shape, columns
 from bilevel.backend.tree import broadcast_like, norm
 from bilevel.qp import face as faces
 from bilevel.qp.face import Face
@@ -290,7 +291,10 @@ class Simplex(Set):
 
 @struct
 class Polyhedron(Set):
-    """{z : A z <= b} on the raveled pytree, A of shape [rows, n] and b of shape [rows].
+    """{z : A z <= b}, A of shape [rows, n] and b of shape [rows].
+
+    Columns of A belong to the entries of the raveled z, or they have the names of its leaves: A is a pytree like z with
+    a leaf [rows, *shape] for each leaf of that shape, and None for one that no row holds.
 
     A sample is where 64 hit-and-run steps end that start at the projection of a normal point and whose chords are cut
     at length 1e3. Where an equality is written as two inequalities there is no chord, and the sample is the projection
@@ -301,41 +305,47 @@ class Polyhedron(Set):
     A: Any
     b: Any
 
-    def _sides(self, dtype: Any) -> tuple[Array, Array]:
-        """(A, b) in the dtype of a point."""
-        return jnp.asarray(self.A, dtype), jnp.asarray(self.b, dtype)
+    def _sides(self, z: PyTree) -> tuple[Array, Array]:
+        """(A, b) with a column for each raveled entry of z, in its dtype."""
+        dtype = ravel_pytree(z)[0].dtype
+        return jnp.asarray(columns(self.A, z, self.b, dtype), dtype), jnp.asarray(self.b, dtype)
 
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
-        A, b = self._sides(ravel_pytree(z)[0].dtype)
+        A, b = self._sides(z)
         return [(A, jnp.full_like(b, -jnp.inf), b)]
 
     def project(self, z: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(z)
-        A, b = self._sides(flat.dtype)
+        A, b = self._sides(z)
         noise = 4 * jnp.finfo(flat.dtype).eps * (jnp.abs(b) + jnp.abs(A) @ jnp.abs(flat))  # of the subtraction below
         return unravel(flat + least_distance(A, b - A @ flat, noise))
 
     def sample(self, key: Array, like: PyTree) -> PyTree:
         flat, unravel = ravel_pytree(like)
-        A, b = self._sides(flat.dtype)
+        A, b = self._sides(like)
         start, walk = jax.random.split(key)
         point = ravel_pytree(self.project(unravel(jax.random.normal(start, flat.shape, flat.dtype))))[0]
         return unravel(draws.hit_and_run(walk, A, b, point))
 
     def active(self, z: PyTree, tol: float = 0.0) -> Array:
         flat = ravel_pytree(z)[0]
-        A, b = self._sides(flat.dtype)
+        A, b = self._sides(z)
         return A @ flat >= b - tol
 
     def violation(self, z: PyTree) -> Array:
         """The distance to the farthest half-space, or 0: at most the distance to the set, and cheaper."""
         flat = ravel_pytree(z)[0]
-        A, b = self._sides(flat.dtype)
+        A, b = self._sides(z)
         length = jnp.linalg.norm(A, axis=1)
         return jnp.max((A @ flat - b) / jnp.where(length > 0, length, 1), initial=0)
 
     def validate(self, name: str, like: PyTree) -> None:
-        A, b = np.asarray(self.A), np.asarray(self.b)
+        A, b = self.A, np.asarray(self.b)
+        if not jax.tree_util.all_leaves([like]) and by_leaves(A, like) is not None:
+            check_shape(f"{name}.b (Polyhedron)", b, b.shape if b.ndim == 1 else "(rows,)")
+            check_columns(f"{name}.A (Polyhedron)", A, like, b.shape, optional=False)
+            A = columns(A, like, b, ravel_pytree(like)[0].dtype)
+        A = np.asarray(A)
         check_rows(f"{name}.%s (Polyhedron)", A, b, like)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
             invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", "Two rows contradict each other.")

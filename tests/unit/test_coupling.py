@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import bilevel
-from bilevel import BilevelProblem, InvalidInput, LinearCoupling, Minimize
+from bilevel import BilevelProblem, InvalidInput, LinearCoupling, Minimize, Polyhedron
 from bilevel.constraints import joint_rows, rows
 
 RNG = np.random.default_rng(0)
@@ -115,3 +115,27 @@ def test_named_errors(name):
     assert before.startswith(f"{argument}: got ")
     assert got in before
     assert after.endswith(".")
+
+
+def test_a_polyhedron_takes_columns_by_named_leaves():
+    named, raveled = Polyhedron(A, b), Polyhedron(by_hand(A), b)
+    named.validate("y_set", Y)
+    for what in ("project", "active", "violation", "rows"):
+        jax.tree.map(np.testing.assert_array_equal, *(getattr(one, what)(Y) for one in (named, raveled)))
+    np.testing.assert_allclose(np.asarray(by_hand(A)) @ jax.flatten_util.ravel_pytree(raveled.project(Y))[0] <= b + 1e-9, True)
+    some = Polyhedron({"w": None, "c": A["c"], "s": None}, b)
+    zero = Polyhedron(by_hand({"w": 0 * A["w"], "c": A["c"], "s": 0 * A["s"]}), b)
+    jax.tree.map(np.testing.assert_array_equal, some.rows(Y), zero.rows(Y))
+
+
+@pytest.mark.parametrize(
+    ("part", "argument"),
+    [
+        ({**A, "c": A["c"][:, :2]}, r"y_set\.A \(Polyhedron\)\['c'\]"),
+        ({"w": A["w"]}, r"y_set\.A \(Polyhedron\)"),
+        ({**A, "s": np.array([np.nan, 0])}, r"y_set\.A \(Polyhedron\)\['s'\]"),
+    ],
+)
+def test_a_polyhedron_names_the_leaf_that_does_not_fit(part, argument):
+    with pytest.raises(InvalidInput, match=argument):
+        Polyhedron(part, b).validate("y_set", Y)
