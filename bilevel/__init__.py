@@ -17,6 +17,8 @@ from bilevel.implicit import implicit_objective, solution_map
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
+from bilevel.parts.from_cvxpy import from_cvxpy
+from bilevel.parts.mibs import MibS, read_mibs, write_mibs
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.recommend import Recommendation, recommend
 from bilevel.record import OracleCount, Record, Row, Stats, Status
@@ -106,6 +108,7 @@ __all__ = [
     "Intersection",
     "InvalidInput",
     "LinearCoupling",
+    "MibS",
     "Minibatch",
     "Minimize",
     "Neumann",
@@ -144,12 +147,14 @@ __all__ = [
     "data",
     "diagnostics",
     "directional_derivative",
+    "from_cvxpy",
     "hypergradient",
     "implicit_objective",
     "linear",
     "local_optima",
     "lower",
     "oracles",
+    "read_mibs",
     "recommend",
     "report",
     "run",
@@ -163,6 +168,7 @@ __all__ = [
     "step",
     "struct",
     "theory",
+    "write_mibs",
 ]
 
 __version__ = _moved.version()

@@ -122,7 +122,9 @@ def test_a_polyhedron_takes_columns_by_named_leaves():
     named.validate("y_set", Y)
     for what in ("project", "active", "violation", "rows"):
         jax.tree.map(np.testing.assert_array_equal, *(getattr(one, what)(Y) for one in (named, raveled)))
-    np.testing.assert_allclose(np.asarray(by_hand(A)) @ jax.flatten_util.ravel_pytree(raveled.project(Y))[0] <= b + 1e-9, True)
+    np.testing.assert_allclose(
+        np.asarray(by_hand(A)) @ jax.flatten_util.ravel_pytree(raveled.project(Y))[0] <= b + 1e-9, True
+    )
     some = Polyhedron({"w": None, "c": A["c"], "s": None}, b)
     zero = Polyhedron(by_hand({"w": 0 * A["w"], "c": A["c"], "s": 0 * A["s"]}), b)
     jax.tree.map(np.testing.assert_array_equal, some.rows(Y), zero.rows(Y))
