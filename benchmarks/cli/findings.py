@@ -1,7 +1,8 @@
-"""What `bilevax verify` prints: the guarantees that it tried to break, or the campaign of hypergradients."""
+"""What commands print: the results of a run; of `bilevax verify` the guarantees, or the campaign of hypergradients."""
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -40,3 +41,26 @@ def hypergradients(names: Sequence[str], draws: int, seed: int, as_json: bool) -
     else:
         console().print(campaign.table(found))
     raise typer.Exit(0 if held else 1)
+
+
+def results(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:
+    """The table of a run, or its results as JSON."""
+    from benchmarks.show import report
+    from benchmarks.study.files import clean
+    from bilevel.backend.schema import printable
+
+    if as_json:
+        results = [
+            {"problem": cell.problem, "solver": cell.solver, "seed": cell.seed}
+            | ({"status": "UNFINISHED"} if result is None else {k: v for k, v in result.items() if k != "cell"})
+            for cell, result in run.results
+        ]
+        typer.echo(
+            json.dumps(
+                clean({"folder": str(folder), "settings": run.settings, **summary, "results": results}), allow_nan=False
+            )
+        )
+        return
+    terminal = console()
+    terminal.print(report.tables(summary))
+    terminal.print(printable(f"Results: {folder}"), soft_wrap=True, markup=False)

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cli import commands, findings, options
+from benchmarks.cli import commands, entries, findings, options
 from benchmarks.cli.options import Json, examples, usage_errors
 from benchmarks.show.terminal import console, progress
 from benchmarks.study.compilation import use_quick_compilation
@@ -199,7 +199,7 @@ def _carry_out(
             from benchmarks.experiments import profile as profiler
 
             typer.echo(profiler.write(folder, cells), err=as_json)
-    _print(folder, loaded, summary, as_json)
+    findings.results(folder, loaded, summary, as_json)
     raise typer.Exit(report.exit_code(summary) if complete else 130)
 
 
@@ -247,7 +247,7 @@ def show(
 
         loaded = report.load(folder)
         summary = report.summarise(loaded)
-    _print(folder, loaded, summary, as_json)
+    findings.results(folder, loaded, summary, as_json)
 
 
 @app.command(
@@ -363,30 +363,8 @@ def report_(
         typer.echo(html.write(folder, out, by=by, tolerance=tol))
 
 
-for _name, (_command, _lines) in commands.BY_NAME.items():
+for _name, (_command, _lines) in {**commands.BY_NAME, **entries.BY_NAME}.items():
     app.command(_name, epilog=examples(*_lines))(_command)
-
-
-def _print(folder: Path, run: Any, summary: dict[str, Any], as_json: bool) -> None:
-    from benchmarks.show import report
-    from benchmarks.study.files import clean
-    from bilevel.backend.schema import printable
-
-    if as_json:
-        results = [
-            {"problem": cell.problem, "solver": cell.solver, "seed": cell.seed}
-            | ({"status": "UNFINISHED"} if result is None else {k: v for k, v in result.items() if k != "cell"})
-            for cell, result in run.results
-        ]
-        typer.echo(
-            json.dumps(
-                clean({"folder": str(folder), "settings": run.settings, **summary, "results": results}), allow_nan=False
-            )
-        )
-        return
-    terminal = console()
-    terminal.print(report.tables(summary))
-    terminal.print(printable(f"Results: {folder}"), soft_wrap=True, markup=False)
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
 from benchmarks.show import compare, report, sheets
+from benchmarks.study import submission
 from benchmarks.study.files import write_file
 from benchmarks.study.registry import SUITES, Cell, read_suite, suite_text
 
@@ -44,7 +45,7 @@ def page(folder: Path, *, tolerance: float = 1e-3, by: str = "value") -> str:
     ]
     cells = [cell for cell, _ in run.results]
     name = run.settings["name"]
-    command, suite = _command(name, cells, run.settings["precision"])
+    command, suite = _command(name, cells, run.settings)
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -67,9 +68,11 @@ def write(folder: Path, path: Path | None = None, **arguments: Any) -> Path:
     return path
 
 
-def _command(name: str, cells: list[Cell], precision: int) -> tuple[str, str | None]:
+def _command(name: str, cells: list[Cell], settings: dict[str, Any]) -> tuple[str, str | None]:
     """(command, suite file or None where the run is one of the suites that come with bilevax)."""
-    bits = "" if precision == 64 else f" --precision {precision}"
+    if "program" in settings:
+        return submission.again(settings), None
+    bits = "" if settings["precision"] == 64 else f" --precision {settings['precision']}"
     with contextlib.suppress(UsageError):
         if (SUITES / f"{name}.toml").parent == SUITES and read_suite(name)[1] == cells:  # no path out of there
             return f"bilevax run --suite {shlex.quote(name)}{bits}", None
@@ -134,9 +137,11 @@ def band(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
     return budgets, np.array([[statistics.quantile(column, q) for column in at.T] for q in (0.25, 0.5, 0.75)])
 
 
-def _convergence(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool) -> list[str]:
-    """F (minus the optimum), hypergradient and lower residual: one picture by oracle calls, one by time."""
-    return [_curves(solvers, known, axis) for axis in UNITS] if any(solvers.values()) else []
+def _convergence(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool) -> list[tuple[str, str]]:
+    """F (minus the optimum), hypergradient and lower residual: (picture, by what), one by oracle calls, one by time."""
+    trials = [trial for found in solvers.values() for trial, _ in found]
+    counted = [axis for axis in UNITS if any(np.isfinite(trial.column(axis)).all() for trial in trials)]
+    return [(_curves(solvers, known, axis), UNITS[axis]) for axis in counted]
 
 
 def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool, axis: str) -> str:
@@ -217,9 +222,10 @@ def _drawable(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) > 1e50, np.nan, values)
 
 
-def _profile_images(compared: dict[str, Any]) -> list[str]:
-    """Performance and data profile: one picture by oracle calls, one by time; none with a single solver."""
-    return [_profile(compared["profiles"][axis], unit) for axis, unit in UNITS.items() if axis in compared["profiles"]]
+def _profile_images(compared: dict[str, Any]) -> list[tuple[str, str]]:
+    """Performance and data profile: (picture, by what), by oracle calls and by time; none with a single solver."""
+    found = compared["profiles"]
+    return [(_profile(found[axis], unit), unit) for axis, unit in UNITS.items() if axis in found]
 
 
 def _profile(profile: dict[str, Any], unit: str) -> str:

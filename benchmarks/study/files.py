@@ -34,7 +34,7 @@ from benchmarks.judge.platform import quick_check
 from benchmarks.study import formats
 from benchmarks.study.compilation import cache_folder
 from benchmarks.study.formats import ERROR as ERROR
-from benchmarks.study.formats import FORMAT
+from benchmarks.study.formats import FORMAT, PROGRAM
 from benchmarks.study.formats import UNSUPPORTED as UNSUPPORTED
 from benchmarks.study.registry import Cell
 from bilevel.backend.files import write_atomically
@@ -46,7 +46,7 @@ BROKEN = (  # ends without a value of F
     bilevel.Status.NONFINITE, bilevel.Status.INFEASIBLE_LOWER, bilevel.Status.NO_FOLLOWER, bilevel.Status.SADDLE,
     bilevel.Status.UNDETERMINED,
 )  # fmt: skip
-FAILED = (ERROR, *(status.name for status in BROKEN))
+FAILED = (ERROR, *PROGRAM, *(status.name for status in BROKEN))
 LOCK = "run.lock"
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}")  # of `write_atomically`
 EMPTY: dict[str, Any] = {"status": ERROR, "reason": None, "stats": {}, "metrics": {}, "referee": None, "record": []}

@@ -22,6 +22,7 @@ from bilevel.backend.schema import (
 
 FORMAT = 1
 ERROR, UNSUPPORTED = "ERROR", "UNSUPPORTED"
+PROGRAM = "CRASHED", "TIMED_OUT", "NONSENSE", "SILENT"  # ends of a submitted program that give no number
 SCORES = ("value", "gradient")
 MOST_CELLS = 100_000  # of a study: a list of them is held in memory, and each is a file
 LIMITS = {
@@ -58,6 +59,7 @@ CELL = fields(
 SETTINGS = fields(
     {"name": text, "started": text, "precision": one_of(32, 64), "versions": table(text), "system": table(anything),
      "cells": each(CELL)},
+    {"program": text},
     others=anything,
 )  # fmt: skip
 ROW = fields(
@@ -68,7 +70,7 @@ ROW = fields(
 MEASURED = {"oracles": maybe(number(0)), "steps": whole(), "solve_time": number(0), "setup_time": number(0)}
 STATS = fields({}, MEASURED | {"failed": table(whole())}, others=anything)
 RESULT = fields(
-    {"cell": CELL, "status": one_of(ERROR, UNSUPPORTED, *bilevel.Status.__members__), "reason": maybe(text),
+    {"cell": CELL, "status": one_of(ERROR, UNSUPPORTED, *PROGRAM, *bilevel.Status.__members__), "reason": maybe(text),
      "stats": STATS, "metrics": table(maybe(number())), "record": each(ROW),
      "referee": maybe(fields({"verdict": one_of("agrees", "disagrees", "skipped"), "reason": maybe(text)},
                              others=anything))},

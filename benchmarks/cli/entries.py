@@ -1,0 +1,133 @@
+"""Commands of `bilevax` for those outside: instances as data, programs in any language as solvers."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from benchmarks.cli import findings, options
+from benchmarks.cli.options import Json, usage_errors
+from benchmarks.show.terminal import progress
+from benchmarks.study.compilation import use_quick_compilation
+
+EXPORT_EXAMPLES = (
+    "bilevax export -p ridge --out instances",
+    "bilevax export -p 'quadratic[dim_x=3,dim_y=4]' -p textbook --seeds 5 --out instances",
+    "Each becomes a folder with instance.json and arrays.npz; docs/enter.md explains their fields.",
+)
+
+SUBMIT_EXAMPLES = (
+    "bilevax submit --command 'julia solver.jl' -p 'quadratic[dim_x=3]' --seeds 5",
+    "bilevax submit --command 'python scipy_solver.py' --suite exact --time-limit 20 --out results/mine",
+    "bilevax submit --command \"sh -c 'cd mine && ./solve'\" --name mine -p ridge --json",
+    'The program reads one line of JSON, the instance, and writes lines {"x": […], "y": […], "time": seconds}.',
+    "docs/enter.md has the protocol and two programs to begin with, one with SciPy and one with torch.",
+)
+
+Exported = Annotated[
+    list[str], typer.Option("--problem", "-p", metavar="NAME[K=V,…]", help="A problem; may be repeated.")
+]
+
+
+def export(
+    problem: Exported,
+    out: Annotated[Path, typer.Option(help="The folder; each instance has its own below.")],
+    seeds: Annotated[int, typer.Option(min=1, help="Instances with seeds 0 to n-1.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Write instances as data: dimensions, sets, start, arrays, formulas, the optimum and what vouches for it.
+
+    Small linear and quadratic ones have all functions as sums of monomials. Nothing is overwritten.
+
+    Exit code: 0, or 2 for bad usage and a folder that cannot be written.
+    """
+    use_quick_compilation()
+    import jax
+
+    written = []
+    with usage_errors(), jax.enable_x64(True):
+        import bilevel
+        from benchmarks.study import instances, registry
+
+        for text in problem:
+            registry.check_problem(text)
+        for text in problem:
+            for seed in range(seeds):
+                try:
+                    made = registry.build_instance(text, seed)
+                except bilevel.InvalidInput as error:
+                    raise registry.UsageError(f"{text}: {error}") from error
+                written.append(str(instances.write(out, text, seed, made)))
+                if not as_json:
+                    typer.echo(written[-1])
+    if as_json:
+        typer.echo(json.dumps({"folders": written}))
+
+
+def submit(
+    command: Annotated[str, typer.Option(help="The program and its arguments; no shell reads them.")],
+    problem: Annotated[
+        list[str] | None, typer.Option("--problem", "-p", metavar="NAME[K=V,…]", help="A problem; may be repeated.")
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="A suite's problems and seeds, in place of -p.")] = None,
+    seeds: options.Seeds = None,
+    time_limit: Annotated[
+        float,
+        typer.Option(min=0.1, help="Seconds for an instance, start-up included; then it is killed."),
+    ] = 60.0,
+    name: Annotated[str | None, typer.Option(help="In tables. Default: the program's file.")] = None,
+    out: options.Out = None,
+    plot: options.Plot = True,
+    as_json: Json = False,
+) -> None:
+    """Run any program as a solver: an instance in as JSON, lines of x, y and time out; the referee judges each line.
+
+    A program that crashes, is late, or writes nonsense, NaN or nothing has that as its status, and no number.
+
+    Exit code: 0 all ran, 1 one of them failed so, 2 bad usage, 130 interrupted.
+    """
+    if bool(problem) == (suite is not None):
+        raise typer.BadParameter("give problems, -p NAME, or the name of a suite: one of the two.", param_hint="-p")
+    use_quick_compilation()
+    import jax
+
+    with usage_errors(), jax.enable_x64(True):
+        from functools import partial
+
+        from benchmarks.study import registry, submission
+
+        words, own = submission.name_of(command, name)
+        title = "custom"
+        if suite is not None:
+            title, of_suite = registry.read_suite(suite, seeds)
+            wanted = dict.fromkeys((cell.problem, cell.seed) for cell in of_suite)
+        else:
+            wanted = dict.fromkeys((registry.label(text), seed) for text in problem or () for seed in range(seeds or 1))
+        for text in dict.fromkeys(text for text, _ in wanted):
+            registry.check_problem(text)
+        cells = [registry.Cell(text, own, seed, time_limit=time_limit) for text, seed in wanted]
+        how = partial(submission.execute, words=words)
+        said = {"program": command} | ({} if suite is None or seeds is not None else {"suite": suite})
+        _submitted(f"{title}-{own}", cells, said, out, plot, as_json, how)
+
+
+def _submitted(
+    name: str, cells: list[Any], said: dict[str, str], out: Path | None, plot: bool, as_json: bool, how: Any
+) -> None:
+    """Run the cells into a folder, print what came out and exit."""
+    from benchmarks.show import report
+    from benchmarks.study import files, submission
+
+    settings: dict[str, Any] = files.settings_of(name, cells, 64) | said
+    settings["versions"] |= submission.fingerprints(how.keywords["words"])
+    with files.open_folder(out, settings) as folder:
+        with progress(len(cells)) as on_cell:
+            complete = how(folder, cells, on_cell=on_cell)
+        loaded = report.load(folder)
+        summary = report.write(folder, loaded, plot)
+    findings.results(folder, loaded, summary, as_json)
+    raise typer.Exit(report.exit_code(summary) if complete else 130)
+
+
+BY_NAME = {"export": (export, EXPORT_EXAMPLES), "submit": (submit, SUBMIT_EXAMPLES)}
