@@ -95,12 +95,12 @@ def submit(
     with usage_errors(), jax.enable_x64(True):
         from functools import partial
 
-        from benchmarks.study import registry, submission
+        from benchmarks.study import registry, submission, suites
 
         words, own = submission.name_of(command, name)
         title = "custom"
         if suite is not None:
-            title, of_suite = registry.read_suite(suite, seeds)
+            title, of_suite = suites.read_suite(suite, seeds)
             wanted = dict.fromkeys((cell.problem, cell.seed) for cell in of_suite)
         else:
             wanted = dict.fromkeys((registry.label(text), seed) for text in problem or () for seed in range(seeds or 1))
@@ -108,7 +108,9 @@ def submit(
             registry.check_problem(text)
         cells = [registry.Cell(text, own, seed, time_limit=time_limit) for text, seed in wanted]
         how = partial(submission.execute, words=words)
-        said = {"program": command} | ({} if suite is None or seeds is not None else {"suite": suite})
+        said = {"program": command}
+        if suite is not None and (of := suites.title(title, of_suite)) is not None:
+            said["suite"] = of
         _submitted(f"{title}-{own}", cells, said, out, plot, as_json, how)
 
 

@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.cli import commands, entries, findings, options
+from benchmarks.cli import catalogue, commands, entries, findings, options
 from benchmarks.cli.options import Json, examples, usage_errors
-from benchmarks.show.terminal import console, progress
+from benchmarks.show.terminal import progress
 from benchmarks.study.compilation import use_quick_compilation
 
 app = typer.Typer(
@@ -44,37 +44,6 @@ def root(
     ] = False,
 ) -> None:
     """Bilevel optimisation: run solvers on problems, judge the results by a referee, print tables and draw plots."""
-
-
-@app.command(
-    "list",
-    epilog=examples(
-        "bilevax list",
-        "bilevax list --json | python -m json.tool",
-    ),
-)
-def list_(as_json: Json = False) -> None:
-    """List the solvers and problems that are found, a line each, with their parameters in --json."""
-    with usage_errors():
-        from benchmarks.study.registry import summaries
-
-        found = summaries()
-    if as_json:
-        typer.echo(json.dumps(found, default=str))
-        return
-    from rich import box
-    from rich.table import Table
-
-    for kind in ("solvers", "problems"):
-        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-        table.add_column(
-            kind, style="bold", no_wrap=True, min_width=max(len(n) for names in found.values() for n in names)
-        )
-        table.add_column("what it is")
-        for name, entry in found[kind].items():
-            why = entry.get("experimental")
-            table.add_row(name, entry["summary"] + (f"\nexperimental: {why}" if why else ""))
-        console().print(table)
 
 
 @app.command(
@@ -177,14 +146,16 @@ def _carry_out(
 ) -> None:  # fmt: skip
     """Run the cells into a folder by `how`, the search of their settings first; print what came out and exit."""
     from benchmarks.show import report
-    from benchmarks.study import files, processes, tuning
+    from benchmarks.study import files, processes, suites, tuning
 
     trials = tuning.trials(cells)
     if not processes.leads():
         nobody = lambda k, cell: None  # noqa: E731
         done = not trials or how(Path(), trials, nobody)
         raise typer.Exit(0 if done and how(Path(), cells, nobody) else 130)
-    settings = files.settings_of(name, cells, precision)
+    settings: dict[str, Any] = files.settings_of(name, cells, precision)
+    if (suite := suites.title(name, cells)) is not None:
+        settings["suite"] = suite
     for fault in settings["platform"]["faults"]:
         typer.echo(f"bilevax: this machine: {fault} `bilevax doctor` tells more.", err=True)
     with files.open_folder(out, settings) as folder:
@@ -216,14 +187,14 @@ def _study(
     use_quick_compilation()
     import jax
 
-    from benchmarks.study import registry
+    from benchmarks.study import registry, suites
 
     with usage_errors(), jax.enable_x64(precision == 64):
         if problem or solver:
             given = {key: value for key, value in limits.items() if value is not None}
             name, cells = "custom", registry.grid(problem or [], solver or [], seeds or 1, **given)
         else:
-            name, cells = registry.read_suite(suite or "quickstart", seeds, **limits)
+            name, cells = suites.read_suite(suite or "quickstart", seeds, **limits)
         for text in dict.fromkeys(cell.problem for cell in cells):
             registry.check_problem(text)
         for text in dict.fromkeys(cell.solver for cell in cells):
@@ -363,7 +334,7 @@ def report_(
         typer.echo(html.write(folder, out, by=by, tolerance=tol))
 
 
-for _name, (_command, _lines) in {**commands.BY_NAME, **entries.BY_NAME}.items():
+for _name, (_command, _lines) in {**catalogue.BY_NAME, **commands.BY_NAME, **entries.BY_NAME}.items():
     app.command(_name, epilog=examples(*_lines))(_command)
 
 

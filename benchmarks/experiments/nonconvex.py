@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import bilevel
-from benchmarks.study.registry import build_instance, read_suite
+from benchmarks.study.registry import build_instance
+from benchmarks.study.suites import read_suite
 from bilevel.diagnostics import lower_gap
 from bilevel.solver import refusal
 

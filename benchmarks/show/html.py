@@ -17,9 +17,9 @@ import numpy as np
 from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
 from benchmarks.show import compare, report, sheets
-from benchmarks.study import submission
+from benchmarks.study import submission, suites
 from benchmarks.study.files import write_file
-from benchmarks.study.registry import SUITES, Cell, read_suite, suite_text
+from benchmarks.study.registry import Cell
 
 TEMPLATES = Path(__file__).parent / "templates"
 CURVES = {"value": "F", "hypergradient": "|grad F|", "lower_residual": "lower residual"}
@@ -74,9 +74,10 @@ def _command(name: str, cells: list[Cell], settings: dict[str, Any]) -> tuple[st
         return submission.again(settings), None
     bits = "" if settings["precision"] == 64 else f" --precision {settings['precision']}"
     with contextlib.suppress(UsageError):
-        if (SUITES / f"{name}.toml").parent == SUITES and read_suite(name)[1] == cells:  # no path out of there
-            return f"bilevax run --suite {shlex.quote(name)}{bits}", None
-    return f"bilevax run --suite {shlex.quote(f'{name}.toml')}{bits}", suite_text(cells)
+        found = suites.title(name, cells)
+        if found is not None and "," not in found:
+            return f"bilevax run --suite {shlex.quote(found.replace(' ', '@'))}{bits}", None
+    return f"bilevax run --suite {shlex.quote(f'{name}.toml')}{bits}", suites.suite_text(cells)
 
 
 def _problem(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "failed": sum(result["status"] in FAILED for result in done),
         "cells": len(run.results),
         "rule": settings_rule([cell for cell, _ in run.results]),
+        "suite": run.settings.get("suite"),
         "unfinished": [f"{c.problem} {c.solver} seed {c.seed}" for c, result in run.results if result is None],
     }
 
@@ -305,7 +306,8 @@ def tables(summary: dict[str, Any]) -> Group:
             for text in reasons(problem, names)
         ]
         parts.append(Text(""))
-    parts += [Text(totals(summary)), Text(summary["rule"], style="dim")]
+    suite = "" if summary["suite"] is None else f"Suite {summary['suite']}. "
+    parts += [Text(totals(summary)), Text(suite + summary["rule"], style="dim")]
     if summary["unfinished"]:
         listed = "; ".join(summary["unfinished"][:5]) + ("; …" if len(summary["unfinished"]) > 5 else "")
         parts.append(Text(f"{len(summary['unfinished'])} cells unfinished: {listed}", style="yellow"))

@@ -59,7 +59,7 @@ CELL = fields(
 SETTINGS = fields(
     {"name": text, "started": text, "precision": one_of(32, 64), "versions": table(text), "system": table(anything),
      "cells": each(CELL)},
-    {"program": text},
+    {"program": text, "suite": text},
     others=anything,
 )  # fmt: skip
 ROW = fields(
@@ -70,7 +70,7 @@ ROW = fields(
 MEASURED = {"oracles": maybe(number(0)), "steps": whole(), "solve_time": number(0), "setup_time": number(0)}
 STATS = fields({}, MEASURED | {"failed": table(whole())}, others=anything)
 RESULT = fields(
-    {"cell": CELL, "status": one_of(ERROR, UNSUPPORTED, *PROGRAM, *bilevel.Status.__members__), "reason": maybe(text),
+    {"cell": CELL, "status": one_of(ERROR, UNSUPPORTED, *bilevel.Status.__members__, *PROGRAM), "reason": maybe(text),
      "stats": STATS, "metrics": table(maybe(number())), "record": each(ROW),
      "referee": maybe(fields({"verdict": one_of("agrees", "disagrees", "skipped"), "reason": maybe(text)},
                              others=anything))},
@@ -101,7 +101,7 @@ def _solver(value: Any, where: str) -> None:
 
 SUITE = fields(
     {},
-    {"tuning": table(anything),
+    {"version": text, "tuning": table(anything),
      "problem": each(fields({}, {"run": text, "seeds": whole(1, MOST_CELLS), "solvers": each(_solver), **LIMITS},
                             others=anything))},
     others=anything,

@@ -1,4 +1,4 @@
-"""What can be run, and how it is written: `name[key=value,…]` for problems and solvers, TOML for suites.
+"""What can be run, and how it is written: `name[key=value,…]` for problems and solvers.
 
 One text form serves the command line, the suites, the result files and the tables. Values are Python literals
 (`5`, `0.1`, `true`), words (`model=mlp`) and, for solvers, calls of optax or bilevel with positional arguments
@@ -9,23 +9,18 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import json
 import math
 import re
 import sys
-import tomllib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import bilevel
 import irl
 import problems
 from benchmarks.errors import UsageError, nearest
-from benchmarks.study.formats import LIMITS, MOST_CELLS, SCORES, SUITE
-from bilevel.backend.schema import Misfit, printable
-
-SUITES = Path(__file__).parents[1] / "suites"
+from benchmarks.study.formats import LIMITS, MOST_CELLS
+from bilevel.backend.schema import Misfit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +115,14 @@ def summaries() -> dict[str, dict[str, dict[str, Any]]]:
     return {"solvers": solvers, "problems": families}
 
 
+def documentation(name: str) -> str:
+    """What a solver's class says of it, or a family's file and its `make`: formulas, parameters with their ranges."""
+    if name in _solvers():
+        return inspect.getdoc(_solvers()[name]) or ""
+    make = _families()[name]
+    return "\n\n".join(filter(None, (inspect.getdoc(sys.modules[make.__module__]), inspect.getdoc(make))))
+
+
 def _solvers() -> dict[str, Any]:
     return {**bilevel.solvers.ALL, **irl.solvers.ALL}
 
@@ -142,6 +145,11 @@ def _solver_fields(cls: Any) -> dict[str, Any]:
     }
 
 
+def settings_of_solver(name: str) -> dict[str, Any]:
+    """The settings of a solver with their defaults; none of one that is not known."""
+    return _solver_fields(_solvers()[name]) if name in _solvers() else {}
+
+
 def _accepted(make: Callable) -> dict[str, Any]:
     """Parameters with defaults of a family's make, but for the seed, which --seeds sets."""
     parameters = inspect.signature(make).parameters.values()
@@ -149,7 +157,8 @@ def _accepted(make: Callable) -> dict[str, Any]:
     return {p.name: None if p.default is p.empty else p.default for p in named}
 
 
-def _check_names(what: str, params: dict[str, Any], accepted: dict[str, Any]) -> None:
+def check_names(what: str, params: dict[str, Any], accepted: dict[str, Any]) -> None:
+    """Raise `UsageError` for a parameter that is not among the accepted ones."""
     unknown = [key for key in params if key not in accepted]
     if unknown:
         listing = ", ".join(f"{key}={default}" for key, default in accepted.items()) or "no parameters"
@@ -170,7 +179,7 @@ def build_solver(text: str) -> bilevel.Solver:
     cls = _solvers()[name]
     defaults = _solver_fields(cls)
     now = {key: cls.renamed.get(key, key) for key in params}
-    _check_names(name, {now[key]: value for key, value in params.items()}, defaults)
+    check_names(name, {now[key]: value for key, value in params.items()}, defaults)
     values = {key: _setting(f"{name}: {key}", value, defaults[now[key]]) for key, value in params.items()}
     try:
         return cls(**values)
@@ -209,7 +218,7 @@ def check_problem(text: str) -> None:
     name, params = parse(text)
     if name not in _families():
         raise nearest("problem", name, _families())
-    _check_names(name, params, _accepted(_families()[name]))
+    check_names(name, params, _accepted(_families()[name]))
 
 
 def build_instance(text: str, seed: int) -> Any:
@@ -219,7 +228,7 @@ def build_instance(text: str, seed: int) -> Any:
     return problems.make(name, seed=seed, **params)
 
 
-def _check_limits(where: str, limits: dict[str, Any]) -> None:
+def check_limits(where: str, limits: dict[str, Any]) -> None:
     """Raise `UsageError` for a limit that makes no sense."""
     for name, value in limits.items():
         try:
@@ -228,7 +237,7 @@ def _check_limits(where: str, limits: dict[str, Any]) -> None:
             raise UsageError(f"{where}{error}.") from error
 
 
-def _check_count(where: str, *counts: int) -> None:
+def check_count(where: str, *counts: int) -> None:
     """Raise `UsageError` where the product of `counts` is more cells than a study can have."""
     if math.prod(counts) > MOST_CELLS:
         raise UsageError(
@@ -240,13 +249,14 @@ def grid(problem_texts: list[str], solver_texts: list[str], seeds: int = 1, **li
     """Every problem x seed x solver; an empty list means all that are known."""
     chosen = [label(text) for text in problem_texts or _families()]
     solvers = [label(text) for text in solver_texts or _solvers()]
-    _check_limits("", limits)
-    _check_count("--seeds", len(chosen), len(solvers), seeds)
+    check_limits("", limits)
+    check_count("--seeds", len(chosen), len(solvers), seeds)
     cells = [Cell(p, s, seed, **limits) for p in chosen for seed in range(seeds) for s in solvers]
-    return _checked(list(dict.fromkeys(cells)))
+    return checked(list(dict.fromkeys(cells)))
 
 
-def _checked(cells: list[Cell]) -> list[Cell]:
+def checked(cells: list[Cell]) -> list[Cell]:
+    """The cells, none of which has a budget of time without a word of when to measure."""
     for cell in cells:
         if cell.time_limit is not None and cell.max_steps is None and cell.max_passes is None and cell.every is None:
             raise UsageError(
@@ -254,143 +264,3 @@ def _checked(cells: list[Cell]) -> list[Cell]:
                 "(steps between measurements), or max_steps."
             )
     return cells
-
-
-def read_suite(name: str, seeds: int | None = None, **limits: Any) -> tuple[str, list[Cell]]:
-    """(name, cells) of a suite: one of benchmarks/suites by its name, or the path of a TOML file.
-
-    `seeds` and `limits` that are not None replace what the suite says. The format is explained in
-    suites/quickstart.toml.
-
-    Raises:
-        UsageError: no such suite, or a file that cannot be read, with the entry and what is wrong in it.
-    """
-    known = {path.stem: path for path in SUITES.glob("*.toml")}
-    path = known.get(name, Path(name))
-    if name not in known and path.suffix != ".toml":
-        raise nearest("suite", name, known)
-    try:
-        content = printable(tomllib.loads(path.read_text("utf8")))
-        SUITE(content, "")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"suite {path}: {error}") from error
-    except RecursionError:
-        raise UsageError(f"suite {path}: brackets in brackets without end.") from None
-    _check_keys(f"suite {path}", content, ("problem", "tuning"))
-    cells: list[Cell] = []
-    _check_limits("", {key: value for key, value in limits.items() if value is not None})
-    given = _one_budget({key: value for key, value in limits.items() if value is not None})
-    for entry in content.get("problem", []):
-        _check_keys(f"suite {path}, [[problem]]", entry, ("run", "seeds", "solvers", *LIMITS))
-        if not entry.get("run") or not entry.get("solvers"):
-            raise UsageError(f'suite {path}: every [[problem]] needs run = "name[…]" and solvers = ["name[…]", …].')
-        common = {key: entry[key] for key in LIMITS if key in entry}
-        count = entry.get("seeds", 1) if seeds is None else seeds
-        items = [{"run": item} if isinstance(item, str) else item for item in entry["solvers"]]
-        _check_count(f"suite {path}, {entry['run']}", len(items), count)
-        by_solver = []
-        for item in items:
-            _check_keys(f"suite {path}, solvers of {entry['run']}", item, ("run", "tune", *LIMITS))
-            own = _one_budget({key: value for key, value in item.items() if key in LIMITS})
-            by_solver.append((label(item["run"]), common | own | given))
-        searches = _searches(f"suite {path}, {entry['run']}", content.get("tuning"), items, count)
-        for seed in range(count):
-            cells += [
-                Cell(label(entry["run"]), run, seed, search=search, **settings)
-                for (run, settings), search in zip(by_solver, searches, strict=True)
-            ]
-    if not cells:
-        raise UsageError(f"suite {path}: no [[problem]] in it, nothing to run.")
-    return path.stem, _checked(list(dict.fromkeys(cells)))
-
-
-def _one_budget(limits: dict[str, Any]) -> dict[str, Any]:
-    """Limits that take the place of others: a budget in steps replaces one in passes, and the other way round."""
-    steps = ("max_steps", "max_passes")
-    return {name: None for name in steps if any(other in limits for other in steps)} | limits
-
-
-def _searches(where: str, rule: dict[str, Any] | None, items: list[dict[str, Any]], count: int) -> list[Search | None]:
-    """Each solver's search; equal trials for all of them, or none for any."""
-    tuned = [item["run"] for item in items if "tune" in item]
-    if not tuned:
-        return [None] * len(items)
-    if len(tuned) < len(items):
-        left = next(item["run"] for item in items if "tune" not in item)
-        raise UsageError(
-            f"{where}: {tuned[0]} is tuned and {left} is not. Give all of its solvers tune = {{…}}, or none."
-        )
-    if not isinstance(rule, dict):
-        raise UsageError(f"{where}: tune needs the rule of the search: [tuning] with trials = … and seeds = […].")
-    _check_keys(f"{where}, [tuning]", rule, ("trials", "seeds", "score"))
-    trials, seeds, score = rule.get("trials"), rule.get("seeds", []), rule.get("score", "value")
-    whole = isinstance(seeds, list) and seeds and all(isinstance(seed, int) and seed >= 0 for seed in seeds)
-    if not (isinstance(trials, int) and 1 <= trials <= MOST_CELLS and whole and score in SCORES):
-        raise UsageError(
-            f"{where}, [tuning]: got {rule}; expected trials >= 1, seeds = [whole numbers], score = value or gradient."
-        )
-    shared = [seed for seed in seeds if seed < count]
-    if shared:
-        raise UsageError(f"{where}: seed {shared[0]} is tuned on and reported. Tune on seeds from {count} on.")
-    found = []
-    for item in items:
-        name, _ = parse(item["run"])
-        defaults = _solver_fields(_solvers()[name]) if name in _solvers() else {}
-        _check_names(name, item["tune"], defaults)
-        for key, values in item["tune"].items():
-            _check_range(f"{where}, tune of {name}: {key}", values)
-        found.append(Search(trials, tuple(seeds), score, tuple((k, tuple(v)) for k, v in item["tune"].items())))
-    return found
-
-
-def _check_range(what: str, values: Any) -> None:
-    number = lambda value: isinstance(value, int | float) and not isinstance(value, bool)  # noqa: E731
-    if isinstance(values, list) and values:
-        if all(isinstance(value, str) for value in values):
-            return
-        if len(values) == 2 and all(map(number, values)) and 0 < values[0] < values[1] < float("inf"):
-            return
-    raise UsageError(f"{what}: got {values!r}; expected a range [low, high] of positive numbers, or a list of words.")
-
-
-def suite_text(cells: list[Cell]) -> str:
-    """A suite's TOML that `read_suite` reads as these cells, which some suite or `grid` made."""
-    entries: list[list[Cell]] = []
-    for cell in cells:
-        last = entries[-1][-1] if entries else None
-        if last is None or last.problem != cell.problem or cell.seed < last.seed:
-            entries.append([])
-        entries[-1].append(cell)
-    lines = []
-    search = next((cell.search for cell in cells if cell.search is not None), None)
-    if search is not None:
-        lines += [
-            "[tuning]",
-            f"trials = {search.trials}",
-            f"seeds = {list(search.seeds)}",
-            f'score = "{search.score}"',
-            "",
-        ]
-    for entry in entries:
-        lines += [
-            "[[problem]]",
-            f"run = {json.dumps(entry[0].problem)}",
-            f"seeds = {entry[-1].seed + 1}",
-            "solvers = [",
-        ]
-        for cell in entry:
-            if cell.seed == 0:
-                limits = {name: getattr(cell, name) for name in LIMITS if getattr(cell, name) is not None}
-                fields = {"run": json.dumps(cell.solver)} | {name: repr(value) for name, value in limits.items()}
-                if cell.search is not None:
-                    space = ", ".join(f"{name} = {json.dumps(list(values))}" for name, values in cell.search.space)
-                    fields["tune"] = f"{{ {space} }}"
-                lines.append("    { " + ", ".join(f"{name} = {value}" for name, value in fields.items()) + " },")
-        lines += ["]", ""]
-    return "\n".join(lines)
-
-
-def _check_keys(where: str, table: dict[str, Any], accepted: tuple[str, ...]) -> None:
-    for key in table:
-        if key not in accepted:
-            raise UsageError(f"{where}: unknown key {key!r}. Accepted: {', '.join(accepted)}.")

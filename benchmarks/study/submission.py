@@ -71,7 +71,7 @@ def again(settings: dict[str, Any]) -> str:
     cells = [Cell.of(cell) for cell in settings["cells"]]
     chosen = " ".join(f"-p {shlex.quote(text)}" for text in dict.fromkeys(cell.problem for cell in cells))
     suite = settings.get("suite")
-    what = chosen if suite is None else f"--suite {shlex.quote(suite)}"
+    what = chosen if suite is None else f"--suite {suite.partition(',')[0].replace(' ', '@')}"
     seeds = max(cell.seed for cell in cells) + 1
     return (
         f"bilevax submit --command {shlex.quote(settings['program'])} --name {cells[0].solver} {what} "

@@ -14,7 +14,7 @@ import irl
 import problems
 from benchmarks.cli.main import app
 from benchmarks.show import report
-from benchmarks.study import files, registry, runner
+from benchmarks.study import files, registry, runner, suites
 from problems.quadratic import closed_form
 
 PROBLEM = "quadratic[dim_x=3,dim_y=4]"
@@ -60,7 +60,30 @@ def test_list_shows_every_solver_and_family():
     text = call("list").stdout
     assert f"experimental: {abstract}" in text
     assert all(name in text for kind in listed.values() for name in kind)
+    assert "Version 2027.1" in text
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("SOBA", ["upper_step_size", "None", "Assumptions:", "-s 'SOBA[lower_step_size=…]'"]),
+        ("quadratic", ["dim_x", "10", "condition number of M", "-p 'quadratic[dim_x=…]'"]),
+        ("quickstart", ["2027.1", "hyper_cleaning[batch_size=100]", "max_steps 600"]),
+    ],
+)
+def test_list_shows_the_parameters_of_a_name(name, expected):
+    shown = call("list", name)
+    assert shown.exit_code == 0, shown.output
+    assert all(word in shown.stdout for word in expected)
+    entries = [kind[name] for kind in json.loads(call("list", name, "--json").stdout).values()]
+    assert all(entry["summary"] for entry in entries)
+
+
+def test_a_name_that_is_nothing_is_named():
+    shown = call("list", "SOAB")
+    assert shown.exit_code == 2
+    assert "Did you mean SOBA?" in shown.stderr
 
 
 @pytest.mark.parametrize(
@@ -268,9 +291,9 @@ def test_points_of_any_structure_come_back(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("path", sorted(registry.SUITES.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(suites.SUITES.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_suite_can_be_run_and_says_its_rule(path):
-    name, cells = registry.read_suite(path.stem)
+    name, cells = suites.read_suite(path.stem)
     assert name == path.stem
     for problem, solver in {(cell.problem, cell.solver) for cell in cells}:
         registry.check_problem(problem)
@@ -279,21 +302,53 @@ def test_every_suite_can_be_run_and_says_its_rule(path):
     assert tuned != ("Settings: fixed" in path.read_text().partition("[[")[0])
 
 
+VERSIONS = {  # what each version of a suite runs, for ever: a change is a new line here, and no line changes
+    ("adversarial-mnist", "2027.1"): "34c570145fa25a46",
+    ("adversarial", "2027.1"): "c243aa08b6f3151b",
+    ("algorithms", "2027.1"): "1d44846a35c5ad88",
+    ("constrained", "2027.1"): "7c4f894dc8e5b1a8",
+    ("data", "2027.1"): "94069b44199a4add",
+    ("exact", "2027.1"): "39fe5d0dad36514e",
+    ("irl-control", "2027.1"): "29a3e225085a518b",
+    ("irl-tabular", "2027.1"): "dd62882f206a0a7e",
+    ("llm-small", "2027.1"): "c3d649ae2f218907",
+    ("nonconvex", "2027.1"): "3279ba52f2209752",
+    ("quadratic", "2027.1"): "79e919e2edbd61b2",
+    ("quickstart", "2027.1"): "58c1f15d1737753d",
+    ("regressions", "2027.1"): "d83f996bf100600b",
+    ("rotation-mnist", "2027.1"): "3ad5fe1c246b6600",
+    ("rotation", "2027.1"): "eebddbdc5c127293",
+}
+
+
+def test_a_suite_of_one_version_never_changes():
+    """If it must: give it a new version, add its line here, and keep the old file as name@version.toml."""
+    here = {(name, entry["version"]): entry["digest"] for name, entry in suites.summaries().items()}
+    assert here.items() <= VERSIONS.items()
+    assert suites.read_suite("quickstart@2027.1") == suites.read_suite("quickstart")
+    with pytest.raises(registry.UsageError, match="this bilevax has"):
+        suites.read_suite("quickstart@2026.1")
+    cells = suites.read_suite("quickstart")[1]
+    assert suites.title("quickstart", cells) == "quickstart 2027.1"
+    assert suites.title("quickstart", cells[1:]) == "quickstart 2027.1, altered by options"
+    assert suites.title("mine", cells) is None
+
+
 def test_the_suites_that_there_are():
     named = ["quickstart", "quadratic", "nonconvex", "constrained", "data", "adversarial", "irl-tabular", "irl-control"]
     named += ["regressions", "exact"]
-    assert set(named) <= {path.stem for path in registry.SUITES.glob("*.toml")}
+    assert set(named) <= {path.stem for path in suites.SUITES.glob("*.toml")}
 
 
 def test_suites_are_checked_and_overridden(tmp_path):
-    cells = registry.read_suite("quickstart")[1]
+    cells = suites.read_suite("quickstart")[1]
     assert {cell.seed for cell in cells if cell.problem.startswith("hyper_cleaning[batch_size=100]")} == set(range(10))
-    short = registry.read_suite("quickstart", seeds=1, max_steps=7)[1]
+    short = suites.read_suite("quickstart", seeds=1, max_steps=7)[1]
     assert {(cell.seed, cell.max_steps) for cell in short} == {(0, 7)}
 
     path = tmp_path / "mine.toml"
     path.write_text('[[problem]]\nrun = "ridge"\ntol = 0\nsolvers = ["SOBA", { run = "AID", max_steps = 5 }]\n')
-    assert registry.read_suite(str(path)) == (
+    assert suites.read_suite(str(path)) == (
         "mine", [registry.Cell("ridge", "SOBA", 0, tol=0), registry.Cell("ridge", "AID", 0, max_steps=5, tol=0)],
     )  # fmt: skip
     for text, expected in (
@@ -303,7 +358,7 @@ def test_suites_are_checked_and_overridden(tmp_path):
     ):
         path.write_text(text)
         with pytest.raises(registry.UsageError, match=expected):
-            registry.read_suite(str(path))
+            suites.read_suite(str(path))
 
 
 def test_names_in_tables_are_no_markup():

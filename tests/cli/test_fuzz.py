@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
 from benchmarks.show import compare, report, sheets
-from benchmarks.study import registry
+from benchmarks.study import registry, suites
 
 PROBLEM = "quadratic[dim_x=2]"
 HOSTILE = [
@@ -112,12 +112,12 @@ def test_a_changed_suite_is_read_or_named(tmp_path):
         lines = [f"{json.dumps(k)} = {toml(v)}" for k, v in tree.items()] if isinstance(tree, dict) else [toml(tree)]
         path.write_text("a = " + "[" * 20_000 if rng.random() < 0.02 else "\n".join(lines))
         try:
-            cells = registry.read_suite(str(path))[1]
+            cells = suites.read_suite(str(path))[1]
             for text in {cell.problem for cell in cells}:
                 registry.check_problem(text)
             for text in {cell.solver for cell in cells}:
                 registry.build_solver(text)
-            registry.suite_text(cells)
+            suites.suite_text(cells)
             said = ""
             count["read"] += 1
         except UsageError as error:

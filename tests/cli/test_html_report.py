@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from benchmarks.cli.main import app
 from benchmarks.show.html import band
-from benchmarks.study import registry
+from benchmarks.study import registry, suites
 
 EVIL = "p[a=<script>console.error('evil')</script>&\"]"
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -122,9 +122,9 @@ def test_it_says_how_to_repeat_the_run(folder, text, tmp_path):
     cells = registry.grid(
         ["quadratic[dim_x=2]", "ridge"], ["AID", 'SOBA[upper_step_size="adam(0.1)"]'], 2, every=5, tol=0.0
     )
-    for some in (registry.read_suite("quickstart")[1], cells):
-        (tmp_path / "again.toml").write_text(registry.suite_text(some))
-        assert registry.read_suite(str(tmp_path / "again.toml")) == ("again", some)
+    for some in (suites.read_suite("quickstart")[1], cells):
+        (tmp_path / "again.toml").write_text(suites.suite_text(some))
+        assert suites.read_suite(str(tmp_path / "again.toml")) == ("again", some)
 
 
 def test_bands_step_from_measurement_to_measurement():

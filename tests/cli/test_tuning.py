@@ -11,7 +11,7 @@ import bilevel
 import problems
 from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
-from benchmarks.study import files, registry, runner, tuning
+from benchmarks.study import files, registry, runner, suites, tuning
 from benchmarks.study.registry import Cell, Search
 from bilevel.run import passes_per_step
 
@@ -23,7 +23,7 @@ SUITE = HEAD + f'max_passes = 80\nsolvers = [{{ run = "{SOBA}", tune = {{ upper_
 def suite(tmp_path, text):
     path = tmp_path / "mine.toml"
     path.write_text(text)
-    return registry.read_suite(str(path))[1]
+    return suites.read_suite(str(path))[1]
 
 
 def test_every_solver_gets_the_same_number_of_trials_on_other_seeds(tmp_path):
@@ -50,8 +50,8 @@ def test_ranges_of_whole_numbers_and_words():
 def test_cells_with_a_search_survive_files(tmp_path):
     (cell, _) = suite(tmp_path, SUITE)
     assert Cell.of(json.loads(json.dumps(dataclasses.asdict(cell)))) == cell
-    (tmp_path / "again.toml").write_text(registry.suite_text(suite(tmp_path, SUITE)))
-    assert registry.read_suite(str(tmp_path / "again.toml"))[1] == suite(tmp_path, SUITE)
+    (tmp_path / "again.toml").write_text(suites.suite_text(suite(tmp_path, SUITE)))
+    assert suites.read_suite(str(tmp_path / "again.toml"))[1] == suite(tmp_path, SUITE)
 
 
 @pytest.mark.parametrize(
