@@ -38,13 +38,15 @@ def list_(
         about = [(kind, registry.documentation(name) if kind != "suites" else "") for kind in kinds if name]
         cells = suites.read_suite(name)[1] if name and "suites" in kinds else []
     if as_json:
-        told = found if name is None else {kind: {name: found[kind][name] | {"about": text}} for kind, text in about}
+        told = (
+            found if name is None else {kind: {name: found[kind][str(name)] | {"about": text}} for kind, text in about}
+        )
         typer.echo(json.dumps(told, default=str))
         return
     if name is None:
         _tables(found)
     for kind, text in about:
-        _shown(str(name), kind, found[kind][name], text, cells)
+        _shown(str(name), kind, found[kind][str(name)], text, cells)
 
 
 def _tables(found: dict[str, Any]) -> None:

@@ -132,4 +132,34 @@ def _submitted(
     raise typer.Exit(report.exit_code(summary) if complete else 130)
 
 
-BY_NAME = {"export": (export, EXPORT_EXAMPLES), "submit": (submit, SUBMIT_EXAMPLES)}
+SITE_EXAMPLES = (
+    "bilevax site results/mine --out site",
+    "bilevax site results/before results/after results/julia --out site --by gradient --tol 1e-5",
+    "Open site/index.html, or put the folder on any host: the pages load nothing and run nothing.",
+)
+
+
+def site(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR…", help="Folders of runs and submissions.")],
+    out: Annotated[Path, typer.Option(help="The folder of the site; a site that is there is written anew.")] = Path(
+        "site"
+    ),
+    by: Annotated[str, typer.Option(help="As of compare: value or gradient.")] = "value",
+    tol: Annotated[float, typer.Option(help="As of compare.")] = 1e-3,
+    as_json: Json = False,
+) -> None:
+    """Write a static site about runs: leaderboards, how often solvers were wrong, a page for each problem and solver.
+
+    Exit code: 0, or 2 for folders that cannot be read or written, or an --out that holds something else.
+    """
+    with usage_errors():
+        from benchmarks.show import site as maker
+
+        pages = maker.write(folders, out, by=by, tolerance=tol)
+    if as_json:
+        typer.echo(json.dumps({"pages": [str(page) for page in pages]}))
+        return
+    typer.echo(f"{pages[0]} and {len(pages) - 1} pages beside it")
+
+
+BY_NAME = {"export": (export, EXPORT_EXAMPLES), "submit": (submit, SUBMIT_EXAMPLES), "site": (site, SITE_EXAMPLES)}

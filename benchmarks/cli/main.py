@@ -295,6 +295,9 @@ def compare(
     spread: Annotated[str, typer.Option(help="quantiles (median and quartiles) or std (mean, deviation).")] = (
         "quantiles"
     ),
+    count_tuning: Annotated[
+        bool, typer.Option("--count-tuning", help="Tuned solvers pay for their trials, too.")
+    ] = False,
     form: Annotated[
         str, typer.Option("--format", metavar="FORMAT", help="text, csv, json, markdown or latex.")
     ] = "text",
@@ -310,7 +313,8 @@ def compare(
         for what, value, known in (("--format", form, sheets.FORMATS), ("--spread", spread, sheets.SPREADS)):
             if value not in known:
                 raise registry.UsageError(f"{what}: got {value!r}; expected {', '.join(known)}.")
-        found = comparer.compare(folders, by=by, tolerance=tol, problems=problem, solvers=solver)
+        found = comparer.compare(folders, by=by, tolerance=tol, problems=problem, solvers=solver,
+                                 count_tuning=count_tuning)  # fmt: skip
     typer.echo(sheets.FORMATS[form](found, spread), nl=False)
 
 

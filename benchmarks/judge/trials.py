@@ -1,7 +1,7 @@
 """A finished cell as the comparisons read it."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,8 @@ class Trial:
     solver: str
     result: dict[str, Any] | None
     known: dict[str, Any]
+    spent: dict[str, float] = field(default_factory=dict)
+    """What the search of its settings cost, "oracles" and "time"; empty where there was none."""
 
     @property
     def instance(self) -> tuple[str, int]:

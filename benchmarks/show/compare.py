@@ -6,10 +6,12 @@ A run *reaches the tolerance* tau on an instance (a problem and a seed) at its f
     |grad F(x)| <= tau |grad F|_0          by gradient
 
 F_L is the optimum where it is known, else the least F that any compared run reached; F_0 and |grad F|_0 are the largest
-of the runs' first measurements, so that all solvers have one threshold. A run whose numbers the referee refutes never
-reaches it. Costs are read at measurements: they are rounded up to the next one.
+of the runs' first measurements, so that all solvers have one threshold; where none of these is inside the sets, of the
+first that are, and what is within 1e-9 (1 + |F_L|) of F_L has reached it, too. A run whose numbers the referee refutes
+never reaches it. Costs are read at measurements: they are rounded up to the next one.
 """
 
+import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -21,10 +23,12 @@ from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
 from benchmarks.judge.trials import COLUMNS, Trial
 from benchmarks.show import report
+from benchmarks.study import tuning
 from benchmarks.study.files import FAILED, UNSUPPORTED
 from benchmarks.study.registry import label
 
 AXES = ("oracles", "time")
+NEAR = 1e-9  # of 1 + |F_L|, where the first measurement inside the sets may be the optimum
 RATIOS = (1.0, 2.0, 4.0, 8.0, 16.0, math.inf)
 BUDGETS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 1.0)  # parts of the largest cost paid
 
@@ -43,7 +47,8 @@ def read(folders: list[Path], problems: list[str], solvers: list[str]) -> tuple[
     names = report_names(folders)
     trials: list[Trial] = []
     known: dict[tuple[str, int], dict[str, Any]] = {}
-    for run, name in zip(runs, names, strict=True):
+    for run, name, folder in zip(runs, names, folders, strict=True):
+        searches = tuning.spent(folder, [cell for cell, _ in run.results])
         seen: Counter[tuple[str, str, int]] = Counter()
         for cell, result in run.results:
             if not (_chosen(cell.problem, problems) and _chosen(cell.solver, solvers)):
@@ -58,7 +63,8 @@ def read(folders: list[Path], problems: list[str], solvers: list[str]) -> tuple[
                     f"{cell.problem} seed {cell.seed} is another instance in {name} (sizes or optimum differ): runs of "
                     "different instances do not compare. Run both with one version."
                 )
-            trials.append(Trial(cell.problem, cell.seed, text, result, facts))
+            spent = searches.get((cell.problem, cell.solver), {})
+            trials.append(Trial(cell.problem, cell.seed, text, result, facts, spent))
     if not trials:
         raise UsageError("nothing to compare: no cell fits. `bilevax show DIR` lists problems and solvers.")
     return trials, _provenance(runs, names)
@@ -84,7 +90,9 @@ def _provenance(runs: list[report.Run], names: list[str]) -> list[str]:
     """What differs between the folders besides the cells."""
     notes = []
     for key, what in (("precision", "precision"), ("versions", "versions"), ("system", "machine")):
-        if any(run.settings[key] != runs[0].settings[key] for run in runs):
+        told = [{k: v for k, v in run.settings[key].items() if not k.startswith("program ")} if key == "versions"
+                else run.settings[key] for run in runs]  # fmt: skip
+        if any(one != told[0] for one in told):
             consequence = "times do not compare" if key == "system" else "numbers may differ for that reason alone"
             notes.append(f"The folders differ in {what} ({', '.join(names)}): {consequence}.")
     return notes
@@ -96,7 +104,9 @@ def thresholds(trials: list[Trial], by: str, tolerance: float) -> dict[tuple[str
     for instance in dict.fromkeys(trial.instance for trial in trials):
         curves = [trial.inside(COLUMNS[by]) for trial in trials if trial.instance == instance and not trial.refuted]
         curves = [curve for curve in curves if curve.size]
-        start = max((curve[0] for curve in curves if math.isfinite(curve[0])), default=math.inf)
+        starts = [curve[0] for curve in curves if math.isfinite(curve[0])]
+        late = [curve[np.isfinite(curve)][0] for curve in curves if np.isfinite(curve).any()] if not starts else []
+        start = max(starts or late, default=math.inf)
         optima = [trial.known["optimum"] for trial in trials if trial.instance == instance]
         optimum = next((value for value in optima if value is not None), None)  # an unfinished folder may not know it
         least = min((curve.min() for curve in curves), default=math.inf) if optimum is None else optimum
@@ -104,12 +114,13 @@ def thresholds(trials: list[Trial], by: str, tolerance: float) -> dict[tuple[str
             found[instance] = -math.inf
         else:
             found[instance] = tolerance * start if by == "gradient" else least + tolerance * (start - least)
+            found[instance] += NEAR * (1 + abs(least)) if late and by == "value" else 0.0
     return found
 
 
 @np.errstate(over="ignore", invalid="ignore")  # of diverged runs
 def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, problems: list[str] | None = None,
-            solvers: list[str] | None = None) -> dict[str, Any]:  # fmt: skip
+            solvers: list[str] | None = None, count_tuning: bool = False) -> dict[str, Any]:  # fmt: skip
     """Everything `bilevax compare` prints; a cost that was never paid is infinite.
 
     Args:
@@ -118,9 +129,11 @@ def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, 
         tolerance: tau, in (0, 1).
         problems: names to keep; None: all.
         solvers: names to keep; None: all.
+        count_tuning: whether a tuned solver pays for its search, too: the cost of all trials before that of the run.
 
     Returns:
-        problems: rows of `statistics.spread`; profiles; ranks; notes: what was left out, and what to beware of.
+        costs: a row for each run, its "oracles" and "time" to the tolerance; problems: rows of `statistics.spread`;
+        profiles; ranks; notes: what was left out, and what to beware of.
 
     Raises:
         UsageError: nothing to compare, bad arguments, or folders that cannot be read.
@@ -137,6 +150,7 @@ def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, 
             (*trial.instance, trial.solver): math.inf
             if trial.refuted
             else statistics.cost_to(trial.column(axis), trial.inside(COLUMNS[by]), limits[trial.instance])
+            + (trial.spent.get(axis, 0.0) if count_tuning else 0.0)
             for trial in trials
             if trial.result is not None
         }
@@ -144,6 +158,8 @@ def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, 
     }
     chosen, instances, left_out = _blocks(trials)
     notes += left_out + _warnings(trials)
+    if count_tuning:
+        notes.append("Costs of tuned solvers have those of their search in them.")
     matrix = {axis: np.array([[costs[axis][*i, s] for s in chosen] for i in instances]) for axis in AXES}
     counted = {axis: np.flatnonzero(~np.isnan(matrix[axis]).any(axis=0)) for axis in AXES}
     names = {axis: [chosen[k] for k in counted[axis]] for axis in AXES}
@@ -162,6 +178,8 @@ def compare(folders: list[Path], *, by: str = "value", tolerance: float = 1e-3, 
     families = list(dict.fromkeys(trial.problem for trial in trials))
     return {
         "folders": [str(folder) for folder in folders], "by": by, "tolerance": tolerance,
+        "costs": [dict(zip(("problem", "seed", "solver"), key, strict=True)) | {axis: costs[axis][key] for axis in AXES}
+                  for key in costs["oracles"]],
         "problems": [_table(name, [t for t in trials if t.problem == name], costs) for name in families],
         "solvers": chosen, "instances": [f"{problem} seed {seed}" for problem, seed in instances],
         "profiles": profiles, "ranks": ranks, "notes": notes,
@@ -183,10 +201,7 @@ def _renamed(trials: list[Trial]) -> list[Trial]:
         ).items()
         if count > 1
     }
-    return [
-        Trial(t.problem, t.seed, t.solver if short(t.solver) in long else short(t.solver), t.result, t.known)
-        for t in trials
-    ]
+    return [t if short(t.solver) in long else dataclasses.replace(t, solver=short(t.solver)) for t in trials]
 
 
 def _table(name: str, trials: list[Trial], costs: dict[str, dict]) -> dict[str, Any]:

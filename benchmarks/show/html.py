@@ -33,32 +33,40 @@ def page(folder: Path, *, tolerance: float = 1e-3, by: str = "value") -> str:
     Raises:
         UsageError: a folder that cannot be read, bad arguments.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
     run = report.load(folder)
     summary = report.summarise(run)
     compared = compare.compare([folder], by=by, tolerance=tolerance)
     tables = sheets.sheets(compared)
     count = len(compared["problems"])
     problems = [
-        _problem(problem, table, run) for problem, table in zip(summary["problems"], tables[:count], strict=True)
+        problem_section(problem, table, run) for problem, table in zip(summary["problems"], tables[:count], strict=True)
     ]
     cells = [cell for cell, _ in run.results]
     name = run.settings["name"]
     command, suite = _command(name, cells, run.settings)
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html").render(
+    return template("report.html").render(
         name=name, settings=run.settings, totals=report.totals(summary), notes=compared["notes"], problems=problems,
-        overall=tables[count:], solvers=compared["solvers"], profile_images=_profile_images(compared), command=command,
+        overall=tables[count:], solvers=compared["solvers"], profile_images=profile_images(compared), command=command,
         suite=suite, suite_file=f"{name}.toml",
         settings_sheets=[
             sheets.Sheet(title, "", ["what", "is"], [[str(k), str(v)] for k, v in run.settings[key].items()])
             for title, key in (("Versions", "versions"), ("Machine", "system"))
         ],
     )  # fmt: skip
+
+
+def template(name: str) -> Any:
+    """A template of this folder; what goes into it is escaped.
+
+    Raises:
+        ModuleNotFoundError: jinja2 is not installed.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template(name)  # fmt: skip
 
 
 def write(folder: Path, path: Path | None = None, **arguments: Any) -> Path:
@@ -80,7 +88,8 @@ def _command(name: str, cells: list[Cell], settings: dict[str, Any]) -> tuple[st
     return f"bilevax run --suite {shlex.quote(f'{name}.toml')}{bits}", suites.suite_text(cells)
 
 
-def _problem(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> dict[str, Any]:
+def problem_section(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> dict[str, Any]:
+    """What a page says of a problem: a row of `report.summarise`, its sheet of costs, and the run behind them."""
     names = report.short_names([row["solver"] for row in problem["rows"]])
     found = [sheets.Sheet("End of the runs", "means over the seeds", *report.optimisation_rows(problem, names))]
     metrics = report.metrics_rows(problem, names)
@@ -223,7 +232,7 @@ def _drawable(values: np.ndarray) -> np.ndarray:
     return np.where(np.abs(values) > 1e50, np.nan, values)
 
 
-def _profile_images(compared: dict[str, Any]) -> list[tuple[str, str]]:
+def profile_images(compared: dict[str, Any]) -> list[tuple[str, str]]:
     """Performance and data profile: (picture, by what), by oracle calls and by time; none with a single solver."""
     found = compared["profiles"]
     return [(_profile(found[axis], unit), unit) for axis, unit in UNITS.items() if axis in found]

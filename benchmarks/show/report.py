@@ -120,13 +120,13 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
     return {
         "solver": solver,
         "seeds": len(found),
-        **{name: _mean(values) for name, values in columns.items()},
-        "gap": _mean(gaps),
-        "error_bound": _mean([last.get("error_bound") for *_, last in measured]),
+        **{name: mean(values) for name, values in columns.items()},
+        "gap": mean(gaps),
+        "error_bound": mean([last.get("error_bound") for *_, last in measured]),
         "verdicts": dict(Counter(row_verdict(last) for *_, last in measured)),
-        "best_value": _mean([r["stats"].get("best_value", last["value"]) for _, r, last in measured]),
+        "best_value": mean([r["stats"].get("best_value", last["value"]) for _, r, last in measured]),
         "worse_than_best": sum(bool(r["stats"].get("end_is_worse")) for _, r, _ in measured),
-        **{name: _mean(values) for name, values in stats.items()},
+        **{name: mean(values) for name, values in stats.items()},
         "statuses": dict(Counter(result["status"] for _, result in found)),
         "referee": dict(Counter(result["referee"]["verdict"] for _, result in found if result["referee"])),
         "referee_reasons": list(
@@ -143,7 +143,7 @@ def _solver_row(solver: str, found: list[tuple[Cell, dict]], instances: dict[int
     }
 
 
-def _mean(values: list[float | None]) -> float | None:
+def mean(values: list[float | None]) -> float | None:
     """The mean; None where there is nothing to average or a seed has no finite number."""
     if not values or any(value is None for value in values):
         return None

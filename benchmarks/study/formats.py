@@ -17,6 +17,7 @@ from bilevel.backend.schema import (
     one_of,
     table,
     text,
+    truth,
     whole,
 )
 
@@ -75,6 +76,8 @@ RESULT = fields(
      "referee": maybe(fields({"verdict": one_of("agrees", "disagrees", "skipped"), "reason": maybe(text)},
                              others=anything))},
     {"tuned": text, "maps": table(_grid),
+     "claims": fields({"converged": truth, "gradients": whole(), "wrong_gradients": whole(),
+                       "worst_gradient": maybe(number(0))}),
      "active": each(fields({"oracles": maybe(number(0)), "time": number(0), "count": whole(), "changed": whole()}))},
     others=anything,
 )  # fmt: skip

@@ -33,6 +33,10 @@ class Line(NamedTuple):
     y: list[float]
     time: float
     """Seconds since its start: by its own clock where it tells them, else by ours, when the line came."""
+    converged: bool = False
+    """Whether it says that it has converged there."""
+    gradient: list[float] | None = None
+    """What it says is grad F(x)."""
 
 
 class Outcome(NamedTuple):
@@ -181,9 +185,13 @@ def _read(data: bytes, sizes: tuple[int, int], arrived: float, before: list[Line
     if not isinstance(found, dict) or not {"x", "y"} <= set(found):
         raise _Wrong("NONSENSE", f'{where}: expected {{"x": […], "y": […], "time": seconds}}, got {data[:60]!r}')
     x, y = (_point(f"{where}: {name}", found[name], size) for name, size in zip("xy", sizes, strict=True))
-    told = found.get("time")
+    claim, gradient, told = found.get("converged", False), found.get("gradient"), found.get("time")
+    if not isinstance(claim, bool):
+        raise _Wrong("NONSENSE", f"{where}: converged: got {str(claim)[:40]!r}; expected true or false")
+    if gradient is not None:
+        gradient = _point(f"{where}: gradient", gradient, sizes[0])
     if told is None:
-        return Line(x, y, arrived)
+        return Line(x, y, arrived, claim, gradient)
     earlier = before[-1].time if before else 0.0
     if isinstance(told, bool) or not isinstance(told, int | float) or not earlier <= told <= arrived + 0.01:
         raise _Wrong(
@@ -191,7 +199,7 @@ def _read(data: bytes, sizes: tuple[int, int], arrived: float, before: list[Line
             f"{where}: time: got {str(told)[:40]}; expected seconds since the start, from {earlier:g} (the line "
             f"before) to {arrived:.3g} (when this one came)",
         )
-    return Line(x, y, float(told))
+    return Line(x, y, float(told), claim, gradient)
 
 
 def _point(where: str, found: Any, size: int) -> list[float]:

@@ -27,7 +27,7 @@ from benchmarks.study.files import BROKEN, EMPTY, ERROR, cell_path, instance_pat
 from benchmarks.study.registry import Cell, build_instance
 from benchmarks.study.runner import describe, unfinished
 from bilevel.backend.bounded import Flat
-from bilevel.record import Measurement, Row, Status
+from bilevel.record import Measurement, Row, Status, solved
 from bilevel.run.kinks import descent_at_kink, may_be_stationary, stands_still
 from bilevel.run.lanes import measure_lanes
 from bilevel.run.verdicts import last_word, rank, verdict, worse
@@ -35,6 +35,7 @@ from bilevel.solver import Solver
 
 PyTree = Any
 PROTOCOL = 1
+WRONG = 1e-3  # part of the longest gradient of a run by which a told one may be off
 LOGS = "programs"  # the folder of what programs wrote on stderr
 
 
@@ -142,12 +143,32 @@ def _judged(cell: Cell, instance: Any, outcome: programs.Outcome, path: Path) ->
         "setup_time": 0.0, "solve_time": outcome.seconds, "oracles": None, "best_step": best["step"],
         "best_value": best["value"], "end_is_worse": worse(rows[-1], best, tol, instance.referee.at_y),
     }  # fmt: skip
-    result = {"status": status.name, "stats": stats, "record": rows}
+    claims = _claims(instance, outcome.lines, points)
+    result = {"status": status.name, "stats": stats, "record": rows, "claims": claims}
     with np.errstate(all="ignore"):
         result["metrics"] = {} if instance.metrics is None else instance.metrics(x, y)
         if status in BROKEN or not np.isfinite(rows[-1]["value"]):
             return result | {"reason": status.advice}
         return result | {"reason": None, "referee": referee.judge(instance, x, y, rows)}
+
+
+def _claims(instance: Any, lines: list[programs.Line], points: list[tuple[PyTree, PyTree]]) -> dict[str, Any]:
+    """What the program said of its points, and how much of it is so: each gradient of F that it told is held against
+    ours, and is wrong where it is off by more than `WRONG` of the longest one of the run, beside the error of ours.
+    """
+    errors: list[float] = []
+    if not instance.referee.at_y and any(line.gradient is not None for line in lines):
+        ours = [bilevel.hypergradient(instance.problem, *point) for point in points]
+        flat = [np.asarray(ravel_pytree(h.gradient)[0], float) for h in ours]
+        longest = max((float(np.linalg.norm(g)) for g in flat if np.isfinite(g).all()), default=0.0)
+        for line, h, g in zip(lines, ours[1:], flat[1:], strict=True):
+            if line.gradient is not None and solved(h.status) and np.isfinite(h.error_bound):
+                off = float(np.linalg.norm(np.asarray(line.gradient) - g)) - float(h.error_bound)
+                errors.append(max(off, 0.0) / longest if longest else off)
+    return {
+        "converged": lines[-1].converged, "gradients": len(errors),
+        "wrong_gradients": sum(error > WRONG for error in errors), "worst_gradient": max(errors, default=None),
+    }  # fmt: skip
 
 
 def _measured(instance: Any, x: PyTree, y: PyTree) -> Measurement:

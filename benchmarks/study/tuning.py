@@ -101,6 +101,36 @@ def choose(folder: Path, cells: list[Cell]) -> None:
     write_json(folder / "tuning.json", {"chosen": chosen})
 
 
+def spent(folder: Path, cells: list[Cell]) -> dict[tuple[str, str], dict[str, float]]:
+    """{(problem, solver): what its search cost, over all trials and seeds, in "oracles" (passes) and "time" (seconds)}
+    of a run's folder; nothing for those that were not tuned, infinite where a trial is missing, NaN where calls are not
+    counted.
+
+    Raises:
+        FolderError: a trial's result is damaged.
+    """
+    run, found = trials(cells), {}
+    results = {cell: read_cell(folder / FOLDER, index, cell) for index, cell in enumerate(run)}
+    for entry in _entries(cells):
+        assert entry.search is not None
+        own = [
+            results[dataclasses.replace(entry, solver=text, seed=seed, search=None)]
+            for text in dict.fromkeys(draws(entry))
+            for seed in entry.search.seeds
+        ]
+        found[entry.problem, entry.solver] = {
+            axis: math.inf if None in own else sum(_paid(result["stats"], key) for result in own if result)
+            for axis, key in (("oracles", "oracles"), ("time", "solve_time"))
+        }
+    return found
+
+
+def _paid(stats: dict[str, Any], key: str) -> float:
+    """What a trial cost; nothing where it ended before it began, NaN where that is not known."""
+    value = stats.get(key, 0.0)
+    return math.nan if value is None else float(value)
+
+
 def _end(cell: Cell, results: dict[Cell, dict[str, Any] | None], column: str) -> float:
     """The score of a trial's last measurement, infinite where there is none or it does not count."""
     curve = Trial(cell.problem, cell.seed, cell.solver, results[cell], {}).inside(column)

@@ -192,6 +192,25 @@ def test_a_submission_goes_on_and_a_changed_program_is_another_run(submitted):
 
 
 @pytest.mark.process
+def test_what_a_program_claims_is_checked(tmp_path):
+    """It says that it has converged at the start, and tells a gradient that is right and one with a wrong sign."""
+    made = problems.make("quadratic", dim_x=2, dim_y=3)
+    x, y = instances.start(made.problem, 0)
+    gradient = np.asarray(bilevel.hypergradient(made.problem, x).gradient).tolist()
+    right = {"x": x.tolist(), "y": y.tolist(), "gradient": gradient}
+    wrong = right | {"gradient": [-number for number in gradient], "converged": True}
+    (tmp_path / "told.py").write_text(f"import json\nfor line in {[right, wrong]}: print(json.dumps(line))")
+    shown = call("submit", "--command", f"{sys.executable} {tmp_path}/told.py", "-p", "quadratic[dim_x=2,dim_y=3]",
+                 "--out", tmp_path / "out", "--no-plot", "--json")  # fmt: skip
+    (told,) = json.loads(shown.stdout)["results"]
+    assert told["status"] == "STOPPED"
+    assert told["claims"] | {"worst_gradient": None} == {
+        "converged": True, "gradients": 2, "wrong_gradients": 1, "worst_gradient": None,
+    }  # fmt: skip
+    assert told["claims"]["worst_gradient"] == pytest.approx(2.0)
+
+
+@pytest.mark.process
 def test_torch_is_refused_by_name(tmp_path):
     if importlib.util.find_spec("torch"):
         pytest.skip("torch is installed, and its program runs")
