@@ -162,4 +162,49 @@ def site(
     typer.echo(f"{pages[0]} and {len(pages) - 1} pages beside it")
 
 
-BY_NAME = {"export": (export, EXPORT_EXAMPLES), "submit": (submit, SUBMIT_EXAMPLES), "site": (site, SITE_EXAMPLES)}
+WATCH_EXAMPLES = (
+    "bilevax watch results/mine",
+    "bilevax watch results/mine --every 0.5 --json",
+    "In another terminal than the run's, or on another machine that sees the folder. Ctrl-C ends the watching alone.",
+)
+
+
+def watch(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a run, sweep or submission.")],
+    every: Annotated[float, typer.Option(min=0.05, help="Seconds between looks.")] = 2.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each look.")] = False,
+) -> None:
+    """Follow a running study: a line for each run as it ends, then the table.
+
+    Exit code: 0 all is finished, 1 a run failed, or nobody runs what is left, 2 no such run, 130 interrupted.
+    """
+    from benchmarks.show import report
+    from benchmarks.show import watch as watcher
+    from bilevel.backend.schema import printable
+
+    seen = None
+    with usage_errors():
+        try:
+            for seen in watcher.follow(folder, every):
+                if as_json:
+                    typer.echo(json.dumps(seen._asdict()))
+                for line in [] if as_json else seen.lines:
+                    typer.echo(printable(line))
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        loaded = report.load(folder)
+        summary = report.summarise(loaded)
+    if not as_json:
+        findings.results(folder, loaded, summary, False)
+    if seen is not None and seen.done < seen.total:
+        typer.echo("bilevax: nobody runs what is left: repeat the run's command to go on.", err=True)
+        raise typer.Exit(1)
+    raise typer.Exit(report.exit_code(summary))
+
+
+BY_NAME = {
+    "export": (export, EXPORT_EXAMPLES),
+    "submit": (submit, SUBMIT_EXAMPLES),
+    "site": (site, SITE_EXAMPLES),
+    "watch": (watch, WATCH_EXAMPLES),
+}

@@ -15,6 +15,8 @@ from benchmarks.cli.options import Json, examples, usage_errors
 from benchmarks.show.terminal import progress
 from benchmarks.study.compilation import use_quick_compilation
 
+BENCHOPT = "benchopt"  # of the formats of `compare` the one that has every measurement
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -284,6 +286,7 @@ def verify(
         "bilevax compare results/mine",
         "bilevax compare results/before results/after --tol 1e-5 --by gradient",
         "bilevax compare results/mine -s SOBA -s AID --format latex > table.tex",
+        "bilevax compare results/mine --format benchopt > outputs/bilevax.csv",
     )
 )
 def compare(
@@ -299,7 +302,8 @@ def compare(
         bool, typer.Option("--count-tuning", help="Tuned solvers pay for their trials, too.")
     ] = False,
     form: Annotated[
-        str, typer.Option("--format", metavar="FORMAT", help="text, csv, json, markdown or latex.")
+        str,
+        typer.Option("--format", metavar="FORMAT", help="text, csv, json, markdown, latex or benchopt (all curves)."),
     ] = "text",
     as_json: Json = False,
 ) -> None:
@@ -311,8 +315,14 @@ def compare(
 
         form = "json" if as_json else form
         for what, value, known in (("--format", form, sheets.FORMATS), ("--spread", spread, sheets.SPREADS)):
-            if value not in known:
-                raise registry.UsageError(f"{what}: got {value!r}; expected {', '.join(known)}.")
+            if value not in known and (what, value) != ("--format", BENCHOPT):
+                also = [BENCHOPT] if what == "--format" else []
+                raise registry.UsageError(f"{what}: got {value!r}; expected {', '.join([*known, *also])}.")
+        if form == BENCHOPT:
+            from benchmarks.show import benchopt
+
+            typer.echo(benchopt.as_csv(folders, problem or [], solver or []), nl=False)
+            return
         found = comparer.compare(folders, by=by, tolerance=tol, problems=problem, solvers=solver,
                                  count_tuning=count_tuning)  # fmt: skip
     typer.echo(sheets.FORMATS[form](found, spread), nl=False)

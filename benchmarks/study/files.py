@@ -213,7 +213,7 @@ def open_folder(folder: Path | None, settings: dict[str, Any]) -> Iterator[Path]
         while folder.exists():
             folder, k = stem.with_name(f"{stem.name}-{k}"), k + 1
     _check_folder(folder, settings)
-    lock = FileLock(folder / LOCK, timeout=0)
+    lock = FileLock(folder / LOCK, timeout=0.2)  # `bilevax watch` may hold it for a moment
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()

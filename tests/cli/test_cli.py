@@ -38,7 +38,7 @@ def finished(tmp_path_factory):
 def test_help_and_version_import_nothing_heavy(program):
     done = subprocess.run(program("light_help"), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Examples:") == 7
+    assert done.stdout.count("Examples:") == 11
     assert "[upper_step_size=adam(0.05)]" in done.stdout  # not swallowed as markup
 
 

@@ -5,11 +5,12 @@ import sys
 from benchmarks.cli.main import app
 
 codes = []
-for arguments in [["--help"], *[[name, "--help"] for name in ["list", "run", "sweep", "show", "compare", "report"]]]:
+names = ["list", "run", "sweep", "show", "compare", "report", "export", "submit", "site", "watch"]
+for arguments in [["--help"], *[[name, "--help"] for name in names]]:
     try:
         app(arguments)
     except SystemExit as end:
         codes.append(end.code)
-assert codes == [0] * 7
+assert codes == [0] * 11
 heavy = {"jax", "numpy", "matplotlib", "scipy", "bilevel", "problems"} & set(sys.modules)
 assert not heavy, heavy
