@@ -19,6 +19,7 @@ from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
 from bilevel.parts.from_cvxpy import from_cvxpy
 from bilevel.parts.mibs import MibS, read_mibs, write_mibs
+from bilevel.parts.pessimistic import pessimistic
 from bilevel.problem import BilevelProblem, Constants, FixedPoint, LinearCoupling, Minimize, Separable, SmoothCoupling
 from bilevel.recommend import Recommendation, recommend
 from bilevel.record import OracleCount, Record, Row, Stats, Status
@@ -37,6 +38,7 @@ from bilevel.solvers.exact.augmented_lagrangian import AugmentedLagrangian
 from bilevel.solvers.exact.branch_and_bound import BranchAndBound
 from bilevel.solvers.exact.implicit import Implicit
 from bilevel.solvers.exact.lbfgs import LBFGS
+from bilevel.solvers.exact.mpec import MPEC
 from bilevel.solvers.exact.sqp import SQP
 from bilevel.solvers.exact.trust_region import TrustRegion
 from bilevel.solvers.implicit.aid import AID
@@ -80,6 +82,7 @@ __all__ = [
     "LVHBA",
     "MEHA",
     "MINRES",
+    "MPEC",
     "PIGD",
     "SABA",
     "SFLCB",
@@ -154,6 +157,7 @@ __all__ = [
     "local_optima",
     "lower",
     "oracles",
+    "pessimistic",
     "read_mibs",
     "recommend",
     "report",

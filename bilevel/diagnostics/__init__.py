@@ -2,6 +2,7 @@
 
 from bilevel.backend.tree import distance, norm
 from bilevel.diagnostics.certificate import GLOBAL, Certificate, certify
+from bilevel.diagnostics.classification import STATIONARY, Classification, classify, for_convex_followers
 from bilevel.diagnostics.gap import LowerGap, lower_gap, measure_global
 from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
@@ -14,7 +15,9 @@ __all__ = [
     "GLOBAL",
     "IMPLICIT",
     "REDUCED",
+    "STATIONARY",
     "Certificate",
+    "Classification",
     "Kink",
     "LowerGap",
     "Measurement",
@@ -22,8 +25,10 @@ __all__ = [
     "as_referee",
     "by_value",
     "certify",
+    "classify",
     "distance",
     "fit_rate",
+    "for_convex_followers",
     "for_many_minimisers",
     "goldstein",
     "gradient_mapping",

@@ -23,6 +23,7 @@ from bilevel.backend.tree import norm
 from bilevel.diagnostics.checks import check_by_value
 from bilevel.oracles import polynomial
 from bilevel.parts import kkt
+from bilevel.parts.pessimistic import pessimistic
 from bilevel.parts.reduced import upper_violation
 from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.qp.branching import Search
@@ -81,9 +82,9 @@ def _numbers(problem: BilevelProblem) -> tuple[kkt.Numbers, Array]:
     return found, polynomial.deviations(problem, x, y, found.model)
 
 
-def refusal(problem: BilevelProblem) -> str | None:
+def refusal(problem: BilevelProblem, optimistic: bool = True) -> str | None:
     """Why the problem has no certificate of this kind, the end of a sentence that begins with a name, or None. The
-    problem's arrays must be numbers.
+    problem's arrays must be numbers. optimistic: whether the leader decides ties of the follower.
     """
     if not isinstance(problem.lower, Minimize):
         return f"needs a lower level Minimize(g); got {type(problem.lower).__name__}"
@@ -91,6 +92,11 @@ def refusal(problem: BilevelProblem) -> str | None:
         curved = next((type(part).__name__ for part in one.simple() if not part.polyhedral), None)
         if curved is not None:
             return f"needs an {name} described by linear rows; got {curved}"
+    if not optimistic:
+        if problem.upper_constraints is not None:
+            return "with optimistic=False needs a problem without upper constraints; got some"
+        reason = refusal(pessimistic(problem))
+        return reason and f"with optimistic=False {reason}"
     found, deviations = _numbers(problem)
     reason = kkt.reason(found, deviations) or kkt.lacks(found)
     if reason is None or "f convex" not in reason:
@@ -99,28 +105,32 @@ def refusal(problem: BilevelProblem) -> str | None:
     return ", ".join([reason, *(f"{name} = {type(part).__name__}" for name, part in parts if part is not None)])
 
 
-def certify(problem: BilevelProblem, max_nodes: int = MAX_NODES) -> Certificate:
+def certify(problem: BilevelProblem, max_nodes: int = MAX_NODES, *, optimistic: bool = True) -> Certificate:
     """The global optimum below a linear or convex quadratic follower, all constraints affine, with its proof.
 
         print(bilevel.diagnostics.certify(problem))
 
-    Of several answers of the follower the leader has the choice (optimistic). `BranchAndBound` is the solver of the
-    same search.
+    `BranchAndBound` is the solver of the same search.
 
     Args:
         problem: f affine or convex quadratic in (x, y); g(x, .) convex quadratic or affine with a gradient affine in
             (x, y), so that a term x'K y is fine in g, and a multiple of it in f where no row of the follower moves with
             x; all constraints of both levels affine.
         max_nodes: how many nodes are split at most.
+        optimistic: True: of several answers of the follower the leader has the choice. False: the worst for him counts,
+            by `bilevel.pessimistic`; f and g are then linear in y, the costs in g without x, and there are no upper
+            constraints. The multipliers are those of the restated follower, the last one that of g(x, y) <= g(x, z).
 
     Raises:
         InvalidInput: for a problem that is not of this kind, saying what is not.
     """
     problem = problem.validate().on_full_data()
-    reason = refusal(problem)
+    reason = refusal(problem, optimistic)
     if reason is not None:
         got = reason.partition("; got ")
         invalid("problem (certify)", got[2] or got[0], got[0].removeprefix("needs "), "Use another solver.")
+    if not optimistic:
+        return _against(problem, certify(pessimistic(problem), max_nodes))
     x, y = problem.init(jax.random.key(0))
     found, search = kkt.searched(jax.tree.map(np.asarray, _numbers(problem)[0]), max_nodes)
     told = judged(found, search)
@@ -136,6 +146,19 @@ def certify(problem: BilevelProblem, max_nodes: int = MAX_NODES) -> Certificate:
     return Certificate(
         told.status, x, y, value, bound, value - bound, kkt.multipliers(found, z), fall, outside, len(search.nodes)
     )
+
+
+def _against(problem: BilevelProblem, told: Certificate) -> Certificate:
+    """The certificate of a problem from that of `pessimistic(problem)`: y is a minimiser of g, too."""
+    x, z = told.x
+    del z
+    if not np.isfinite(told.value):
+        return told._replace(x=x)
+    fall = float(jax.device_get(jax.jit(_at_point)(problem, x, told.y))[1])
+    status = told.status
+    if status == Status.CONVERGED and not fall <= _tol(ravel_pytree(told.y)[0].dtype):
+        status = Status.STALLED
+    return told._replace(x=x, status=status, follower_gap=max(told.follower_gap, fall))
 
 
 class Judged(NamedTuple):
@@ -287,11 +310,16 @@ class Globally:
     """
 
     max_nodes: int = MAX_NODES
+    optimistic: bool = True
+    """Whether the leader decides ties. Where not, y has to be the worst minimiser of g, too."""
 
     def __call__(self, problem: BilevelProblem, x: PyTree, y: PyTree) -> Measurement:
         """Pure; for problems without a `refusal`."""
         problem = problem.on_full_data()
         value, fall, outside = _at_point(problem, x, y)
+        if not self.optimistic:
+            problem = pessimistic(problem)
+            fall = jnp.maximum(fall, _at_point(problem, (x, y), y)[1])
         x0, y0 = problem.init(jax.random.key(0))
         near = jnp.maximum(fall, outside) <= _tol(value.dtype)
         args = kkt.numbers(problem, x0, y0), near, value

@@ -13,11 +13,12 @@ from bilevel.backend.host import on_host
 from bilevel.backend.tree import distance
 from bilevel.diagnostics import certificate
 from bilevel.parts import kkt
+from bilevel.parts.pessimistic import pessimistic
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee, Status
 from bilevel.solver import About, Solver
 from bilevel.step import require_counts
-from bilevel.struct import static, struct
+from bilevel.struct import invalid, static, struct
 
 PyTree = Any
 
@@ -66,8 +67,7 @@ class BranchAndBound(Solver):
     follower is solved at a relaxation's x, and the best point of the same decisions is a candidate.
 
     The whole search is the first step, on the host, and `time_limit` does not interrupt it; the steps after it do
-    nothing. Of several answers of the follower
-    the leader has the choice. Each leaf keeps a proof of its bound, and all are computed again before a word is said;
+    nothing. Each leaf keeps a proof of its bound, and all are computed again before a word is said;
     `bilevel.diagnostics.certify` returns the certificate.
 
     Assumptions: f affine or convex quadratic in (x, y); g(x, .) affine or convex quadratic, g_y affine in (x, y): terms
@@ -77,6 +77,8 @@ class BranchAndBound(Solver):
 
     Args:
         max_nodes: how many nodes are split at most, >= 1. Default: 20,000.
+        optimistic: whether the leader chooses among several answers of the follower; False: the worst one for him
+            counts (`bilevel.pessimistic`), for f and g linear in y, costs in g without x. Default: True.
 
     Reference: Bard, Moore. A branch and bound algorithm for the bilevel programming problem. SIAM Journal on Scientific
         and Statistical Computing 11, 1990. Edmunds, Bard. Algorithms for nonlinear bilevel mathematical programs. IEEE
@@ -85,6 +87,7 @@ class BranchAndBound(Solver):
     """
 
     max_nodes: int = static(default=certificate.MAX_NODES)
+    optimistic: bool = static(default=True)
     full_batch = adaptive = upper_constraints = True
     about = About(
         idea="branch and bound on the follower's complementarity, with a proof",
@@ -102,8 +105,10 @@ class BranchAndBound(Solver):
     warnings = {"feasible": Status.INFEASIBLE, "bounded": Status.UNBOUNDED}  # noqa: RUF012
 
     def __post_init__(self) -> None:
-        """Check the count."""
+        """Check the count and the switch."""
         require_counts(self, max_nodes=1)
+        if not isinstance(self.optimistic, bool | np.bool_):
+            invalid("BranchAndBound.optimistic", repr(self.optimistic), "True or False", "Leave it out for True.")
 
     def init(self, problem: BilevelProblem, key: Array) -> State:
         x, y = problem.init(key)
@@ -133,7 +138,8 @@ class BranchAndBound(Solver):
         (flat_x, to_x), (flat_y, to_y) = ravel_pytree(state.x), ravel_pytree(state.y)
         shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype),
                               (flat_x, flat_y, state.lower_bound, state.nodes, state.word))  # fmt: skip
-        args = kkt.numbers(problem, *problem.init(jax.random.key(0))), flat_x, flat_y
+        stated = problem if self.optimistic else pessimistic(problem)
+        args = kkt.numbers(stated, *stated.init(jax.random.key(0))), flat_x, flat_y
         x, y, bound, nodes, word = on_host(_Host(self.max_nodes), shapes, *args)
         x, y = to_x(x), to_y(y)
         inside = problem.x_set.project(x)  # x is there but for rounding
@@ -141,13 +147,13 @@ class BranchAndBound(Solver):
         return State(jax.tree.map(lambda a, b: jnp.where(near, a, b), inside, x), y, bound, nodes, word)
 
     def referee(self, problem: BilevelProblem) -> Referee:
-        return dataclasses.replace(certificate.GLOBAL, measure=certificate.Globally(self.max_nodes))
+        return dataclasses.replace(certificate.GLOBAL, measure=certificate.Globally(self.max_nodes, self.optimistic))
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
         return OracleCount()
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        reason = certificate.refusal(problem)
+        reason = certificate.refusal(problem, self.optimistic)
         return None if reason is None else f"BranchAndBound {reason}."
 
 
@@ -163,6 +169,7 @@ class _Host:
         told = certificate.judged(program, search)
         ends = np.finfo(x.dtype)
         if search.z is not None:
-            x, y = kkt.point(program, search.z)
+            best, y = kkt.point(program, search.z)
+            x = best[: len(x)]  # without z, where ties are against the leader
         bound = np.clip(told.bound, float(ends.min), float(ends.max))
         return x, y, bound, len(search.nodes), int(told.status)
