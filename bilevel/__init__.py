@@ -17,6 +17,7 @@ from bilevel.implicit import implicit_objective, solution_map
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
 from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
+from bilevel.oracles.nash import nash
 from bilevel.parts.from_cvxpy import from_cvxpy
 from bilevel.parts.mibs import MibS, read_mibs, write_mibs
 from bilevel.parts.pessimistic import pessimistic
@@ -156,6 +157,7 @@ __all__ = [
     "linear",
     "local_optima",
     "lower",
+    "nash",
     "oracles",
     "pessimistic",
     "read_mibs",

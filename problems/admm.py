@@ -64,6 +64,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, FixedPoint, Full
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from problems import admm_rules
 from problems.datasets import floats
@@ -221,7 +222,7 @@ def make(
         if value not in known:
             invalid(f"{name} (admm)", repr(value), " or ".join(known), "Choose one.")
     for name, value, least in (("steps", steps, 0), ("dim", dim, 2), ("instances", instances, 1)):
-        if not (isinstance(value, int) and value >= least):
+        if not is_count(value, least):
             invalid(f"{name} (admm)", value, f"a whole number >= {least}", "It is a count.")
     if not 1 < condition < np.inf:
         invalid("condition (admm)", condition, "a number > 1", "It is the largest eigenvalue of Q; the least is 1.")

@@ -54,6 +54,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, FixedPoint, Full
+from bilevel.backend.checks import is_count
 from bilevel.diagnostics import IMPLICIT
 from bilevel.struct import invalid
 from problems import tiny_transformer
@@ -296,7 +297,7 @@ def make(
         ("demonstrations", demonstrations, 0),
     )
     for name, number, least in counts:
-        if not (isinstance(number, int) and number >= least):
+        if not is_count(number, least):
             invalid(f"{name} (alignment)", number, f"a whole number >= {least}", "It is a count.")
     if reward not in REWARDS:
         invalid("reward (alignment)", repr(reward), " or ".join(REWARDS), "Choose one.")

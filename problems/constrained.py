@@ -8,7 +8,7 @@ F = 1 - alpha^2/(2 mu). With q ~ N(0, s^2 I) the smoothed F has slope
 
     Phi(x/s) - Phi((x - 1)/s) - alpha + mu x,   so that its minimiser is close to s Phi^-1(alpha).
 
-kind = "ridge": g = (y - x1)^2/2, 0 <= y <= 10, f = 5 (2 y - x1) + (x2 - 3)^2/2, so that for x1 <= 10
+kind = "ridge": g = (y - x1)^2/2, 0 <= y <= 10, f = 5 (2 y - x1) + (x2 - 3)^2/2, |x1| <= 10, so that
 
     F = 5 |x1| + (x2 - 3)^2/2,
 
@@ -40,6 +40,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, LinearCoupling, Minimize
+from bilevel.backend.checks import is_count
 from bilevel.data import Full
 from bilevel.struct import invalid
 from problems.datasets import floats
@@ -108,7 +109,8 @@ def _ridge(slope: float = 5.0, end: float = 3.0) -> Instance:
     """F = slope |x1| + (x2 - end)^2/2."""
     f = {"S": np.diag([0.0, 1.0]), "Q": np.zeros((2, 1)), "P": np.zeros((1, 1)), "s": [-slope, -end], "p": [2 * slope]}
     g = {"H": np.eye(1), "G": np.array([[-1.0], [0.0]]), "c": np.zeros(1)}
-    problem = _problem({**f, "r": end**2 / 2}, g, None, y_set=Box(0.0, 10.0))
+    top = floats(np.array([10.0, np.inf]))  # beyond y stays at 10, and F falls for ever
+    problem = _problem({**f, "r": end**2 / 2}, g, None, x_set=Box(-top, top), y_set=Box(0.0, 10.0))
     truth = Truth(0.0, floats(np.array([0.0, end])), floats(np.zeros(1)))
     return Instance(problem, truth, None, frozenset({"constrained-lower", "nonsmooth", "known-optimum"}))
 
@@ -157,11 +159,11 @@ def make(
     if kind not in KINDS:
         invalid("kind (constrained)", repr(kind), f"one of {KINDS}", "See the module's docstring.")
     for name, value in (("dim", dim), ("rows", rows)):
-        if not (isinstance(value, int) and value >= 1):
+        if not is_count(value, 1):
             invalid(f"{name} (constrained)", value, "a whole number >= 1", "Give a size.")
     active = min(rows, dim) // 2 if active is None else active
     for name, value, most in (("active", active, min(rows, dim)), ("weak", weak, active)):
-        if not (isinstance(value, int) and 0 <= value <= most):
+        if not (is_count(value, 0) and value <= most):
             invalid(f"{name} (constrained)", value, f"a whole number in [0, {most}]", "More cannot be independent.")
     rng = np.random.default_rng(seed)
     if kind == "kink":

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import irl
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from irl.deep import expert, rollouts
 from irl.deep.control import REFEREE
@@ -129,7 +130,7 @@ def make(
         InvalidInput: an unknown environment, or a number out of its range.
     """
     for name, number in (("trajectories", trajectories), ("hidden", 1 if hidden is None else hidden)):
-        if not (isinstance(number, int) and number >= 1):
+        if not is_count(number, 1):
             invalid(f"{name} (control)", number, "a whole number >= 1", "Give a count.")
     world, precision = environment_of(environment), str(jnp.zeros((), float).dtype)
     steps = expert.steps_of(environment) if expert_steps is None else expert_steps

@@ -23,6 +23,7 @@ from jax import Array
 
 import bilevel
 import irl
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from irl.tabular import soft
 from problems.instance import Instance, Truth
@@ -113,7 +114,7 @@ def recovery(
         InvalidInput: for trajectories that are not a whole number >= 0; for a discount so near one that the dtype does
             not show the expert's soft values.
     """
-    if not (isinstance(trajectories, int) and trajectories >= 0):
+    if not is_count(trajectories, 0):
         invalid("trajectories", trajectories, "a whole number >= 0", "0 gives the expert's exact occupancy.")
     Q = irl.value_iteration(mdp, jnp.asarray(r_true, float)).Q
     pi = irl.policy(Q)
@@ -179,7 +180,7 @@ def make(
         InvalidInput: a parameter outside of its range.
     """
     for name, number, lowest in (("size", size, 2), ("trajectories", trajectories, 0), ("length", length, 1)):
-        if not (isinstance(number, int) and number >= lowest):
+        if not is_count(number, lowest):
             invalid(f"{name} (gridworld)", number, f"a whole number >= {lowest}", "Give a size.")
     if not 0 <= slip <= 1:
         invalid("slip (gridworld)", slip, "a number in [0, 1]", "It is a probability.")

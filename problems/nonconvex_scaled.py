@@ -42,6 +42,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Box, Full, LinearCoupling, Minimize, Separable, SmoothCoupling
+from bilevel.backend.checks import is_count
 from bilevel.diagnostics import BY_VALUE
 from bilevel.struct import invalid
 from problems.datasets import floats
@@ -163,7 +164,7 @@ def make(seed: int = 0, case: str = "bvfsm", n: int = 1, a: float = 2.0, c: floa
     if case not in CASES:
         invalid("case (nonconvex_scaled)", repr(case), f"one of {', '.join(CASES)}", "Choose a case.")
     fits = {"meha_lasso": n % 2 == 0, "bome_degenerate": n == 1, "ring": n >= 2}.get(case, True)
-    if not (isinstance(n, int) and n >= 1 and fits):
+    if not (is_count(n, 1) and fits):
         invalid("n (nonconvex_scaled)", n, f"a size that {case} has", "Even for meha_lasso, 1 for bome_degenerate.")
     for name, value in (("a", a), ("c", c)):
         if not -3 <= value <= 3:

@@ -21,6 +21,7 @@ import numpy as np
 
 import bilevel
 import irl
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from problems.gridworld import grid, recovery
 from problems.instance import Instance
@@ -87,7 +88,7 @@ def make(
         ("size", size, 2, np.inf), ("colours", colours, 2, np.inf), ("width", width, 1, np.inf),
         ("objects", objects, colours, size**2), ("length", length, 1, np.inf),
     ):  # fmt: skip
-        if not (isinstance(number, int) and low <= number <= high):
+        if not (is_count(number, low) and number <= high):
             invalid(f"{name} (objectworld)", number, f"a whole number in [{low}, {high}]", "Give a size.")
     if not 0 <= slip <= 1:
         invalid("slip (objectworld)", slip, "a number in [0, 1]", "It is a probability.")

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, Constants, Minimize
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from problems.datasets import floats, source
 from problems.instance import Instance, Truth
@@ -141,7 +142,7 @@ def make(
         InvalidInput: a parameter outside of its range.
     """
     for name, value in (("dim_x", dim_x), ("dim_y", dim_y), ("num_samples", num_samples)):
-        if not (isinstance(value, int) and value >= 1):
+        if not is_count(value, 1):
             invalid(f"{name} (quadratic)", value, "a whole number >= 1", "Give a size.")
     for name, value in (("condition_x", condition_x), ("condition_y", condition_y)):
         if not 1 <= value < np.inf:

@@ -45,6 +45,7 @@ import numpy as np
 from jax import Array
 
 from bilevel import BilevelProblem, FixedPoint, Full, Simplex
+from bilevel.backend.checks import is_count
 from bilevel.struct import invalid
 from problems.datasets import floats
 from problems.instance import Instance
@@ -189,7 +190,7 @@ def make(
         InvalidInput: a parameter outside of its range.
     """
     for name, value, least in (("vocab", vocab, 2), ("length", length, 2), ("steps", steps, 1)):
-        if not (isinstance(value, int) and value >= least):
+        if not is_count(value, least):
             invalid(f"{name} (shaping)", value, f"a whole number >= {least}", "It is a count.")
     if min(length, 60) * math.log(vocab) > math.log(LARGEST):
         invalid(

@@ -37,6 +37,7 @@ from jax import Array
 from jax.flatten_util import ravel_pytree
 
 from bilevel import BilevelProblem, Full, Minimize, Status, oracles
+from bilevel.backend.checks import is_count
 from bilevel.diagnostics import Measurement, Referee
 from bilevel.struct import invalid
 from problems.datasets import accuracy, digits, floats, one_hot, split
@@ -265,6 +266,6 @@ def make(
         ("rows", rows, dim, np.inf),
         ("forget", forget, 1, dim - 1),
     ):
-        if not (isinstance(number, int) and low <= number <= high):
+        if not (is_count(number, low) and number <= high):
             invalid(f"{name} (unlearning)", number, f"a whole number in [{low}, {high}]", "It is a count.")
     return _digits(seed, loss, sharpness) if kind == "digits" else _least_squares(seed, dim, rows, forget)

@@ -8,6 +8,7 @@ from bilevel.diagnostics.goldstein import goldstein
 from bilevel.diagnostics.kinks import Kink, steepest_descent
 from bilevel.diagnostics.measures import fit_rate, gradient_mapping, measure, multipliers
 from bilevel.diagnostics.referees import BY_VALUE, IMPLICIT, REDUCED, as_referee, by_value, for_many_minimisers
+from bilevel.diagnostics.regret import regrets
 from bilevel.record import Measurement, Referee
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "measure_global",
     "multipliers",
     "norm",
+    "regrets",
     "steepest_descent",
 ]

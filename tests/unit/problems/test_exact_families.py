@@ -83,3 +83,10 @@ def test_textbook_optima_on_a_grid(case):
 def test_sizes_out_of_range_are_named(name, params, words):
     with pytest.raises(InvalidInput, match=words):
         problems.make(name, **params)
+
+
+def test_the_ridge_is_bounded_and_its_optimum_global():
+    instance = problems.make("constrained", kind="ridge", dim=np.int64(2))
+    found = certify(instance.problem)
+    assert found.status == Status.CONVERGED
+    assert found.value == pytest.approx(instance.truth.value, abs=1e-8)
