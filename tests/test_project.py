@@ -49,12 +49,14 @@ def test_ci_reads_the_commands_out_of_the_readme():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("test", "outcome"), [("echo tested >> $LOG", "tested ran"), ("false", "")])
+@pytest.mark.parametrize(("test", "outcome"), [("echo tested >> $LOG", "tested ran wheel"), ("false", "")])
 def test_ci_runs_both_commands_in_fresh_clones(tmp_path, test, outcome):
     """A stand-in project whose commands write to a log; a failing test command fails the whole run at once."""
     project, log = tmp_path / "project", tmp_path / "log"
     (project / ".ci").mkdir(parents=True)
     (project / ".ci/run").write_text((ROOT / ".ci/run").read_text("utf8"), "utf8")
+    (project / ".ci/wheel").write_text("#!/usr/bin/env bash\necho wheel >> $LOG\n", "utf8")
+    (project / ".ci/wheel").chmod(0o755)
     run = "test ! -e left-over && echo ran >> $LOG"
     fence = "```"
     (project / "README.md").write_text(
