@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import bilevel
+import irl
 from benchmarks.show import solver_tables
 
 ROOT = Path(__file__).parents[1]
@@ -84,3 +85,26 @@ def test_cited_identifiers_are_in_the_bibliography():
         cited |= set(re.findall(r"arXiv:(\d{4}\.\d{4,5})", path.read_text("utf8")))
     assert cited
     assert not {number for number in cited if f"{{{number}}}" not in bibliography}
+
+
+def documented() -> set[str]:
+    """The dotted names that the pages of the API render: whole modules as their prefix with a star."""
+    found = set()
+    for name, text in TEXT.items():
+        if name.startswith("docs/api-"):
+            for entry in re.finditer(r"^::: (\S+)\n(?P<options>(?:    .*\n)*)", text, re.MULTILINE):
+                members = re.search(r"members: \[(.*?)\]", entry["options"])
+                listed = members[1].split(", ") if members else ["*"]
+                found |= {entry[1], *(f"{entry[1]}.{member}" for member in listed)}
+    return found
+
+
+@pytest.mark.parametrize("package", [bilevel, irl])
+def test_every_public_name_is_on_a_page_of_the_api(package):
+    shown, missing = documented(), []
+    for name in package.__all__:
+        thing = getattr(package, name)
+        module = getattr(thing, "__module__", "types")  # a module has none, and neither has a union of types
+        if module != "types" and not {f"{module}.{name}", f"{module}.*"} & shown:
+            missing.append(f"{module}.{name}")
+    assert not missing, "a ::: entry on one of docs/api-*.md"

@@ -115,7 +115,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rules": rules,
     "irl": lambda: api(own(irl.solvers.ALL, "irl.solvers")),
 }
-PAGES = {"README.md": ("ideas",), "docs/choose-a-solver.md": ("rules", "comparison"), "docs/api.md": ("api", "irl")}
+PAGES = {
+    "README.md": ("ideas",), "docs/choose-a-solver.md": ("rules", "comparison"), "docs/api-solvers.md": ("api",),
+    "docs/api-irl.md": ("irl",),
+}  # fmt: skip
 
 
 def current(text: str) -> str:

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # Predictions for decisions
 #
-# Each morning a shop chooses how much $y$ of five goods to carry, on at most three units of space, before it knows their profits $c$. It predicts $\hat c = W z$ from what it sees,
+# Each morning a shop chooses how much $y$ of five goods to carry, on at most one and a half units of space, before it knows their profits $c$. It predicts $\hat c = W z$ from what it sees,
 # $z$, and then solves a small quadratic program. The usual way fits $W$ by least squares. But an error matters only where it changes the decision. So let the upper level be what was
 # *earned*, and the program the lower level:
 #
@@ -67,7 +67,7 @@ F = np.asarray(solution.record["value"])
 print(f"{solution.status.name}: earned {-F[0]:.4f} a morning by least squares, {-F.min():.4f} at best")
 
 # %% [markdown]
-# What it earns on mornings that it has not seen, by SciPy-free brute force: the program of a single morning is a projection.
+# What it earns on mornings that it has not seen, by another algorithm: the program of a single morning is one price away from a clip.
 
 
 # %%
