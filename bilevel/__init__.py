@@ -62,7 +62,7 @@ from bilevel.solvers.polyhedral.ssigd import SSIGD
 from bilevel.solvers.sampled.at import AT
 from bilevel.solvers.sampled.per_sample_penalty import PerSamplePenalty
 from bilevel.solvers.sampled.sampled_penalty import SampledPenalty
-from bilevel.step import StepSize
+from bilevel.step import StepSize, decay
 from bilevel.struct import InvalidInput
 
 __all__ = [
@@ -149,6 +149,7 @@ __all__ = [
     "advance",
     "checkpoint",
     "data",
+    "decay",
     "diagnostics",
     "directional_derivative",
     "from_cvxpy",

@@ -4,6 +4,7 @@ A float stays a pytree leaf, so `vmap` over step sizes works; a schedule or a tr
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias, overload
 
@@ -65,6 +66,29 @@ StepSize: TypeAlias = Scheduled | optax.GradientTransformation
 def growth(power: float) -> Callable[[Array], Array]:
     """The schedule (k + 1)^power at step k; the same object each time, so that nothing compiles twice."""
     return lambda k: (k + 1.0) ** power
+
+
+@functools.cache
+def decay(value: float, power: float) -> Callable[[Any], Any]:
+    """The schedule value/(k + 1)^power at step k = 0, 1, …, for any step size: steps of stochastic methods that converge.
+
+        bilevel.SOBA(lower_step_size=bilevel.decay(0.5, 0.5), ...), or on the command line lower_step_size=decay(0.5,0.5)
+
+    The same arguments give the same object, so that nothing compiles twice.
+
+    Args:
+        value: the first step, > 0.
+        power: >= 0; 1/2 for averages and single loops, 1 for strongly convex F.
+
+    Raises:
+        InvalidInput: a number out of its range.
+    """
+    for name, given, least in (("value", value, "> 0"), ("power", power, ">= 0")):
+        if not (math.isfinite(given) and (given > 0 if name == "value" else given >= 0)):
+            invalid(
+                f"{name} (decay)", given, f"a finite number {least}", "A step value/(k + 1)^power must be positive."
+            )
+    return lambda k: value / (k + 1) ** power
 
 
 class Stepper(NamedTuple):

@@ -54,6 +54,7 @@ def root(
         "bilevax run --suite quickstart --out results/mine",
         "bilevax run -p quadratic -s SOBA -s AID --seeds 3 --max-steps 2000",
         "bilevax run -p 'quadratic[dim_x=5]' -s 'SOBA[upper_step_size=adam(0.05)]' --json",
+        "bilevax run -p 'logistic[batch_size=64]' -s benchopt:config/ijcnn1_best_params.yml",
         "The first runs the quickstart suite. An interrupted run goes on with the same command and --out.",
     )
 )
@@ -189,12 +190,15 @@ def _study(
     use_quick_compilation()
     import jax
 
-    from benchmarks.study import registry, suites
+    from benchmarks.study import benchopt_settings, registry, suites
 
     with usage_errors(), jax.enable_x64(precision == 64):
         if problem or solver:
             given = {key: value for key, value in limits.items() if value is not None}
-            name, cells = "custom", registry.grid(problem or [], solver or [], seeds or 1, **given)
+            solver, notes = benchopt_settings.expanded(solver or [])
+            for note in notes:
+                typer.echo(f"bilevax: {note}", err=True)
+            name, cells = "custom", registry.grid(problem or [], solver, seeds or 1, **given)
         else:
             name, cells = suites.read_suite(suite or "quickstart", seeds, **limits)
         for text in dict.fromkeys(cell.problem for cell in cells):

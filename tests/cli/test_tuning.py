@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -11,7 +12,7 @@ import bilevel
 import problems
 from benchmarks.cli.main import app
 from benchmarks.errors import UsageError
-from benchmarks.study import files, registry, runner, suites, tuning
+from benchmarks.study import benchopt_settings, files, registry, runner, suites, tuning
 from benchmarks.study.registry import Cell, Search
 from bilevel.run import passes_per_step
 
@@ -116,3 +117,60 @@ def test_a_budget_in_oracle_calls_becomes_steps():
     assert runner.step_limit(Cell("quadratic", "AID", 0), problem, solver) == 1000
     with pytest.raises(bilevel.Unsupported, match="more than the whole budget"):
         runner.step_limit(dataclasses.replace(cell, max_passes=0.5), problem, solver)
+
+
+CONFIG = """objective:
+  - Bilevel Optimization
+dataset:
+  - ijcnn1
+solver:
+  - AmIGO[batch_size=64,n_inner_steps=5,eval_freq=2048,step_size=[0.125, 0.25],outer_ratio=0.5,random_state=[1, 2]]  # two
+  - SOBA[batch_size=64,step_size=0.5,outer_ratio=0.25,framework=none]
+  - Optuna[random_state=[1, 2]]
+n-repetitions: 1
+"""
+
+
+def test_settings_of_benchopt_are_read(tmp_path):
+    path = tmp_path / "config.yml"
+    path.write_text(CONFIG)
+    texts, notes = benchopt_settings.expanded(["LBFGS", f"benchopt:{path}"])
+    amigo = "AmIGO[linear_step_size={0},lower_step_size={0},num_linear_steps=5,num_lower_steps=5,upper_step_size={1}]"
+    soba = "SOBA[linear_step_size=decay(0.5,0.5),lower_step_size=decay(0.5,0.5),upper_step_size=decay(2,0.5)]"
+    assert texts == ["LBFGS", amigo.format(0.125, 0.25), amigo.format(0.25, 0.5), soba]
+    assert "Optuna" in notes[0]
+    rule = registry.build_solver(texts[-1]).upper_step_size
+    assert [float(rule.at(jnp.asarray(k))[0]) for k in (0, 3)] == [2.0, 1.0]
+    assert bilevel.decay(2.0, 0.5) is bilevel.decay(2.0, 0.5)
+    shown = CliRunner().invoke(
+        app,
+        ["run", "-p", "quadratic[dim_x=2,dim_y=2]", "-s", f"benchopt:{path}", "--max-steps", "3", "--no-plot", "--json",
+         "--out", str(tmp_path / "out")],
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    assert len(json.loads(shown.stdout)["results"]) == 3
+    assert "left out, for want of a translation: Optuna" in shown.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ("solvers: none", "expected a list under"),
+        ("solver:\n  - Optuna\n", "Translated: amigo, saba, soba, stocbio"),
+        ("solver:\n  - SOBA[step_size=fast]\n", "expected numbers"),
+        ("solver:\n  - SOBA[step_size=0.1\n", "cannot read"),
+    ],
+)
+def test_other_files_are_named(text, said, tmp_path):
+    path = tmp_path / "config.yml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UsageError, match=said):
+        benchopt_settings.expanded([f"benchopt:{path}"])
+
+
+@pytest.mark.parametrize(("value", "power"), [(0.0, 0.5), (1.0, -1.0), (float("nan"), 1.0)])
+def test_steps_that_make_no_sense_are_refused(value, power):
+    with pytest.raises(bilevel.InvalidInput, match="decay"):
+        bilevel.decay(value, power)
