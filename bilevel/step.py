@@ -70,11 +70,12 @@ def growth(power: float) -> Callable[[Array], Array]:
 
 @functools.cache
 def decay(value: float, power: float) -> Callable[[Any], Any]:
-    """The schedule value/(k + 1)^power at step k = 0, 1, …, for any step size: steps of stochastic methods that converge.
+    """The schedule value/(k + 1)^power at step k = 0, 1, …, for any step size: with it stochastic methods converge.
 
-        bilevel.SOBA(lower_step_size=bilevel.decay(0.5, 0.5), ...), or on the command line lower_step_size=decay(0.5,0.5)
+        bilevel.SOBA(lower_step_size=bilevel.decay(0.5, 0.5), ...)
 
-    The same arguments give the same object, so that nothing compiles twice.
+    On the command line it is `SOBA[lower_step_size=decay(0.5,0.5)]`. The same arguments give the same object, so that
+    nothing compiles twice.
 
     Args:
         value: the first step, > 0.

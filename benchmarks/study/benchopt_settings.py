@@ -16,6 +16,7 @@ from benchmarks.study.registry import label
 
 PREFIX = "benchopt:"
 MOST = 1_000_000  # characters of a file
+USED = "step_size", "outer_ratio", "n_inner_steps", "n_shia_steps"
 ELSEWHERE = "batch_size", "eval_freq", "framework", "random_state"  # of the problem, or of the run
 
 
@@ -33,17 +34,19 @@ def expanded(texts: list[str]) -> tuple[list[str], list[str]]:
         path, own, other = Path(text.removeprefix(PREFIX)), [], []
         for entry in _entries(path):
             name, parameters = _parsed(path, entry)
+            dropped = [key for key in parameters if key not in (*USED, *ELSEWHERE)]
             translated = TRANSLATIONS.get(name.lower())
             if translated is None:
                 other.append(name)
             else:
                 own += [label(translated(one)) for one in _product(parameters)]
+                notes += [f"{path}: {name}'s {key} means nothing here." for key in dropped]
         if not own:
             raise UsageError(f"-s {text}: none of its solvers is translated. Translated: {', '.join(TRANSLATIONS)}.")
         found += own
         if other:
             notes.append(f"{path}: left out, for want of a translation: {', '.join(dict.fromkeys(other))}.")
-    return list(dict.fromkeys(found)), notes
+    return list(dict.fromkeys(found)), list(dict.fromkeys(notes))
 
 
 def _entries(path: Path) -> list[str]:
@@ -71,15 +74,14 @@ def _parsed(path: Path, entry: str) -> tuple[str, dict[str, list[str]]]:
 
 
 def _product(parameters: dict[str, list[str]]) -> Iterator[dict[str, Any]]:
-    """Every choice of the values; parameters of the problem and of the run left out."""
-    own = {key: values for key, values in parameters.items() if key not in ELSEWHERE}
+    """Every choice of the values of the parameters that are used."""
+    own = {key: values for key, values in parameters.items() if key in USED}
     for choice in itertools.product(*own.values()):
         try:
             yield {key: float(value) for key, value in zip(own, choice, strict=True)}
         except ValueError as error:
-            raise UsageError(
-                f"benchopt's settings: got {dict(zip(own, choice, strict=True))}; expected numbers."
-            ) from error
+            got = dict(zip(own, choice, strict=True))
+            raise UsageError(f"benchopt's settings: got {got}; expected numbers.") from error
 
 
 def _sizes(given: dict[str, Any], power: float = 0.0) -> str:

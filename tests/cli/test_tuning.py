@@ -124,7 +124,7 @@ CONFIG = """objective:
 dataset:
   - ijcnn1
 solver:
-  - AmIGO[batch_size=64,n_inner_steps=5,eval_freq=2048,step_size=[0.125, 0.25],outer_ratio=0.5,random_state=[1, 2]]  # two
+  - AmIGO[batch_size=64,n_inner_steps=5,eval_freq=2048,step_size=[0.125, 0.25],outer_ratio=0.5,mode=zero]  # two
   - SOBA[batch_size=64,step_size=0.5,outer_ratio=0.25,framework=none]
   - Optuna[random_state=[1, 2]]
 n-repetitions: 1
@@ -138,7 +138,8 @@ def test_settings_of_benchopt_are_read(tmp_path):
     amigo = "AmIGO[linear_step_size={0},lower_step_size={0},num_linear_steps=5,num_lower_steps=5,upper_step_size={1}]"
     soba = "SOBA[linear_step_size=decay(0.5,0.5),lower_step_size=decay(0.5,0.5),upper_step_size=decay(2,0.5)]"
     assert texts == ["LBFGS", amigo.format(0.125, 0.25), amigo.format(0.25, 0.5), soba]
-    assert "Optuna" in notes[0]
+    assert "AmIGO's mode means nothing here" in notes[0]
+    assert "Optuna" in notes[1]
     rule = registry.build_solver(texts[-1]).upper_step_size
     assert [float(rule.at(jnp.asarray(k))[0]) for k in (0, 3)] == [2.0, 1.0]
     assert bilevel.decay(2.0, 0.5) is bilevel.decay(2.0, 0.5)
