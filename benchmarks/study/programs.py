@@ -117,7 +117,8 @@ class _Talk:
         self.threads: list[threading.Thread] = []
 
     def said(self, message: bytes, seconds: float) -> Iterator[tuple[float, bytes]]:
-        """(seconds since its start, line) of all that it says, up to the end of its stdout.
+        """(seconds since its start, line) of all that it says, up to the end of its stdout, or until it has ended and
+        nothing more comes: what it leaves behind may hold the pipe open.
 
         Raises:
             queue.Empty: the time is over.
@@ -127,8 +128,19 @@ class _Talk:
         self.threads.append(threading.Thread(target=self._listen, daemon=True))
         for thread in self.threads:
             thread.start()
+        ended = None
         while True:
-            arrived, data = self.heard.get(timeout=max(self.begin + seconds - time.monotonic(), 0.001))
+            left = self.begin + seconds - time.monotonic()
+            try:
+                arrived, data = self.heard.get(timeout=max(min(left, PATIENCE / 4), 0.001))
+            except queue.Empty:
+                if left <= 0:
+                    raise
+                if ended is None and self.process.poll() is not None:
+                    ended = time.monotonic()
+                if ended is not None and time.monotonic() - ended >= PATIENCE:
+                    return
+                continue
             if len(data) > self.longest:
                 raise _Wrong("NONSENSE", f"a line of more than {self.longest} characters")
             if arrived > seconds:
