@@ -75,7 +75,8 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
     rounding = float(jnp.finfo(y.dtype).eps) * (y.size + ravel_pytree(x)[0].size)
     if constants is not None:
         error = _proved(constants, x, y, seen, lower_residual, rounding)
-        return error, jnp.where(jnp.isfinite(error), Status.CONVERGED, Status.UNCHECKED)
+        word = jnp.where(_may_prove(constants, y.dtype), Status.NONFINITE, Status.UNCHECKED)  # a bound that overflows
+        return error, jnp.where(jnp.isfinite(error), Status.CONVERGED, word)
     if not adjoint.estimate:
         status = jnp.where(seen.unsolved, Status.UNSOLVED_LINEAR, Status.UNCHECKED)
         return jnp.full((), jnp.nan, y.dtype), status
@@ -129,10 +130,13 @@ def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: A
     eps_v = (r_v + c.L_fy * delta + c.L_gyy * size_v * delta) / c.mu
     bound = c.L_fx * delta + c.L_gxy * size_v * delta + c.C_gxy * eps_v
     bound = bound + rounding * (seen.sizes.fx + c.L_fx * size_y + c.C_gxy * size_v)
-    least = jnp.min(
-        jnp.stack([jnp.asarray(part, y.dtype) for part in (c.L_fx, c.L_fy, c.L_gxy, c.L_gyy, c.C_gxy, c.L_g)])
-    )
-    return jnp.where((jnp.asarray(c.mu) > 0) & (least >= 0), bound, jnp.inf)  # such constants prove nothing
+    return jnp.where(_may_prove(c, y.dtype), bound, jnp.inf)
+
+
+def _may_prove(c: Constants, dtype: Any) -> Array:
+    """Whether these are constants of some problem, []: mu > 0, and no other is negative."""
+    others = [jnp.asarray(part, dtype) for part in (c.L_fx, c.L_fy, c.L_gxy, c.L_gyy, c.C_gxy, c.L_g)]
+    return (jnp.asarray(c.mu) > 0) & (jnp.min(jnp.stack(others)) >= 0)
 
 
 def _unrolled(problem: BilevelProblem, x: PyTree, y: PyTree, method: Unrolled, status: Array) -> Hypergradient:

@@ -25,6 +25,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel import oracles
 from bilevel.backend.tree import norm
 from bilevel.lower.polyhedral import PolyhedralSolution
+from bilevel.lower.rounding import SEEN_OF_ROWS, noise_of
 from bilevel.lower.sides import UNITS, row_terms, sign, terms
 from bilevel.problem import BilevelProblem
 from bilevel.qp.active_set import Rows, kkt_solve
@@ -165,6 +166,8 @@ class _Trial(NamedTuple):
     """The point without wrong residuals, which is the answer."""
     signs: tuple[Array, Array]
     """[n], [rows], of the residuals of the next step."""
+    noise: Array
+    """[], the largest factor of `rounding.noise_of` so far."""
     error: Error
     """So far."""
 
@@ -172,7 +175,8 @@ class _Trial(NamedTuple):
 def solved_with_error(system: System, at: Point, left: Residuals) -> tuple[Point, Seen, Error]:
     """(the point after a Newton step, what is seen there, how far it may be from the root).
 
-    The distances are the largest of those to where `TRIALS` steps with wrong residuals lead, one after the other.
+    The distances are the largest of those to where `TRIALS` steps with wrong residuals lead, one after the other; the
+    gradient's is more where such a step shows that R is noisier than supposed.
     """
     by_x = system.by_x()
 
@@ -188,15 +192,16 @@ def solved_with_error(system: System, at: Point, left: Residuals) -> tuple[Point
         moved = (at.y - base.y, at.lam - base.lam)
         signs = [jnp.where(first, sign(a), sign(b)) for a, b in zip((at.u, at.v), moved, strict=True)]
         error = Error(*(jnp.maximum(a, b) for a, b in zip(c.error, far, strict=True)))
-        return _Trial(at, left, (base, seen), (signs[0], signs[1]), error), None
+        noise = jnp.maximum(c.noise, jnp.where(first, 1, noise_of(left.R + wrong.R, wrong.R, SEEN_OF_ROWS)))
+        return _Trial(at, left, (base, seen), (signs[0], signs[1]), noise, error), None
 
     nought = jnp.zeros((), at.y.dtype)
     shapes = ravel_pytree(system.x)[0]
     blank = Seen(nought, jnp.zeros_like(shapes), jnp.zeros_like(at.y), nought, nought, nought)
     error = Error(nought, jnp.zeros_like(at.y), jnp.zeros_like(at.lam))
-    begin = _Trial(at, left, (at, blank), (sign(at.y), sign(at.lam)), error)
+    begin = _Trial(at, left, (at, blank), (sign(at.y), sign(at.lam)), jnp.ones_like(nought), error)
     end = lax.scan(step, begin, jnp.arange(TRIALS + 1) == 0)[0]  # a scan, so that `look` is compiled once
-    return *end.first, end.error
+    return *end.first, end.error._replace(gradient=end.noise * end.error.gradient)
 
 
 def _select(first: Array, new: Any, old: Any) -> Any:

@@ -92,7 +92,7 @@ def _resolved(system: System, at: Point, off: Error) -> Array:
     """
     found = system.found
     there = sides.Solved(system.limits, found.factor, found.inverse, found.active, at.y, at.lam).sides(off.y, off.lam)
-    touching = (found.status == Status.CONVERGED) & jnp.any(there.open)
+    touching = (found.status == Status.CONVERGED) & jnp.any(there.near)
     status = jnp.where(touching, Status.WEAKLY_ACTIVE, found.status)
     return jnp.where(solved(status) & there.unknown, Status.STALLED, status)
 

@@ -23,6 +23,7 @@ from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
 NEAR = 1e3  # a move with the worst signs may be so many times one with others
+FAR = 0.1  # where y goes so far by that, entries `near` a bound may not leave it
 
 
 class _Point(NamedTuple):
@@ -166,15 +167,18 @@ def _resolved(
     size, pull = norm(flat), s * norm(found.R)
     apart = jnp.where(jnp.isfinite(room[:1]), jnp.abs(room[1:] - room[:1]), 0)
     moved = jnp.max(apart, axis=0) + sides.UNITS * eps / flat.size**0.5 * (size + pull)
-    natural = jnp.where(size > 10 * eps * pull, size, pull)  # at y = 0, but for rounding, the longest step's
+    unit = jnp.where(pull > 0, pull, jnp.inf)  # at y = 0, but for rounding: what the multipliers make of y
+    natural = jnp.where(size > 10 * eps * pull, size, unit)
     entries = sides.Sides(room[0], moved, jnp.broadcast_to(natural, moved.shape))
-    leaving = entries.open & (face.inward != 0)
-    wide = found._replace(face=face.opened(leaving))
+    leaving = entries.near & (face.inward != 0)
     forces = jnp.where(leaving, face.inward * moved / s, 0)
-    reach = once_if(jnp.any(leaving), lambda _: _pulled(problem, x, wide, forces), moved)
-    touching = (found.status == Status.CONVERGED) & jnp.any(entries.open)
+    left = found._replace(face=face.opened(leaving))
+    reach = once_if(jnp.any(leaving), lambda _: _pulled(problem, x, left, forces), moved)
+    touching = (found.status == Status.CONVERGED) & jnp.any(entries.near)
     status = jnp.where(touching, Status.WEAKLY_ACTIVE, found.status)
     unknown = entries.unknown | entries._replace(moved=jnp.where(leaving, reach, moved)).unknown
+    unknown = unknown | jnp.any(leaving & (reach > FAR * natural))
+    wide = found._replace(face=face.opened(leaving & entries.open))
     return jnp.where(solved(status) & unknown, Status.STALLED, status), wide
 
 

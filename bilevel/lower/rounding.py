@@ -10,7 +10,7 @@ from bilevel.backend.tree import norm
 from bilevel.lower.sides import UNITS, sign
 
 PyTree = Any
-SEEN = 32.0
+SEEN, SEEN_OF_ROWS, SEEN_OF_MAPS = 128.0, 24.0, 32.0  # what is supposed, over what one residual has of it
 MOST_NOISE = 64.0  # what a step leaves beyond that is g's third derivative, which the gradient at its end knows
 
 
@@ -66,9 +66,13 @@ def seen_noise(rounding: Rounding, R: Array, y: Array, v: Array, cross: Array) -
     which one residual has about 1/100 of what is supposed of the worst where the terms are known.
     """
     off = rounding.worst(y, v, cross)
+    return noise_of(R + off, off, SEEN_OF_MAPS if rounding.h is None else SEEN)
+
+
+def noise_of(left: Array, off: Array, factor: float = SEEN) -> Array:
+    """The same of what a step with R off by `off` [n] left of it, `left` [n], which would be rounding alone, []."""
     size = norm(off)
-    seen = norm(R + off) / jnp.where(size > 0, size, 1)
-    return jnp.clip(SEEN * seen, 1, MOST_NOISE)
+    return jnp.clip(factor * norm(left) / jnp.where(size > 0, size, 1), 1, MOST_NOISE)
 
 
 def underflow(size: Array, u: Array) -> Array:

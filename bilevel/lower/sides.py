@@ -16,6 +16,7 @@ from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm, row_norms
 from bilevel.qp.active_set import Factor, Rows, kkt_solve
 
+WIDE = 4.0
 UNITS = 4.0  # rounding errors, each of the size of eps times a term, that one entry of a residual may have
 
 
@@ -107,8 +108,8 @@ class Solved(NamedTuple):
         pull = norm(self.lam @ limits.C)
         somewhere = norm(L @ (L.T @ self.y)) > 10 * eps * pull
         natural = length * norm(self.y) + d * ends(limits)
-        trace = self.factor.trace  # at y = 0, but for rounding, the unit is what the multipliers would make of y
-        unit = jnp.where(trace > 0, length * pull / jnp.where(trace > 0, trace, 1), jnp.inf)
+        unit = length * pull / jnp.where(self.factor.trace > 0, self.factor.trace, jnp.inf)
+        unit = jnp.where(unit > 0, unit, jnp.inf)  # at y = 0, but for rounding: what the multipliers make of y
         equal = (limits.lo == limits.hi) & inside
         natural = jnp.where(somewhere & (natural > 0), natural, unit)
         return Sides(jnp.where(equal | (length == 0), jnp.inf, room), moved, natural)
@@ -127,6 +128,11 @@ class Sides(NamedTuple):
     def open(self) -> Array:
         """[m], rows that may be on either side."""
         return self.room <= self.moved / 2
+
+    @property
+    def near(self) -> Array:
+        """[m], rows that are next to the other side, but for some rounding."""
+        return self.room <= WIDE * self.moved
 
     @property
     def unknown(self) -> Array:

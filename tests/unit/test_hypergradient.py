@@ -315,6 +315,14 @@ def test_an_estimate_by_a_solver_that_has_not_solved_is_infinite():
     assert h.error_bound == jnp.inf
 
 
+def test_a_bound_that_overflows_is_no_proof():
+    problem, x = make(14)
+    constants = bilevel.Constants(mu=1e-3, L_fx=1.0, L_fy=1.0, L_gxy=1.0, L_gyy=1.0, C_gxy=1e308, L_g=1.0)
+    h = bilevel.hypergradient(problem, x, constants=constants)
+    assert h.error_bound == jnp.inf
+    assert h.status == Status.NONFINITE
+
+
 def test_no_bound_is_not_called_an_estimate():
     problem, x = make(14)
     for h in (

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from benchmarks.judge import hypergradients as campaign
+from bilevel import Status
 from problems.hypergradients import FAMILIES, case
 from problems.hypergradients.exact import digits, exact, minus, norm
 
@@ -36,6 +37,17 @@ def test_a_face_that_rounding_may_turn_has_no_good_word():
     found = campaign.judged(KNOWN["simplex-projected"], "float64", 0, 50, first=190)
     assert [one for one in found if one.broken] == []
     assert campaign.row(found)["good"] >= 0.9
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "index", "word"),
+    [("simplex-projected", "float32", 37, Status.STALLED), ("box-curved", "float64", 60, Status.WEAKLY_ACTIVE)],
+)
+def test_what_was_wrong_with_a_good_word(family, dtype, index, word):
+    """An entry next to its bound, but for 1.5 times what rounding moves it: y leaves by its own size, or one side."""
+    (found,) = campaign.judged(KNOWN[family], dtype, 7, 1, first=index)
+    assert not found.broken
+    assert found.status == word
 
 
 def test_a_wrong_answer_is_seen():

@@ -76,7 +76,8 @@ def test_scales_of_f_g_and_y(name, dtype):
             found = call(problem(dtype, y_set(jnp.array(s[2], dtype)), s), x)
             off = np.linalg.norm(np.asarray(found.gradient, float) / s[0] / s[2] - expected)
             assert Status(int(found.status)) == Status.ESTIMATED, (part, scale)
-            assert off <= float(found.error_bound) / s[0] / s[2] <= 100 * jnp.finfo(dtype).eps * 3, (part, scale)
+            # three times the worst that rounding may do, and more where one residual has much of that: up to 1000 eps
+            assert off <= float(found.error_bound) / s[0] / s[2] <= 1000 * jnp.finfo(dtype).eps, (part, scale)
 
 
 @pytest.mark.parametrize("solver", [bilevel.linear.CG(), bilevel.linear.MINRES(), bilevel.linear.GMRES(),
