@@ -258,8 +258,25 @@ def compiled(
 
 
 def lane(tree: PyTree, many: Many, k: int) -> PyTree:
-    """Lane k's part of `tree`."""
-    return jax.tree.map(lambda leaf: leaf[k], tree) if many else tree
+    """Lane k's part of `tree`.
+
+    Lanes that are split over devices by one program, whose end is waited for: each array's indexing would be a program
+    with a collective of its own, and on the CPU many of these at once wait for each other's threads for ever.
+    """
+    if not many:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    split = [isinstance(leaf, jax.Array) and not leaf.is_fully_replicated for leaf in leaves]
+    apart = [leaf for leaf, is_split in zip(leaves, split, strict=True) if is_split]
+    taken = iter(jax.block_until_ready(_lane_of_split(apart, k)) if apart else [])
+    return treedef.unflatten(
+        [next(taken) if is_split else leaf[k] for leaf, is_split in zip(leaves, split, strict=True)]
+    )
+
+
+@bounded_jit
+def _lane_of_split(leaves: list[Array], k: Array) -> list[Array]:
+    return [leaf[k] for leaf in leaves]
 
 
 def last_finite(lanes: Compiled, at: At, num_steps: int, many: Many, k: int) -> At:
