@@ -148,14 +148,15 @@ def _board(title: str, costs: list[dict[str, Any]], axis: str) -> sheets.Sheet:
         ratios = [_ratio(row[axis], best[row["problem"], row["seed"]]) for row in own]
         solved = sum(map(math.isfinite, ratios))
         within = [sum(ratio <= times for ratio in ratios) / len(own) for times in WITHIN]
-        lines.append((solved / len(own), within[1], solver, len(own), solved, within, ratios))
-    lines.sort(key=lambda line: (-line[0], -line[1]))
+        lines.append((solved, within[1] * len(own), solver, len(own), within, ratios))
+    lines.sort(key=lambda line: (-line[0], -line[1], line[3]))
     rows = [
         [solver, f"{solved}/{count}", *(f"{part:.0%}" for part in within), _median(ratios)]
-        for _, _, solver, count, solved, within, ratios in lines
+        for solved, _, solver, count, within, ratios in lines
     ]
     headings = ["solver", "solved", *("best" if t == 1 else f"within x{t:g}" for t in WITHIN), "median x best"]
-    return sheets.Sheet(title, "of the instances that each was run on; sorted by the part solved", headings, rows)
+    about = "of the instances that each was run on; sorted by how many it solved, and by how many within twice the best"
+    return sheets.Sheet(title, about, headings, rows)
 
 
 def _ratio(cost: float, best: float) -> float:
