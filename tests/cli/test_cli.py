@@ -308,6 +308,7 @@ VERSIONS = {  # what each version of a suite runs, for ever: a change is a new l
     ("algorithms", "2027.1"): "1d44846a35c5ad88",
     ("constrained", "2027.1"): "7c4f894dc8e5b1a8",
     ("data", "2027.1"): "94069b44199a4add",
+    ("equilibria", "2027.1"): "cd775b133ff3250b",
     ("exact", "2027.1"): "39fe5d0dad36514e",
     ("irl-control", "2027.1"): "29a3e225085a518b",
     ("irl-tabular", "2027.1"): "dd62882f206a0a7e",

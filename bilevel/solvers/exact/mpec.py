@@ -22,8 +22,8 @@ from bilevel.struct import invalid, static, struct
 
 PyTree = Any
 DESCENT = 1e-4  # part of the fall of the model that the merit must fall
-LEAST_SHIFT = 1e-7  # of the largest eigenvalue, or of 1: what is added to the Hessian at least
-LAST = 0.45  # power of eps: t below which rows are decided, 1e-7 in float64
+SMALL = 0.45  # power of eps, 1e-7 in float64: t below which rows are decided, the least eigenvalue beside the largest
+STEEPEST = 0.5  # power of 1/eps: the largest nu, beyond which rounding of violations hides f
 PATIENCE = 30  # steps at one t, at most
 HELD, RELEASED = 1, 0  # sides of a row that is decided: c_i = 0, or lam_i = 0
 
@@ -167,6 +167,7 @@ class MPEC(Solver):
         flat, unravel = ravel_pytree(like)
         w, kinds = jnp.append(flat, state.multipliers), single_level.follower_rows(problem, *like)[1]
         slope = single_level.slopes(problem, *like, w)
+        state = state._replace(at=single_level.values(problem, *like, w))
         program = _program(problem, state, slope, kinds, sizes)
         B = _hessian(problem, state, slope, w) + state.shift * jnp.eye(w.size, dtype=w.dtype)
         d, prices = _solved(program, slope.f, B, state.prices)
@@ -181,7 +182,9 @@ class MPEC(Solver):
         shift = jnp.where(
             accepted,
             jnp.where(
-                ratio > 0.75, jnp.maximum(state.shift / 4, LEAST_SHIFT), state.shift * jnp.where(ratio < 0.25, 2, 1)
+                ratio > 0.75,
+                jnp.maximum(state.shift / 4, float(jnp.finfo(d.dtype).eps) ** SMALL),
+                state.shift * jnp.where(ratio < 0.25, 2, 1),
             ),
             grown,
         )
@@ -259,7 +262,8 @@ def _hessian(problem: BilevelProblem, state: State, slope: Slopes, w: Array) -> 
     full = full + cross + cross.T
     eigenvalues, V = jnp.linalg.eigh((full + full.T) / 2)
     sizes = jnp.abs(eigenvalues)
-    sizes = jnp.maximum(sizes, LEAST_SHIFT * jnp.maximum(1, jnp.max(sizes)))
+    least = float(jnp.finfo(w.dtype).eps) ** SMALL
+    sizes = jnp.maximum(sizes, least * jnp.maximum(1, jnp.max(sizes)))
     return (V * sizes[None]) @ V.T
 
 
@@ -297,7 +301,7 @@ def _judged(
     less = before - linear
     steep = model / jnp.where(less > 0, 0.9 * less, 1)
     needed = jnp.maximum(1.1 * jnp.max(jnp.where(program.soft, jnp.abs(prices), 0)), jnp.where(less > 0, steep, 0))
-    weight = jnp.where(needed > state.weight, 1.5 * needed, state.weight)
+    weight = jnp.minimum(jnp.where(needed > state.weight, 1.5 * needed, state.weight), eps**-STEEPEST)
     rounding = 10 * eps * (1 + jnp.abs(state.at.f) + norm(slope.f) * (1 + norm(d)) + weight * (1 + before))
     foreseen = jnp.maximum(weight * less - model, 0)
     fall = state.at.f - there.f + weight * (before - after)
@@ -320,7 +324,7 @@ def _next(solver: MPEC, state: State, kinds: Array, sizes: single_level.Sizes, r
     solved = jnp.maximum(residual, worst) <= jnp.maximum(0.1 * state.t, 10 * eps**0.5)
     over = (state.t > 0) & (solved | (state.since >= PATIENCE))
     t = jnp.asarray(state.t * solver.shrink, dtype)
-    decide = over & (t < eps**LAST)
+    decide = over & (t < eps**SMALL)
     t = jnp.where(over, jnp.where(decide, 0, t), state.t)
     sides = jnp.where(decide, jnp.where(size > room, HELD, RELEASED), state.sides)
 
@@ -332,8 +336,10 @@ def _next(solver: MPEC, state: State, kinds: Array, sizes: single_level.Sizes, r
     turn = ended & (gain[best] > tiny * (1 + jnp.max(jnp.abs(state.prices))))
     sides = sides.at[best].set(jnp.where(turn, 1 - sides[best], sides[best]))
     fresh = over | turn
+    out = unequal & (t == 0) & (sides == RELEASED)  # these rows are linear, which steps take for granted
     return state._replace(
         t=t,
+        multipliers=jnp.where(fresh & out, 0, lam),
         sides=sides,
         points=jnp.where(fresh, 0, state.points),
         since=jnp.where(fresh, 0, state.since),
