@@ -45,14 +45,30 @@ def page(folder: Path, *, tolerance: float = 1e-3, by: str = "value") -> str:
     name = run.settings["name"]
     command, suite = _command(name, cells, run.settings)
     return template("report.html").render(
-        name=name, settings=run.settings, totals=report.totals(summary), notes=compared["notes"], problems=problems,
-        overall=tables[count:], solvers=compared["solvers"], profile_images=profile_images(compared), command=command,
-        suite=suite, suite_file=f"{name}.toml",
+        title=heading(run), settings=run.settings, totals=report.totals(summary), notes=compared["notes"],
+        problems=problems, overall=tables[count:], solvers=compared["solvers"],
+        profile_images=profile_images(compared), command=command, suite=suite, suite_file=f"{name}.toml",
         settings_sheets=[
             sheets.Sheet(title, "", ["what", "is"], [[str(k), str(v)] for k, v in run.settings[key].items()])
             for title, key in (("Versions", "versions"), ("Machine", "system"))
         ],
     )  # fmt: skip
+
+
+def heading(run: report.Run, most: int = 4) -> str:
+    """What was run, in a line: a suite by its name and version, else solvers and problems, `most` of each by name."""
+    if "suite" in run.settings:
+        return f"Suite {run.settings['suite']}"
+
+    def listed(texts: list[str]) -> str:
+        names = list(dict.fromkeys(text.partition("[")[0] for text in texts))
+        return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+    cells = [cell for cell, _ in run.results]
+    name = run.settings["name"]
+    return ("" if name.startswith("custom") else f"{name}: ") + (
+        f"{listed([cell.solver for cell in cells])} on {listed([cell.problem for cell in cells])}"
+    )
 
 
 def template(name: str) -> Any:

@@ -177,4 +177,4 @@ def test_in_chromium_nothing_overflows_and_the_console_is_silent(folder, text, t
     scroll, client, pictures, drawn = map(int, re.search(r'data-found="([\d ]+)"', done[0].stdout).group(1).split())
     assert scroll <= client <= 360
     assert pictures == drawn == text.count("<img ")
-    assert "<h1>custom</h1>" in done[1].stdout
+    assert "<h1>A, B, C, D and 1 more on q, p</h1>" in done[1].stdout
