@@ -15,7 +15,7 @@ from bilevel.diagnostics.sensitivity import sensitivity
 from bilevel.hypergradient import Hypergradient, Unrolled, hypergradient
 from bilevel.implicit import implicit_objective, solution_map
 from bilevel.linear import CG, GMRES, MINRES, Dense, Neumann
-from bilevel.lower import ActiveSet, AsGiven, Newton, ProjectedNewton
+from bilevel.lower import ActiveSet, AsGiven, Blocks, Newton, ProjectedNewton
 from bilevel.lower.directional import Directional, directional_derivative
 from bilevel.oracles.nash import nash
 from bilevel.parts.from_cvxpy import from_cvxpy
@@ -99,6 +99,7 @@ __all__ = [
     "Ball",
     "BiCGAFFA",
     "BilevelProblem",
+    "Blocks",
     "Box",
     "BranchAndBound",
     "CheckpointError",

@@ -101,7 +101,8 @@ class FixedPoint:
     T: Callable[[PyTree, PyTree, PyTree], PyTree] = static()
 
 
-def _no_init(key: Array) -> tuple[PyTree, PyTree]:
+def no_init(key: Array) -> tuple[PyTree, PyTree]:
+    """What stands for an `init` that nobody gave."""
     invalid("init", "nothing", "a function key -> (x0, y0)", "Pass init=lambda key: (x0, y0).")
 
 
@@ -128,7 +129,7 @@ class BilevelProblem:
     coupling: LinearCoupling | SmoothCoupling | None = None
     upper_data: Source = Full()
     lower_data: Source = Full()
-    init: Callable[[Array], tuple[PyTree, PyTree]] = static(default=_no_init)
+    init: Callable[[Array], tuple[PyTree, PyTree]] = static(default=no_init)
     upper_constraints: UpperConstraints | None = None
     has_aux: dataclasses.InitVar[bool] = dataclasses.field(default=False, kw_only=True)
 
@@ -175,6 +176,10 @@ class BilevelProblem:
         upper, lower = sharding.place_data((self.upper_data, self.lower_data), mesh)
         rest = sharding.place(dataclasses.replace(self, upper_data=Full(), lower_data=Full()), mesh)
         return dataclasses.replace(rest, upper_data=upper, lower_data=lower)
+
+    def plain(self) -> "BilevelProblem":
+        """The problem as f, g, sets and data that stand for themselves, where they follow from something else."""
+        return self
 
     def refuses(self, solver: object) -> str | None:
         """Why `solver` cannot take this kind of problem, a sentence, or None: for kinds that f and g do not define."""

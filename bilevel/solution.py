@@ -120,7 +120,7 @@ def row_cells(row: Row) -> tuple[str, ...]:
     return (
         f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
         f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", calls, f"{row['time']:.3f}",
-        f"kink {row['kink']:.1e}" if "kink" in row else Status(row["status"]).name,
+        f"kink {row['kink']:.1e}" if not math.isnan(row.get("kink", math.nan)) else Status(row["status"]).name,
     )  # fmt: skip
 
 

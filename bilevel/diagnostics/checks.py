@@ -70,7 +70,7 @@ def check_reduced(problem: BilevelProblem, x: PyTree, y: PyTree, rows: Rows) -> 
     assert constraints is not None
 
     def of(function: Any) -> tuple[float, np.ndarray]:
-        below = dataclasses.replace(problem, upper=function, upper_constraints=None)
+        below = dataclasses.replace(problem.plain(), upper=function, upper_constraints=None)
         if problem.constrained_lower:
             exact = reference.constrained(below, x, y)
             return exact.value, np.asarray(ravel_pytree(exact.gradient)[0], float)

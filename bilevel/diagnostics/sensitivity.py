@@ -67,7 +67,7 @@ def _sensitivity(problem: BilevelProblem, x: PyTree, y: PyTree, weights: Array |
                 return f(x, y, batch)
             return f(x, y, batch) + weights @ jnp.concatenate(constraints.values(x, y))
 
-        below = dataclasses.replace(below, upper=upper, upper_constraints=None)
+        below = dataclasses.replace(below.plain(), upper=upper, upper_constraints=None)
         return choose_for_derivatives(below, x, y, None, "sensitivity").objective(below, x, lax.stop_gradient(y), None)
 
     moved = iter(jax.grad(lagrangian)([leaf for is_float, leaf in zip(floats, leaves, strict=True) if is_float]))

@@ -5,6 +5,7 @@
 
 from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.as_given import AsGiven
+from bilevel.lower.blocks import Blocks
 from bilevel.lower.choice import check_lower, choose, choose_for_derivatives, given_for_none, solve, unsolvable
 from bilevel.lower.directions import apply_inverse
 from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Unrolled
@@ -16,6 +17,7 @@ __all__ = [
     "ActiveSet",
     "Adjoint",
     "AsGiven",
+    "Blocks",
     "LowerMethod",
     "LowerSolution",
     "Newton",

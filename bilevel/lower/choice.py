@@ -12,6 +12,7 @@ from bilevel.linear import DENSE_LIMIT
 from bilevel.lower import polyhedral
 from bilevel.lower.active_set import ActiveSet
 from bilevel.lower.as_given import AsGiven
+from bilevel.lower.blocks import BlockMethod, Blocks, first
 from bilevel.lower.method import LowerMethod, LowerSolution, not_supported
 from bilevel.lower.newton import Newton
 from bilevel.lower.projected_newton import ProjectedNewton
@@ -29,6 +30,8 @@ def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str =
     with which that method needs no linear solve. Without constraints it is `ProjectedNewton` for a y that large, too:
     its Newton steps are matrix-free. A `Newton` that says whether it is `dense` stays what it is there.
 
+    The levels of `Blocks` get a `BlockMethod` around what one of them gets.
+
     Args:
         problem: any.
         y: shaped like the problem's; its values are not used.
@@ -40,6 +43,8 @@ def choose(problem: BilevelProblem, y: PyTree, lower: object = None, what: str =
         InvalidInput: where `lower` is no `LowerMethod`, or one for constraints, and there are none.
     """
     check_lower(lower, what)
+    if isinstance(problem, Blocks):
+        return lower if isinstance(lower, BlockMethod) else BlockMethod(choose(problem.block, first(y), lower, what))
     if type(lower) is polyhedral.Settings:  # as `PolyhedralSolution.kept` makes them
         lower = ActiveSet(**vars(lower))
     if isinstance(lower, AsGiven) and problem.constrained_lower:
@@ -117,6 +122,8 @@ def given_for_none(lower: Any, what: str) -> Any:
 
 def unsolvable(problem: BilevelProblem) -> str | None:
     """Why no method here is for this lower level, or None."""
+    if isinstance(problem, Blocks):
+        return unsolvable(problem.block)
     return refuse(problem) if problem.constrained_lower and not _projection_suits(problem) else None
 
 

@@ -7,7 +7,7 @@ Projections come from `optax.projections` where it has them; that of a polyhedro
 exactly.
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from bilevel.qp import face as faces
 from bilevel.qp.face import Face
 from bilevel.qp.least_distance import least_distance
 from bilevel.qp.simplex import nearest_on_simplex
-from bilevel.struct import invalid, struct
+from bilevel.struct import invalid, static, struct
 
 PyTree = Any
 
@@ -88,6 +88,10 @@ class Set:
         """The face at y = Proj(y - s R), raveled; R is shaped like y, s is []. Only for a set that is `faced`."""
         raise NotImplementedError(f"{type(self).__name__} does not know its faces")
 
+    def stacked(self, n: int, like: PyTree, apart: bool) -> "Set":
+        """The set of z with n rows like `like`, each in this set; `apart`: in n sets, the rows of this one's arrays."""
+        return Rows(self, apart)
+
     def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
         """Which constraints hold with equality at `z` to within `tol`; booleans shaped as each set states."""
         raise NotImplementedError
@@ -109,6 +113,9 @@ class Reals(Set):
 
     def rows(self, z: PyTree) -> list[tuple[Array, Array, Array]]:
         return []
+
+    def stacked(self, n: int, like: PyTree, apart: bool) -> Set:
+        return self
 
     def face(self, y: PyTree, R: PyTree, s: Array) -> Face:
         return faces.interior(ravel_pytree(y)[0], s)
@@ -147,6 +154,13 @@ class Box(Set):
     def bounds(self, z: PyTree) -> tuple[PyTree, PyTree]:
         """(lo, hi), broadcast to z's leaves."""
         return broadcast_like(self.lo, z), broadcast_like(self.hi, z)
+
+    def stacked(self, n: int, like: PyTree, apart: bool) -> Set:
+        if apart:
+            return Box(*jax.vmap(lambda own: own.bounds(like))(self))
+        return Box(
+            *(jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (n, *leaf.shape)), end) for end in self.bounds(like))
+        )
 
     def project(self, z: PyTree) -> PyTree:
         return optax.projections.projection_box(z, *self.bounds(z))
@@ -349,3 +363,38 @@ class Polyhedron(Set):
         check_rows(f"{name}.%s (Polyhedron)", A, b, like)
         if not np.isfinite(np.asarray(least_distance(jnp.asarray(A, float), jnp.asarray(b, float)))).all():
             invalid(f"{name} (Polyhedron)", "an empty set", "some z with A z <= b", "Two rows contradict each other.")
+
+
+@struct
+class Rows(Set):
+    """A set for each row of z, whose leaves have shape [n, ...]: row i of all leaves is in the i-th set.
+
+    Args:
+        set: one set, which holds every row; or n of them, its arrays with a leading axis [n].
+        apart: whether they are n.
+    """
+
+    set: Set
+    apart: bool = static(default=False)
+
+    bounded: ClassVar = property(lambda self: self.set.bounded)
+    unbounded: ClassVar = property(lambda self: self.set.unbounded)
+
+    def _map(self, function: Any, *args: PyTree) -> PyTree:
+        return jax.vmap(function, in_axes=(0 if self.apart else None, *[0] * len(args)))(self.set, *args)
+
+    def project(self, z: PyTree) -> PyTree:
+        return self._map(lambda own, row: own.project(row), z)
+
+    def sample(self, key: Array, like: PyTree) -> PyTree:
+        keys = jax.random.split(key, jax.tree.leaves(like)[0].shape[0])
+        return self._map(lambda own, key, row: own.sample(key, row), keys, like)
+
+    def active(self, z: PyTree, tol: float = 0.0) -> PyTree:
+        return self._map(lambda own, row: own.active(row, tol), z)
+
+    def validate(self, name: str, like: PyTree) -> None:
+        n = jax.tree.leaves(like)[0].shape[0]
+        for i in range(n if self.apart else 1):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], self.set) if self.apart else self.set
+            own.validate(name, jax.tree.map(lambda leaf, i=i: leaf[i], like))

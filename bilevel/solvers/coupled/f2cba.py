@@ -209,7 +209,7 @@ class F2CBA(Solver):
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if isinstance(problem.coupling, SmoothCoupling):
             return "F2CBA needs linear constraints; got SmoothCoupling. Write them as LinearCoupling."
-        uncoupled = dataclasses.replace(problem, coupling=None)
+        uncoupled = dataclasses.replace(problem.plain(), coupling=None)
         return refuse_fixed_point(self, problem) or refuse_constrained_lower(self, uncoupled)
 
 

@@ -176,7 +176,7 @@ def _values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array
 
 def _without(problem: BilevelProblem) -> BilevelProblem:
     """The problem without its upper constraints."""
-    return dataclasses.replace(problem, upper_constraints=None)
+    return dataclasses.replace(problem.plain(), upper_constraints=None)
 
 
 def _augmented(problem: BilevelProblem, state: State) -> BilevelProblem:

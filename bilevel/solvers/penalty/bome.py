@@ -134,4 +134,4 @@ class BOME(Solver):
         return OracleCount(upper_gradients=1, lower_gradients=self.num_lower_steps + 2)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))
+        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))

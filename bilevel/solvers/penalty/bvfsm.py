@@ -183,4 +183,4 @@ class BVFSM(Solver):
         return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))
+        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))

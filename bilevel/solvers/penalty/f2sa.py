@@ -224,4 +224,4 @@ class ProxF2SA(F2SA):
         return state.x, state.y
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))
+        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))

@@ -153,7 +153,7 @@ class MEHA(Solver):
             return problem
         assert isinstance(problem.lower, Minimize)
         g, r = problem.lower.g, self.nonsmooth
-        return dataclasses.replace(problem, lower=Minimize(lambda x, y, batch: g(x, y, batch) - r(x, y)))
+        return dataclasses.replace(problem.plain(), lower=Minimize(lambda x, y, batch: g(x, y, batch) - r(x, y)))
 
     def output(self, problem: BilevelProblem, state: State) -> tuple[PyTree, PyTree]:
         """(x, w): g(x, w) is lower than g(x, y), which is off by O(1/c)."""
@@ -166,4 +166,4 @@ class MEHA(Solver):
         return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem, y_set=Reals()))
+        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))

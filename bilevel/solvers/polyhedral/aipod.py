@@ -166,4 +166,4 @@ class AiPOD(Solver):
         if inequalities or isinstance(coupling, SmoothCoupling):
             got = type(coupling).__name__ + " with inequalities" * inequalities
             return f"AiPOD needs linear equalities and no inequality; got {got}."
-        return refuse_constrained_lower(self, dataclasses.replace(problem, coupling=None))
+        return refuse_constrained_lower(self, dataclasses.replace(problem.plain(), coupling=None))
