@@ -377,7 +377,7 @@ class Rows(Set):
     set: Set
     apart: bool = static(default=False)
 
-    bounded: ClassVar = property(lambda self: self.set.bounded)
+    bounded: ClassVar = property(lambda self: self.set.bounded)  # pyright: ignore[reportAssignmentType]
     unbounded: ClassVar = property(lambda self: self.set.unbounded)
 
     def _map(self, function: Any, *args: PyTree) -> PyTree:
