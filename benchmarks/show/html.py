@@ -1,7 +1,7 @@
 """One page about a run: tables, convergence with bands, profiles, settings and the command that repeats it.
 
 The page is one file. It loads nothing and runs nothing: its own policy forbids both, pictures are inside as SVG, and
-whatever comes from results is escaped.
+whatever comes from results is escaped. Values under the pointer and boxes that hide solvers need no script (`hover`).
 """
 
 import base64
@@ -16,7 +16,7 @@ import numpy as np
 
 from benchmarks.errors import UsageError
 from benchmarks.judge import statistics
-from benchmarks.show import compare, report, sheets
+from benchmarks.show import compare, hover, report, sheets
 from benchmarks.study import submission, suites
 from benchmarks.study.files import write_file
 from benchmarks.study.registry import Cell
@@ -39,7 +39,8 @@ def page(folder: Path, *, tolerance: float = 1e-3, by: str = "value") -> str:
     tables = sheets.sheets(compared)
     count = len(compared["problems"])
     problems = [
-        problem_section(problem, table, run) for problem, table in zip(summary["problems"], tables[:count], strict=True)
+        problem_section(problem, table, run, f"p{k}")
+        for k, (problem, table) in enumerate(zip(summary["problems"], tables[:count], strict=True), 1)
     ]
     cells = [cell for cell, _ in run.results]
     name = run.settings["name"]
@@ -104,8 +105,10 @@ def _command(name: str, cells: list[Cell], settings: dict[str, Any]) -> tuple[st
     return f"bilevax run --suite {shlex.quote(f'{name}.toml')}{bits}", suites.suite_text(cells)
 
 
-def problem_section(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run) -> dict[str, Any]:
-    """What a page says of a problem: a row of `report.summarise`, its sheet of costs, and the run behind them."""
+def problem_section(problem: dict[str, Any], costs: sheets.Sheet, run: report.Run, key: str = "p1") -> dict[str, Any]:
+    """What a page says of a problem: a row of `report.summarise`, its sheet of costs, and the run behind them; `key`
+    is the problem's own on its page.
+    """
     names = report.short_names([row["solver"] for row in problem["rows"]])
     found = [sheets.Sheet("End of the runs", "means over the seeds", *report.optimisation_rows(problem, names))]
     metrics = report.metrics_rows(problem, names)
@@ -125,7 +128,7 @@ def problem_section(problem: dict[str, Any], costs: sheets.Sheet, run: report.Ru
     return {
         "title": problem["problem"], "about": report.facts(problem) + ".", "sheets": found,
         "reasons": parameters + report.reasons(problem, names),
-        "images": _convergence(curves, problem["optimum"] is not None),
+        "curves": _convergence(curves, problem["optimum"] is not None, key), "solvers": list(curves), "key": key,
         "active": _active_sets(problem["problem"], names, run),
         "maps": _maps(problem["problem"], names, run),
     }  # fmt: skip
@@ -163,17 +166,21 @@ def band(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.nd
     return budgets, np.array([[statistics.quantile(column, q) for column in at.T] for q in (0.25, 0.5, 0.75)])
 
 
-def _convergence(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool) -> list[tuple[str, str]]:
-    """F (minus the optimum), hypergradient and lower residual: (picture, by what), one by oracle calls, one by time."""
+def _convergence(
+    solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool, key: str
+) -> list[tuple[str, str]]:
+    """F (minus the optimum), hypergradient and lower residual: (an element <svg>, by what), by calls and time."""
     trials = [trial for found in solvers.values() for trial, _ in found]
     counted = [axis for axis in UNITS if any(np.isfinite(trial.column(axis)).all() for trial in trials)]
-    return [(_curves(solvers, known, axis), UNITS[axis]) for axis in counted]
+    return [(_curves(solvers, known, axis, f"{key}-{axis}"), UNITS[axis]) for axis in counted]
 
 
-def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool, axis: str) -> str:
+def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known: bool, axis: str, key: str) -> str:
     figure, axes = _figure(len(CURVES))
+    words: dict[str, list[str]] = {}
     for ax, (column, text) in zip(axes, CURVES.items(), strict=True):
         shifted = known and column == "value"
+        medians = []
         for k, (name, trials) in enumerate(solvers.items()):
             curves = [
                 (
@@ -185,16 +192,25 @@ def _curves(solvers: dict[str, list[tuple[compare.Trial, float | None]]], known:
             curves = [curve for curve in curves if np.isfinite(curve[0]).all()]  # not where calls are not counted
             if curves:
                 budgets, (low, middle, high) = (np.where(np.isfinite(a), a, np.nan) for a in band(curves))
-                ax.step(budgets, middle, where="post", label=name, **_style(k))
-                ax.fill_between(budgets, low, high, step="post", alpha=0.2, color=_style(k)["color"], lw=0)
+                (line,) = ax.step(budgets, middle, where="post", label=name, **_style(k))
+                hover.mark(line, k, f"{column}-line")
+                spread = ax.fill_between(budgets, low, high, step="post", alpha=0.2, color=_style(k)["color"], lw=0)
+                hover.mark(spread, k, f"{column}-band")
+                medians.append((k, name, budgets, middle))
         positive = any((np.asarray(line.get_ydata(), float) > 0).any() for line in ax.lines)
         if positive and (shifted or column != "value"):
             ax.set_yscale("log")
+        what, unit = "F - F*" if shifted else text, "passes" if axis == "oracles" else "s"
+        for k, name, budgets, middle in medians:
+            said = [
+                f"{name}: {what} {value:.4g} after {at:.4g} {unit}" for at, value in zip(budgets, middle, strict=True)
+            ]
+            words |= hover.points(ax, k, budgets, middle, said, f"{column}-points")
         ax.set_xlabel(UNITS[axis])
-        ax.set_ylabel("F - F*" if shifted else text)
+        ax.set_ylabel(what)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    return _data_uri(figure)
+    return hover.inline(figure, key, words)
 
 
 def _active_sets(problem: str, names: dict[str, str], run: report.Run) -> list[str]:

@@ -93,6 +93,14 @@ def test_the_page_is_closed_in_itself_and_runs_nothing(text):
         assert not any(node.tag.endswith("}script") for node in svg.iter())
 
 
+def test_values_stand_under_the_pointer(text):
+    """At the first measurement of q, 0 passes, the median of A over both seeds: (10 - 0.5 + 12 - 1)/2."""
+    titles = re.findall(r"<title>(.*?)</title></use>", text)
+    assert "A: F - F* 10.25 after 0 passes" in titles
+    assert any(title.endswith(" s") for title in titles)
+    assert text.count('class="s0"') >= 3 * 2 * 2  # lines, bands and points of three columns, by calls and by time
+
+
 def test_what_comes_from_results_is_escaped(text):
     assert EVIL not in text
     words = "".join(Reader(text).text)
@@ -161,6 +169,10 @@ def test_in_chromium_nothing_overflows_and_the_console_is_silent(folder, text, t
             const pictures = [...inner.images];
             document.body.dataset.found = [inner.documentElement.scrollWidth, inner.documentElement.clientWidth,
                 pictures.length, pictures.filter(p => p.complete && p.naturalWidth > 0).length].join(" ");
+            const shown = () => getComputedStyle(inner.querySelector("#p1 .s0")).display;
+            document.body.dataset.before = shown();
+            inner.querySelector("#p1 .f0").click();
+            document.body.dataset.after = shown() + " " + getComputedStyle(inner.querySelector("#p2 .s0")).display;
         });"""
     frame = f'<iframe width="360" height="700" style="border:0" srcdoc="{html.escape(text)}"></iframe>'
     (tmp_path / "outer.html").write_text(f"<!doctype html><meta charset=utf-8><body>{frame}<script>{probe}</script>")
@@ -177,4 +189,6 @@ def test_in_chromium_nothing_overflows_and_the_console_is_silent(folder, text, t
     scroll, client, pictures, drawn = map(int, re.search(r'data-found="([\d ]+)"', done[0].stdout).group(1).split())
     assert scroll <= client <= 360
     assert pictures == drawn == text.count("<img ")
+    boxes = re.search(r'data-before="(.*?)" data-after="(.*?)"', done[0].stdout)
+    assert boxes.groups() == ("inline", "none inline")  # a box hides a solver of its own section alone
     assert "<h1>A, B, C, D and 1 more on q, p</h1>" in done[1].stdout
