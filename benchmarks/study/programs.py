@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 from benchmarks.errors import UsageError
 from bilevel.backend.schema import Misfit, parse_json, printable
 
-MOST_LINES = 1000
+MOST_LINES, MOST_NUMBERS = 1000, 5_000_000  # of a program; at most the first, as many as the second allows, and ten
 DIGITS = 64  # characters for a number, at most, on average
 LAST_WORDS = 300  # characters of stderr that are shown
 PATIENCE = 1.0  # seconds for the threads to end, once the program has
@@ -55,6 +55,11 @@ class _Wrong(Exception):
     """What a program did wrong: (word, reason)."""
 
 
+def most_lines(sizes: tuple[int, int]) -> int:
+    """How many points a program may tell of so many numbers of x and y."""
+    return max(10, min(MOST_LINES, MOST_NUMBERS // max(sum(sizes), 1)))
+
+
 def run(command: list[str], message: bytes, seconds: float, sizes: tuple[int, int], log: Path) -> Outcome:
     """Run a program on one instance.
 
@@ -75,8 +80,8 @@ def run(command: list[str], message: bytes, seconds: float, sizes: tuple[int, in
             for arrived, data in talk.said(message, seconds):
                 if data.strip():
                     lines.append(_read(data, sizes, arrived, lines))
-                if len(lines) > MOST_LINES:
-                    raise _Wrong("NONSENSE", f"more than {MOST_LINES} lines; tell fewer points")
+                if len(lines) > most_lines(sizes):
+                    raise _Wrong("NONSENSE", f"more than {most_lines(sizes)} lines; tell fewer points")
             code = talk.process.wait(max(talk.begin + seconds - time.monotonic(), 0.0))
             if code:
                 raise _Wrong("CRASHED", f"exit code {code}")

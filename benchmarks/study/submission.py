@@ -104,13 +104,13 @@ def _run_cell(folder: Path, index: int, cell: Cell, words: list[str]) -> None:
     instance = build_instance(cell.problem, cell.seed)
     describe(instance_path(folder, cell.problem, cell.seed), instance)
     seen, arrays = instances.describe(cell.problem, cell.seed, instance, secrets=False)
-    budget = {"seconds": cell.time_limit, "lines": programs.MOST_LINES}
+    sizes = seen["dimensions"]["x"], seen["dimensions"]["y"]
+    budget = {"seconds": cell.time_limit, "lines": programs.most_lines(sizes)}
     message: dict[str, Any] = {"protocol": PROTOCOL, "budget": budget, "instance": seen, "arrays_file": None}
     if arrays and "data" not in seen["arrays"][0]:  # too many to stand in the line
         file = (folder / LOGS / f"{path.stem}.npz").resolve()
         write_file(file, instances.packed(arrays))
         message["arrays_file"] = str(file)
-    sizes = seen["dimensions"]["x"], seen["dimensions"]["y"]
     log = folder / LOGS / f"{path.stem}.txt"
     outcome = programs.run(words, json.dumps(message, allow_nan=False).encode(), cell.time_limit, sizes, log)
     result = EMPTY | {"status": outcome.word, "reason": outcome.reason}

@@ -117,6 +117,10 @@ def test_a_program_that_fails_has_a_word_and_no_number(program, word, said, tmp_
     assert said in found.reason
 
 
+def test_large_points_may_be_told_less_often():
+    assert [programs.most_lines((n, n)) for n in (1, 2500, 50_000, 10**7)] == [1000, 1000, 50, 10]
+
+
 @pytest.mark.process
 def test_a_program_that_never_reads_and_leaves_a_child_is_ended(tmp_path):
     """Its stdin is larger than any pipe, and its child holds stdout open."""
