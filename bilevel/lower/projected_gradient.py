@@ -16,7 +16,7 @@ from bilevel.lower import projected, sides
 from bilevel.lower.method import Solved
 from bilevel.lower.polyhedral_gradient import conclude
 from bilevel.lower.projected import ProjectedSolution, Settings
-from bilevel.lower.rounding import underflow
+from bilevel.lower.rounding import SEEN_OF_FACES, noise_of, underflow
 from bilevel.problem import BilevelProblem
 from bilevel.qp.face import Face
 from bilevel.record import Hypergradient, Status, solved
@@ -35,6 +35,8 @@ class _Point(NamedTuple):
     left: Array
     """f_y - (H + D) u."""
     face: Face
+    wrong: Array
+    """By which R is off on purpose, and so what a step makes of it, but for rounding."""
 
 
 class _Seen(NamedTuple):
@@ -53,6 +55,8 @@ class _Seen(NamedTuple):
     """|f_y|."""
     room: Array
     """[n], of each entry to where another face begins; negative where it is beyond."""
+    noise: Array
+    """[], by how much more than supposed rounding makes of R (`rounding.noise_of`)."""
 
 
 def differentiate(
@@ -93,17 +97,19 @@ def differentiate(
         left = fy - Hu - face.mu * u
         size = norm(face.tangent(left))
         room = _room(problem, unravel, at.y + step, R, face)
-        seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy), room)
+        noise = noise_of(face.tangent(R + at.wrong), face.tangent(at.wrong), SEEN_OF_FACES)
+        noise = jnp.where((count == 0) | round_set, 1, noise)
+        seen = _Seen(flat, u, value, fx - cross, size, norm(fx) + norm(cross), norm(fy), room, noise)
         signs = sides.sign(jnp.where((count == 0) | round_set, u, step))
-        return _off(problem, unravel, _Point(flat, u, R, left, face), seen.fy, signs), seen
+        return _off(problem, unravel, _Point(flat, u, R, left, face, at.wrong), seen.fy, signs), seen
 
     R = ravel_pytree(oracles.residual(problem, x, found.y, lower_batch))[0]
     fy = ravel_pytree(oracles.upper_gradients(problem, x, found.y, upper_batch)[1])[0]
-    begin = _Point(flat, jnp.zeros_like(flat), R, fy, face)
+    begin = _Point(flat, jnp.zeros_like(flat), R, fy, face, jnp.zeros_like(flat))
     corrections = _corrections(correct, begin, ravel_pytree(x)[0].size, passes, round_set)
     seen = take(corrections, 0)
     if estimate:
-        error = _error(seen, corrections.gradient[1:], begin)
+        error = _error(seen, corrections.gradient[1:], jnp.max(corrections.noise), begin)
         good = jnp.where(jnp.isfinite(error), Status.ESTIMATED, Status.UNSOLVED_LINEAR)
     else:
         error = jnp.full((), jnp.nan, flat.dtype)
@@ -136,7 +142,7 @@ def _corrections(correct: Callable, begin: _Point, size_x: int, passes: int, alw
     """
     numbers, vectors = jnp.zeros(passes, begin.y.dtype), jnp.zeros((passes, begin.y.size), begin.y.dtype)
     gradients = jnp.zeros((passes, size_x), begin.y.dtype)
-    nothing = _Seen(vectors, vectors, numbers, gradients, numbers, numbers, numbers, vectors)
+    nothing = _Seen(vectors, vectors, numbers, gradients, numbers, numbers, numbers, vectors, numbers)
 
     def once(c: _Passes) -> _Passes:
         at, now = correct(c.at, c.count)
@@ -222,19 +228,19 @@ def _off(
     more = unit * (norm(at.u) / s + size_fy) * sides.sign(at.u)
     left = at.left + sides.sign(more @ at.left) * more
     if problem.y_set.polyhedral:
-        return at._replace(R=R, left=left)
+        return at._replace(R=R, left=left, wrong=wrong * signs)
     y = at.y + unit * norm(at.y) * signs
     longer = at.R + wrong * sides.sign(at.R)  # by which the multiplier changes most
     return at._replace(R=R, left=left, face=problem.y_set.face(unravel(y), unravel(longer), s))
 
 
-def _error(seen: _Seen, better: Array, begin: _Point) -> Array:
-    """Three times the largest distance of the `better` gradients, [passes, dim x], and an allowance for rounding;
-    infinite where the first adjoint is not solved: an estimate by a solver that has not solved is none.
+def _error(seen: _Seen, better: Array, noise: Array, begin: _Point) -> Array:
+    """Three times the largest distance of the `better` gradients, [passes, dim x], more by `noise` [], and an allowance
+    for rounding; infinite where the first adjoint is not solved: an estimate by a solver that has not solved is none.
     """
     eps, n = jnp.finfo(begin.y.dtype).eps, begin.y.size
     apart = jnp.max(row_norms(better - seen.gradient[None]))
-    error = 3 * apart + eps * n * seen.sizes + underflow(seen.sizes, seen.u)
+    error = 3 * noise * apart + eps * n * seen.sizes + underflow(seen.sizes, seen.u)
     return jnp.where(_solved(seen, begin), error, jnp.inf)
 
 
