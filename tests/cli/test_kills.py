@@ -21,7 +21,7 @@ def attack(program, work, kills, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(("work", "kills"), [("run", 2), ("sweep", 1)])
+@pytest.mark.parametrize(("work", "kills"), [("run", 2), pytest.param("sweep", 1, marks=pytest.mark.nightly)])
 def test_a_killed_study_loses_nothing(program, work, kills, tmp_path):
     attack(program, work, kills, tmp_path)
     paths = sorted((tmp_path / "whole/cells").iterdir())

@@ -53,6 +53,8 @@ def test_ds_blo_on_the_kink_finds_the_minimiser_of_the_smoothed_objective():
         assert abs(found - s * normal.ppf(ALPHA)) <= 0.05 * abs(s * normal.ppf(ALPHA))
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_line_search_stops_on_the_ridge_and_fresh_perturbations_do_not():
     """F = 5 |x1| + (x2 - 3)^2/2. Where the line search ends, the hull of nearby gradients is far from 0, it is
     |x2 - 3| away: not a stationary point. DSBLO comes to x2 = 3, PIGD with a small step as well.

@@ -53,6 +53,8 @@ def test_meha_with_a_line_of_minimisers():
         assert_solved(instance, *end(instance, bilevel.MEHA(), 5000, seed))
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [bilevel.BLOCC(), bilevel.SFLCB(delta=0.05)], ids=lambda s: type(s).__name__)
 def test_ends_are_local_minima_of_the_coupled_toy(solver):
     """There y(x) = x, so that F is a function of one number; the global minimum is met from close by."""
@@ -89,7 +91,7 @@ def test_known_optima_through_inequalities(solver, steps):
     np.testing.assert_allclose(x, instance.truth.x, atol=1e-5)
 
 
-@pytest.mark.parametrize("power", [1, 3])
+@pytest.mark.parametrize("power", [1, pytest.param(3, marks=[pytest.mark.nightly, pytest.mark.slow])])
 def test_bicgaffa_on_its_papers_problem(power):
     """At the optimum f is stationary in (x, y), so that no bias of the penalty stays; power 3 is not convex in x."""
     instance = problems.make("nonconvex_scaled", case="bicgaffa", n=2, power=power)
@@ -99,6 +101,8 @@ def test_bicgaffa_on_its_papers_problem(power):
     np.testing.assert_allclose(x, 1, atol=1e-2)
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 def test_lvhba_on_its_papers_problem():
     instance = problems.make("nonconvex_scaled", case="lvhba_llc", n=2)
     x, y = end(instance, bilevel.LVHBA(), 20_000)

@@ -74,7 +74,10 @@ def violations(form):
     return run
 
 
-@pytest.mark.parametrize(("form", "kind"), [("lifted", "linear"), ("joint", "smooth")])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [("joint", "smooth"), pytest.param("lifted", "linear", marks=[pytest.mark.nightly, pytest.mark.slow])],
+)
 @given(st.integers(0, 2**20))
 @settings(max_examples=15)
 def test_every_iterate_is_feasible(form, kind, seed):

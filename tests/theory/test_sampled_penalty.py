@@ -301,6 +301,8 @@ def seen_on_the_way(problem, solver):
     return measure_global(problem, *solver.output(problem, state)), above, xs
 
 
+@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("end", [0.0, -2.0])
 def test_a_lower_set_that_is_empty_for_some_or_all_x(end):
     """|y|^2 <= x_2 - x_1 is empty at the start, x = (0.9, 0), and with x_2 <= -2 everywhere: then it is a status."""
