@@ -178,7 +178,8 @@ class MPEC(Solver):
         ratio, accepted, weight, merits = _judged(self, state, slope, program, prices, B, d, there, (before, after))
         curved = norm(B @ d)
         size = 1 + norm(slope.f)
-        grown = jnp.maximum(8 * state.shift, 1e-3 * size / (1 + norm(w)))
+        unit = size / (1 + norm(w))
+        grown = jnp.clip(8 * state.shift, 1e-3 * unit, unit / float(jnp.finfo(d.dtype).eps))
         shift = jnp.where(
             accepted,
             jnp.where(
@@ -273,7 +274,9 @@ def _solved(program: _Program, gradient: Array, B: Array, before: Array) -> tupl
     C = solve_triangular(L, program.C.T, lower=True).T
     limits = Rows(C, program.lo, program.hi, jnp.zeros((len(C), 0), C.dtype))
     found = Region.of(limits).project(-solve_triangular(L, gradient, lower=True), program.soft)
-    return solve_triangular(L, found.y, lower=True, trans=1), jnp.where(found.empty, before, found.multipliers)
+    most = 1 / float(jnp.finfo(C.dtype).eps)  # where rows have no multipliers those of the programs grow for ever
+    prices = jnp.clip(jnp.where(found.empty, before, found.multipliers), -most, most)
+    return solve_triangular(L, found.y, lower=True, trans=1), prices
 
 
 def _violation(at: Values, lam: Array, state: State, kinds: Array) -> tuple[Array, Array]:
