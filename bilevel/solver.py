@@ -73,11 +73,6 @@ class Solver:
     upper_constraints: ClassVar[bool] = False
     """Whether the method holds `problem.upper_constraints`; `solve` refuses problems with some to all others."""
 
-    by_blocks: ClassVar[bool] = False
-    """Whether the method meets the lower level through `lower.choose` alone, so that `Blocks` with constraints of any
-    kind are solved one beside the other; others see one lower level.
-    """
-
     guarantees: ClassVar[tuple[str, ...]] = ()
     """Names of its theorems in `problems.guarantees`; `bilevax verify` takes the class's name for all of them."""
 

@@ -92,7 +92,8 @@ class Blocks(BilevelProblem):
     `lower.choose` picks for one block, from a start of its own: time and memory are linear in n. One block without
     a solution leaves F without a value, and the status is that block's.
 
-    All other solvers see one lower level, y = (y_1, ..., y_n), whose g is the sum of the g_i, as `Separable` has it.
+    All other solvers see one lower level, y = (y_1, ..., y_n), whose g is the sum of the g_i (`Separable`), and
+    whose coupling has the functions of all blocks (`SmoothCoupling`).
 
         one = BilevelProblem(loss, Minimize(risk), y_set=Simplex(), lower_data=Full(scenarios), init=…)
         portfolios = Blocks(block=one, stacked=("lower_data",))
@@ -165,14 +166,6 @@ class Blocks(BilevelProblem):
         """The same problem without its blocks, as one lower level."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(BilevelProblem) if field.init}
         return BilevelProblem(**fields)
-
-    def refuses(self, solver: object) -> str | None:
-        """Why a solver that does not know blocks cannot take these: their constraints have no rows of one matrix."""
-        if getattr(solver, "by_blocks", False) or (self.coupling is None and self.y_set.intervals):
-            return None
-        own = f"a coupling in each block, {type(self.block.coupling).__name__}"
-        own = own if self.coupling is not None else f"a set for each block, {type(self.block.y_set).__name__}"
-        return f"{type(solver).__name__} sees one lower level, not blocks; got Blocks with {own}. Use bilevel.LBFGS()."
 
     def validate(self) -> "Blocks":
         """Check the block, that arrays have one leading axis, and that nothing else stands in the leader's place.

@@ -72,7 +72,7 @@ class Implicit(Solver):
     """
 
     upper_step_size: StepSize | None = None
-    full_batch = adaptive = by_blocks = True
+    full_batch = adaptive = True
     assumptions = MappingProxyType({"lower_solved": "the lower level has a solution at x, and its method finds it"})
     about = About(
         idea="any optax rule along the exact gradient",

@@ -119,7 +119,7 @@ class LBFGS(Solver):
 
     memory: int = static(default=20)
     max_evaluations: int = static(default=20)
-    full_batch = adaptive = by_blocks = True
+    full_batch = adaptive = True
     about = About(
         idea="quasi-Newton steps along the exact gradient",
         reference="Liu and Nocedal 1989",

@@ -102,7 +102,7 @@ class TrustRegion(Solver):
     """
 
     max_products: int = static(default=50)
-    full_batch = adaptive = by_blocks = True
+    full_batch = adaptive = True
     about = About(
         idea="truncated Newton steps by exact second derivatives",
         reference="Steihaug 1983; Lin and More 1999",
