@@ -61,6 +61,24 @@ def nearest(A: np.ndarray, b: np.ndarray, y0: np.ndarray, x0: np.ndarray) -> np.
     return -normals.T @ nnls(normals.T, -x0)[0]
 
 
+def _drawn(
+    dim: int, rows: int, seed: int
+) -> tuple[np.random.Generator, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(what draws, A, b, hidden costs, y0), the first whose y0 no dtype rounds: else no row would hold there."""
+    from scipy.optimize import linprog
+
+    for k in range(1000):
+        rng = np.random.default_rng([dim, rows, seed, k])
+        A = rng.integers(-3, 4, (rows, dim)).astype(float)
+        b = np.ceil(A @ rng.uniform(0.2, 0.8, dim) + 0.1)  # with room around a point
+        hidden = rng.normal(size=dim)
+        y0 = np.asarray(linprog(hidden, A, b, bounds=(0, 1)).x)
+        near = np.round(y0 * 64) / 64
+        if np.abs(y0 - near).max() < NEAR:
+            return rng, A, b, hidden, near
+    raise AssertionError("1000 draws without such a plan")  # pragma: no cover
+
+
 def make(dim: int = 3, rows: int = 4, seed: int = 0) -> Instance:
     """The instance with a number.
 
@@ -75,13 +93,7 @@ def make(dim: int = 3, rows: int = 4, seed: int = 0) -> Instance:
     for name, value in (("dim", dim), ("rows", rows)):
         if not is_count(value, 1):
             invalid(f"{name} (inverse)", value, "a whole number >= 1", "Give a size.")
-    from scipy.optimize import linprog
-
-    rng = np.random.default_rng([dim, rows, seed])
-    A = rng.integers(-3, 4, (rows, dim)).astype(float)
-    b = np.ceil(A @ rng.uniform(0.2, 0.8, dim) + 0.1)  # with room around a point
-    hidden = rng.normal(size=dim)
-    y0 = np.asarray(linprog(hidden, A, b, bounds=(0, 1)).x)
+    rng, A, b, hidden, y0 = _drawn(dim, rows, seed)
     x0 = hidden + rng.normal(size=dim)
     x = nearest(A, b, y0, x0)
     problem = BilevelProblem(

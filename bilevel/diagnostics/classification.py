@@ -202,6 +202,8 @@ class _Pieces:
         """(the rate of the steepest descent over all pieces, why there is none)."""
         weak = self.biactive if self.unique else self.on
         if len(weak) > MOST:
+            if self.unique and self._multipliers([(1, 1)] * len(weak)):  # those of strong stationarity serve all pieces
+                return 0.0, ""
             return np.nan, f"{len(weak)} rows may be active or not, more than {MOST}"
         rates = [self._rate(np.setdiff1d(self.on, weak), weak, np.array(pick, bool))
                  for pick in itertools.product((False, True), repeat=len(weak))]  # fmt: skip

@@ -104,3 +104,15 @@ def test_the_referee_by_pieces_says_where_f_falls_and_where_y_is_no_answer():
     assert float(wrong.lower_residual) == pytest.approx(0.5)
     down = dataclasses.replace(corner(1, 2), lower=Minimize(lambda x, y, batch: -near_x(x, y, batch)))
     assert int(measure(down, *origin(None)).status) == bilevel.Status.SADDLE
+
+
+def test_strong_stationarity_shows_b_stationarity_where_the_pieces_are_too_many():
+    m = 11
+    problem = BilevelProblem(
+        lambda x, y, batch: jnp.sum(y) + jnp.sum((y - x) ** 2) / 2 + jnp.sum(y - x), Minimize(near_x),
+        coupling=LinearCoupling(-np.eye(m), None, np.zeros(m)), init=lambda key: (jnp.zeros(m), jnp.zeros(m)),
+    )  # fmt: skip
+    found = classify(problem, *problem.init(None))
+    assert (found.word, found.b_stationary, len(found.biactive), found.reason) == ("S", True, m, "")
+    turned = dataclasses.replace(problem, upper=lambda x, y, batch: jnp.sum(y) - jnp.sum(y - x))
+    assert classify(turned, *problem.init(None)).b_stationary is None
