@@ -109,7 +109,8 @@ class Solved(NamedTuple):
         somewhere = norm(L @ (L.T @ self.y)) > 10 * eps * pull
         natural = length * norm(self.y) + d * ends(limits)
         unit = length * pull / jnp.where(self.factor.trace > 0, self.factor.trace, jnp.inf)
-        unit = jnp.where(unit > 0, unit, jnp.inf)  # at y = 0, but for rounding: what the multipliers make of y
+        known = pull > 10 * norm(lam_off @ jnp.abs(limits.C))
+        unit = jnp.where(known & (unit > 0), unit, jnp.inf)  # at y = 0, but for rounding: what multipliers make of y
         equal = (limits.lo == limits.hi) & inside
         natural = jnp.where(somewhere & (natural > 0), natural, unit)
         return Sides(jnp.where(equal | (length == 0), jnp.inf, room), moved, natural)
