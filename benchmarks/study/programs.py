@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from benchmarks.errors import UsageError
+from bilevel.backend.compilation import user_environment
 from bilevel.backend.schema import Misfit, parse_json, printable
 
 MOST_LINES, MOST_NUMBERS = 1000, 5_000_000  # of a program; at most the first, as many as the second allows, and ten
@@ -106,12 +107,12 @@ class _Talk:
     """A process, in a group of its own, and two threads, since neither reading nor writing may wait for it."""
 
     def __init__(self, command: list[str], errors: IO[bytes], longest: int) -> None:
-        """Start it. longest: characters of a line."""
+        """Start it, with the variables that the user has set and not those of ours. longest: characters of a line."""
         own: dict[str, Any] = {"start_new_session": True} if os.name == "posix" else {}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
         self.begin = time.monotonic()
         try:
-            self.process = subprocess.Popen(command, **pipes, **own)
+            self.process = subprocess.Popen(command, env=user_environment(), **pipes, **own)
         except (OSError, ValueError) as error:
             raise UsageError(
                 f"--command: {command[0]!r} cannot be run ({getattr(error, 'strerror', None) or error}); expected a "

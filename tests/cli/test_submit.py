@@ -17,6 +17,7 @@ import bilevel
 import problems
 from benchmarks.cli.main import app
 from benchmarks.study import instances, programs, submission
+from bilevel.backend import compilation
 
 PAGE = Path(__file__).parents[2] / "docs" / "enter.md"
 
@@ -115,6 +116,18 @@ def test_a_program_that_fails_has_a_word_and_no_number(program, word, said, tmp_
     found = programs.run(command, b"{}", 1.0 if late else 30.0, (2, 1), tmp_path / "log")
     assert (found.word, found.lines) == (word, [])
     assert said in found.reason
+
+
+@pytest.mark.process
+def test_a_program_gets_the_variables_of_the_user(tmp_path, monkeypatch):
+    """Not the flags of our own XLA, at which another one may stop, nor our number of threads."""
+    for name, theirs, ours in (("XLA_FLAGS", "--theirs", "--ours --theirs"), ("OPENBLAS_NUM_THREADS", "", "1")):
+        monkeypatch.setenv(compilation.GIVEN + name, theirs)
+        monkeypatch.setenv(name, ours)
+    told = "os.environ.get('XLA_FLAGS'), os.environ.get('OPENBLAS_NUM_THREADS')"
+    program = f"import json, os; print(json.dumps({{'refuse': str([{told}])}}))"
+    found = programs.run([sys.executable, "-S", "-c", program], b"{}", 30.0, (2, 1), tmp_path / "log")
+    assert "['--theirs', None]" in found.reason
 
 
 def test_large_points_may_be_told_less_often():
