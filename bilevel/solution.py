@@ -116,11 +116,11 @@ def header() -> str:
 
 def row_cells(row: Row) -> tuple[str, ...]:
     """The texts of a row, one for each of HEADINGS."""
-    calls = "-" if math.isnan(row["oracles"]) else f"{row['oracles']:.5g}"
+    calls, kink = "-" if math.isnan(row["oracles"]) else f"{row['oracles']:.5g}", row.get("kink", math.nan)
     return (
         f"{int(row['step'])}", f"{row['value']:.7g}", size_text(row["hypergradient"], row["error_bound"]),
         f"{row['lower_residual']:.3e}", f"{row['violation']:.2e}", calls, f"{row['time']:.3f}",
-        f"kink {row['kink']:.1e}" if not math.isnan(row.get("kink", math.nan)) else Status(row["status"]).name,
+        Status(row["status"]).name if math.isnan(kink) else f"kink {kink:.1e}",
     )  # fmt: skip
 
 

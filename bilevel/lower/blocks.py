@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import sharding
 from bilevel.backend.checks import check_finite
@@ -17,7 +18,6 @@ from bilevel.lower.method import Adjoint, LowerMethod, LowerSolution, Solved, re
 from bilevel.problem import (
     BilevelProblem,
     FixedPoint,
-    LinearCoupling,
     Minimize,
     Separable,
     SmoothCoupling,
@@ -44,11 +44,6 @@ class _Each:
         return each / each.shape[0] if self.mean else each
 
 
-def _slack(x: PyTree, y: PyTree, rows: LinearCoupling) -> Array:
-    flat, by_x = (jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(part)]) for part in (y, x))
-    return rows.A @ flat + rows.B @ by_x - rows.b
-
-
 @dataclasses.dataclass(frozen=True)
 class _Side:
     """One side of the blocks' couplings, as `SmoothCoupling` has it: (x, y, coupling) -> [n rows]."""
@@ -64,8 +59,9 @@ class _Side:
         unequal = self.name == "h"
         if isinstance(coupling, SmoothCoupling):
             return coupling.values(x, y)[0 if unequal else 1]  # pyright: ignore[reportReturnType]
-        rows = coupling.raveled(x, y)
-        return _slack(x, y, rows if unequal else LinearCoupling(rows.A_eq, rows.B_eq, rows.b_eq))
+        rows, flat_x, flat_y = coupling.raveled(x, y), ravel_pytree(x)[0], ravel_pytree(y)[0]
+        A, B, b = (rows.A, rows.B, rows.b) if unequal else (rows.A_eq, rows.B_eq, rows.b_eq)
+        return A @ flat_y + B @ flat_x - b
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,23 +132,16 @@ class Blocks(BilevelProblem):
 
     def at(self, indices: Array) -> "Blocks":
         """The problem of these blocks alone, `indices` [k]: a batch of blocks; take y at the same ones."""
-        moving = [stacked for stacked, _ in self._leaves()]
-        leaves, kind = jax.tree.flatten(self.block)
-        taken = [leaf[indices] if stacked else leaf for stacked, leaf in zip(moving, leaves, strict=True)]
-        return Blocks(block=kind.unflatten(taken), stacked=self.stacked)
+        return Blocks(block=self._with(lambda leaf: leaf[indices]), stacked=self.stacked)
 
     def each(self, function: Callable, *args: PyTree) -> PyTree:
         """function(problem of a block, *its args) for every block, [n, ...]; the arrays in args have that axis."""
-        leaves, kind = jax.tree.flatten(self.block)
-        moving = [stacked for stacked, _ in self._leaves()]
 
         def one(rows: list[Array], *args: PyTree) -> PyTree:
             own = iter(rows)
-            return function(
-                kind.unflatten([next(own) if s else leaf for s, leaf in zip(moving, leaves, strict=True)]), *args
-            )
+            return function(self._with(lambda _: next(own)), *args)
 
-        return jax.vmap(one)([leaf for s, leaf in zip(moving, leaves, strict=True) if s], *args)
+        return jax.vmap(one)([leaf for _, leaf in self._moving()], *args)
 
     def on_full_data(self) -> "Blocks":
         """Itself: every step sees all blocks; `at` takes some of them."""
@@ -187,10 +176,13 @@ class Blocks(BilevelProblem):
             invalid("stacked (Blocks)", got, "arrays with one leading axis [n], n >= 1", "Stack the blocks' arrays.")
         for name in ("upper_data", "lower_data"):
             check_finite(name, getattr(self.block, name).full())
-        leaves, kind = jax.tree.flatten(self.block)
-        stacked = [moving for moving, _ in self._leaves()]
-        kind.unflatten([leaf[0] if s else leaf for s, leaf in zip(stacked, leaves, strict=True)]).validate()
+        self._with(lambda leaf: leaf[0]).validate()
         return self
+
+    def _with(self, take: Callable[[Any], Any]) -> BilevelProblem:
+        """The block's problem with take(leaf) for each stacked leaf."""
+        leaves = [take(leaf) if stacked else leaf for stacked, leaf in self._leaves()]
+        return jax.tree.structure(self.block).unflatten(leaves)
 
     def _leaves(self) -> list[tuple[bool, Any]]:
         """Of each leaf of the block, whether it is stacked, and itself."""
