@@ -69,6 +69,27 @@ CASES: dict[str, Case] = {
         lambda x, y: y[0] ** 2 - 2 * x[0] * y[0] + y[1] ** 2 - 2 * x[1] * y[1],
         (0.0, 2.0), (0.5, 1.5), -1.0, "y = clip(x, 1/2, 3/2): each coordinate is least at x = y = 1/2, -1/2", dim=2,
     ),
+    "anandalingam_white": Case(
+        lambda x, y: -x[0] - 3 * y[0], lambda x, y: 3 * y[0], (0.0, 20.0), (0.0, 12.0), -49.0,
+        "y = max(5 - x/2, x/2 - 3, 2 x - 21) grows from x = 8 on, until x = 16, where it is 11",
+        rows=(
+            lambda x, y: 10 - x[0] - 2 * y[0], lambda x, y: x[0] - 2 * y[0] - 6, lambda x, y: 2 * x[0] - y[0] - 21,
+            lambda x, y: x[0] + 2 * y[0] - 38, lambda x, y: 2 * y[0] - x[0] - 18,
+        ),
+    ),
+    "bard": Case(
+        lambda x, y: (x[0] - 5) ** 2 + (2 * y[0] + 1) ** 2, lambda x, y: (y[0] - 1) ** 2 - 1.5 * x[0] * y[0],
+        (0.0, 6.0), (0.0, 6.0), 17.0,
+        "y = min(1 + 3 x/4, 3 x - 3, 7 - x), so x >= 1; F grows from 17 there, and is 25 at the other end, x = 5",
+        rows=(lambda x, y: y[0] - 3 * x[0] + 3, lambda x, y: x[0] - y[0] / 2 - 4, lambda x, y: x[0] + y[0] - 7),
+    ),
+    "bialas_karwan": Case(
+        lambda x, y: -y[0], lambda x, y: y[0], (0.0, 20.0), (0.0, 12.0), -11.0, "y as for anandalingam_white",
+        rows=(
+            lambda x, y: 10 - x[0] - 2 * y[0], lambda x, y: x[0] - 2 * y[0] - 6, lambda x, y: 2 * x[0] - y[0] - 21,
+            lambda x, y: x[0] + 2 * y[0] - 38, lambda x, y: 2 * y[0] - x[0] - 18,
+        ),
+    ),
     "clark_westerberg": Case(
         lambda x, y: (x[0] - 3) ** 2 + (y[0] - 2) ** 2, lambda x, y: (y[0] - 5) ** 2, (0.0, 8.0), (0.0, 10.0), 5.0,
         "y = min(5, 1 + 2 x, 7 - x/2): on 1 + 2 x least at x = 1, 9 at y = 5, more on the last",
@@ -105,6 +126,15 @@ CASES: dict[str, Case] = {
         lambda x, y: 16 * x[0] ** 2 + 9 * y[0] ** 2, lambda x, y: (x[0] + y[0] - 20) ** 4, (0.0, 12.5), (0.0, 50.0),
         2250.0, "y = min(20 - x, 50 - 4 x): 2304 on the first, 2250 at x = 11.25 on the second",
         rows=(lambda x, y: 4 * x[0] + y[0] - 50,), leader=(lambda x, y: y[0] - 4 * x[0],),
+    ),
+    "handbook_quadratic": Case(
+        lambda x, y: (x[0] - 1) ** 2 + 2 * y[0] ** 2 - 2 * x[0],
+        lambda x, y: (2 * y[0] - 4) ** 2 + (2 * y[0] - 1) ** 2 + x[0] * y[0], (0.0, 2.0), (0.0, 2.0), -38 / 27,
+        "y = min(1 + x, (20 - x)/16, (12 - 4 x)/5): F falls along the last one, to x = 17/9, y = 8/9",
+        rows=(
+            lambda x, y: 4 * x[0] + 5 * y[0] - 12, lambda x, y: 4 - 4 * x[0] - 5 * y[0],
+            lambda x, y: 4 * x[0] - 4 * y[0] - 4, lambda x, y: 4 * y[0] - 4 * x[0] - 4,
+        ),
     ),
     "henderson_quandt": Case(
         lambda x, y: x[0] ** 2 / 2 + x[0] * y[0] / 2 - 95 * x[0], lambda x, y: y[0] ** 2 + (x[0] / 2 - 100) * y[0],
@@ -173,6 +203,10 @@ CASES: dict[str, Case] = {
         lambda x, y: (x[0] - 0.25) ** 2 + y[0] ** 2, lambda x, y: y[0] ** 3 / 3 - x[0] ** 2 * y[0], ONE, ONE, 0.3125,
         "y = |x| from |x| = 1/2 on, where g is the same at -1; before y = -1", convex=False,
     ),
+    "morgan_patrone": Case(
+        lambda x, y: -x[0] - y[0], lambda x, y: x[0] * y[0], (-0.5, 0.5), ONE, -1.0,
+        "y = 1 for x < 0, -1 for x > 0, and any at 0",
+    ),
     "paulavicius_sum": Case(
         lambda x, y: x[0] + y[0], lambda x, y: x[0] * y[0] ** 2 / 2 - x[0] ** 3 * y[0], ONE, ONE, -2.0,
         "y = -1 at x = -1", convex=False,
@@ -180,6 +214,11 @@ CASES: dict[str, Case] = {
     "paulavicius_squares": Case(
         lambda x, y: x[0] ** 2 + y[0] ** 2, lambda x, y: x[0] * y[0] ** 2 - y[0] ** 4 / 2, ONE, ONE, 0.25,
         "y = 0 from x = 1/2 on; before |y| = 1", convex=False,
+    ),
+    "shimizu_aiyoshi": Case(
+        lambda x, y: x[0] ** 2 + (y[0] - 10) ** 2, lambda x, y: (x[0] + 2 * y[0] - 30) ** 2, (0.0, 15.0), (0.0, 20.0),
+        100.0, "y = min(15 - x/2, 20 - x), at most x from x = 10 on, where F grows",
+        rows=(lambda x, y: x[0] + y[0] - 20,), leader=(lambda x, y: y[0] - x[0],),
     ),
     "tuy": Case(
         lambda x, y: x[0] ** 2 + y[0] ** 2, lambda x, y: -y[0], (0.0, 5.0), (0.0, 10.0), 22.5,
