@@ -10,7 +10,7 @@ from bilevel.backend.tree import norm
 from bilevel.lower.sides import UNITS, sign
 
 PyTree = Any
-SEEN, SEEN_OF_ROWS, SEEN_OF_FACES, SEEN_OF_MAPS = 96.0, 18.0, 8.0, 32.0  # what is supposed, over what one R has
+SEEN, SEEN_OF_ROWS, SEEN_OF_FACES, SEEN_OF_MAPS = 88.0, 17.5, 6.0, 24.0  # what is supposed, over what one R has
 MOST_NOISE = 64.0  # what a step leaves beyond that is g's third derivative, which the gradient at its end knows
 
 
