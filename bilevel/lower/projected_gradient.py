@@ -172,7 +172,7 @@ def _resolved(
     s, eps, room = face.s, float(jnp.finfo(flat.dtype).eps), corrections.room
     size, pull = norm(flat), s * norm(found.R)
     apart = jnp.where(jnp.isfinite(room[:1]), jnp.abs(room[1:] - room[:1]), 0)
-    moved = jnp.max(apart, axis=0) + sides.UNITS * eps / flat.size**0.5 * (size + pull)
+    moved = jnp.max(apart, axis=0) + sides.UNITS * eps / flat.size**0.5 * (size + pull) + s * found.residual
     unit = jnp.where(pull > 0, pull, jnp.inf)  # at y = 0, but for rounding: what the multipliers make of y
     natural = jnp.where(size > 10 * eps * pull, size, unit)
     entries = sides.Sides(room[0], moved, jnp.broadcast_to(natural, moved.shape))
