@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from bilevel.backend import sharding
 from bilevel.backend.checks import check_finite
@@ -48,7 +47,8 @@ class _Each:
 class _Side:
     """One side of the blocks' couplings, as `SmoothCoupling` has it: (x, y, coupling) -> [n rows]."""
 
-    name: str
+    side: int
+    """0 for inequalities, 1 for equalities."""
     stacked: bool
 
     def __call__(self, x: PyTree, y: PyTree, coupling: Any) -> Array:
@@ -56,12 +56,7 @@ class _Side:
         return jnp.ravel(jax.vmap(self._of_one, in_axes=(None, 0, 0 if self.stacked else None))(x, y, coupling))
 
     def _of_one(self, x: PyTree, y: PyTree, coupling: Any) -> Array:
-        unequal = self.name == "h"
-        if isinstance(coupling, SmoothCoupling):
-            return coupling.values(x, y)[0 if unequal else 1]  # pyright: ignore[reportReturnType]
-        rows, flat_x, flat_y = coupling.raveled(x, y), ravel_pytree(x)[0], ravel_pytree(y)[0]
-        A, B, b = (rows.A, rows.B, rows.b) if unequal else (rows.A_eq, rows.B_eq, rows.b_eq)
-        return A @ flat_y + B @ flat_x - b
+        return coupling.values(x, y)[self.side]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +207,11 @@ class Blocks(BilevelProblem):
         return self.block.y_set.stacked(self.num_blocks, like, "y_set" in self.stacked)
 
     def _coupling(self) -> SmoothCoupling | None:
-        own = self.block.coupling
-        if own is None:
+        one: Any = jax.eval_shape(lambda: self._with(lambda leaf: leaf[0])).coupling
+        if one is None:
             return None
-        stacked = "coupling" in self.stacked
-        if isinstance(own, SmoothCoupling):
-            unequal, equal = own.h is not None, own.equality is not None
-        else:
-            unequal, equal = own.b is not None, own.b_eq is not None
-        sides = (_Side(name, stacked) if there else None for name, there in (("h", unequal), ("equality", equal)))
-        return SmoothCoupling(*sides, data=own)
+        sides = (_Side(k, "coupling" in self.stacked) if there else None for k, there in enumerate(one.sides))
+        return SmoothCoupling(*sides, data=self.block.coupling)
 
 
 @struct

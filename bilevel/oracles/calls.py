@@ -18,7 +18,7 @@ from jax.flatten_util import ravel_pytree
 from bilevel.backend.tracing import reached
 from bilevel.oracles import per_sample
 from bilevel.oracles.counts import batched, count
-from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
+from bilevel.problem import BilevelProblem, Minimize
 
 PyTree = Any
 
@@ -148,22 +148,10 @@ def coupling_values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Arra
 
     Not counted: a coupling is no objective.
     """
-    coupling = problem.coupling
-    flat_x, flat_y = (ravel_pytree(part)[0] for part in (x, y))
-    none = jnp.zeros(0, flat_y.dtype)
-    if coupling is None:
-        return none, none
-    if isinstance(coupling, SmoothCoupling):
-        c, e = coupling.values(x, y)
-        return none if c is None else c, none if e is None else e
-
-    def affine(*parts: PyTree) -> Array:
-        A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
-        return A @ flat_y + B @ flat_x - b
-
-    rows = coupling.raveled(x, y)
-    equal = affine(rows.A_eq, rows.B_eq, rows.b_eq) if coupling.num_equalities else none
-    return affine(rows.A, rows.B, rows.b), equal
+    none = jnp.zeros(0, ravel_pytree(y)[0].dtype)
+    found = (None, None) if problem.coupling is None else problem.coupling.values(x, y)
+    c, e = (none if part is None else part for part in found)
+    return c, e
 
 
 def coupling_pullback(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Callable]:

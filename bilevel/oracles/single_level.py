@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.oracles.calls import coupling_values
+from bilevel.problem import BilevelProblem, Minimize
 
 PyTree = Any
 NONE, UNEQUAL, EQUAL = range(3)  # kinds of rows
@@ -59,22 +60,16 @@ class Sizes(NamedTuple):
 
 def follower_rows(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:
     """(c [k], kinds [k]) at (x, y); where there are no rows, one of kind NONE."""
-    (flat_x, _), (flat_y, _) = ravel_pytree(x), ravel_pytree(y)
+    flat_y = ravel_pytree(y)[0]
     values, kinds = [jnp.zeros(1, flat_y.dtype)], [jnp.full(1, NONE)]
 
     def take(c: Array, kind: int) -> None:
         values.append(c.astype(flat_y.dtype))
         kinds.append(jnp.full(c.shape, kind))
 
-    coupling = problem.coupling
-    if isinstance(coupling, LinearCoupling):
-        given = coupling.raveled(x, y)
-        take(given.A @ flat_y + given.B @ flat_x - given.b, UNEQUAL)
-        take(given.A_eq @ flat_y + given.B_eq @ flat_x - given.b_eq, EQUAL)
-    elif isinstance(coupling, SmoothCoupling):
-        for part, kind in zip(coupling.values(x, y), (UNEQUAL, EQUAL), strict=True):
-            if part is not None:
-                take(part, kind)
+    for part, kind in zip(coupling_values(problem, x, y), (UNEQUAL, EQUAL), strict=True):
+        if part.size:
+            take(part, kind)
     if problem.y_set.polyhedral:
         for C, lo, hi in problem.y_set.rows(y):
             at, same = C @ flat_y, lo == hi

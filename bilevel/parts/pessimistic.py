@@ -16,10 +16,9 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from bilevel.backend.errors import invalid
-from bilevel.problem import BilevelProblem, LinearCoupling, Minimize, SmoothCoupling
+from bilevel.problem import BilevelProblem, Minimize, SmoothCoupling
 from bilevel.sets import Product
 from bilevel.sets.coupling import UpperConstraints
 
@@ -56,40 +55,22 @@ class _NoWorse:
 
     def __call__(self, both: PyTree, y: PyTree, data: PyTree) -> Array:
         x, z = both
-        found = [] if data["coupling"] is None else [_rows(data["coupling"], x, y)[0]]
+        rows = None if data["coupling"] is None else data["coupling"].values(x, y)[0]
         more = self.g(x, y, data["lower"]) - self.g(x, z, data["lower"])
-        return jnp.concatenate([*found, more[None]])
-
-
-def _rows(coupling: LinearCoupling | SmoothCoupling, x: PyTree, y: PyTree) -> tuple[Array, Array]:
-    """(inequalities, equalities) of the coupling."""
-    flat_x, flat_y = ravel_pytree(x)[0], ravel_pytree(y)[0]
-    if isinstance(coupling, LinearCoupling):
-        rows = coupling.raveled(x, y)
-        return rows.A @ flat_y + rows.B @ flat_x - rows.b, rows.A_eq @ flat_y + rows.B_eq @ flat_x - rows.b_eq
-    none = jnp.zeros(0, flat_y.dtype)
-    h, equality = (none if part is None else part for part in coupling.values(x, y))
-    return h, equality
-
-
-def _kinds(coupling: LinearCoupling | SmoothCoupling | None) -> tuple[bool, bool]:
-    """Whether there are inequalities, and equalities."""
-    if isinstance(coupling, LinearCoupling):
-        return coupling.num_inequalities > 0, coupling.num_equalities > 0
-    return (False, False) if coupling is None else (coupling.h is not None, coupling.equality is not None)
+        return jnp.concatenate([*([] if rows is None else [rows]), more[None]])
 
 
 def _equal(both: PyTree, y: PyTree, data: PyTree) -> Array:
-    return _rows(data["coupling"], both[0], y)[1]
+    return data["coupling"].values(both[0], y)[1]
 
 
 def _leader(both: PyTree, y: PyTree, data: PyTree) -> Array:
     """The follower's inequalities at z."""
-    return _rows(data["coupling"], *both)[0]
+    return data["coupling"].values(*both)[0]
 
 
 def _leader_equal(both: PyTree, y: PyTree, data: PyTree) -> Array:
-    return _rows(data["coupling"], *both)[1]
+    return data["coupling"].values(*both)[1]
 
 
 def pessimistic(problem: BilevelProblem) -> BilevelProblem:
@@ -118,7 +99,7 @@ def pessimistic(problem: BilevelProblem) -> BilevelProblem:
         do = "Write constraints of x as rows of the x_set; those of y may fail for the worst y."
         invalid("problem (pessimistic)", "upper_constraints", "none", do)
     data = {"coupling": problem.coupling, "lower": problem.lower_data.full()}
-    unequal, equal = _kinds(problem.coupling)
+    unequal, equal = (False, False) if problem.coupling is None else problem.coupling.sides
     return BilevelProblem(
         _Upper(problem.upper, 1.0),
         Minimize(_Upper(problem.upper, -1.0)),

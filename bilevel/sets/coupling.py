@@ -47,6 +47,25 @@ class LinearCoupling:
         """How many rows of A_eq y + B_eq x = b_eq there are."""
         return 0 if self.b_eq is None else jnp.shape(self.b_eq)[0]
 
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether there are inequalities, and equalities."""
+        return self.num_inequalities > 0, self.num_equalities > 0
+
+    def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
+        """A y + B x - b and A_eq y + B_eq x - b_eq at (x, y), [rows], of y's dtype; None where there are none."""
+        rows, flat_x, flat_y = self.raveled(x, y), ravel_pytree(x)[0], ravel_pytree(y)[0]
+
+        def affine(*parts: Any) -> Array:
+            A, B, b = (jnp.asarray(part, flat_y.dtype) for part in parts)
+            return A @ flat_y + B @ flat_x - b
+
+        unequal, equal = self.sides
+        return (
+            affine(rows.A, rows.B, rows.b) if unequal else None,
+            affine(rows.A_eq, rows.B_eq, rows.b_eq) if equal else None,
+        )
+
     def raveled(self, x: PyTree, y: PyTree) -> "LinearCoupling":
         """The same rows as arrays with a column for each raveled entry: six of them, with zeros, or no rows, for what
         is left out; x and y give shapes only.
@@ -82,6 +101,11 @@ class SmoothCoupling(_OfData):
     h: Callable[..., Array] | None = static(default=None)
     equality: Callable[..., Array] | None = static(default=None)
     data: PyTree = None
+
+    @property
+    def sides(self) -> tuple[bool, bool]:
+        """Whether there are inequalities, and equalities."""
+        return self.h is not None, self.equality is not None
 
     def values(self, x: PyTree, y: PyTree) -> tuple[Array | None, Array | None]:
         """h and equality at (x, y), shapes [rows]; None for one that was left out."""
