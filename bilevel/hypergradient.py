@@ -154,12 +154,14 @@ def check_constants(constants: Constants | None) -> None:
 
 def check_y_set(problem: BilevelProblem) -> None:
     """Raise `InvalidInput` for a y_set that is empty or has NaN; under a trace nothing is looked at."""
-    y_set = problem.y_set
+    if problem in _checked:
+        return
+    y_set = problem.y_set  # of some problems made anew each time
     if y_set.whole or y_set in _checked or under_trace(y_set):
         return
     y0: PyTree = problem.init(jax.random.key(0))[1]
     y_set.validate("y_set", y0)
-    _checked.add(y_set)
+    _checked.update((problem, y_set))
 
 
 def check_method(method: object, what: str, *others: type) -> None:

@@ -394,7 +394,7 @@ class Rows(Set):
         return self._map(lambda own, row: own.active(row, tol), z)
 
     def validate(self, name: str, like: PyTree) -> None:
-        n = jax.tree.leaves(like)[0].shape[0]
-        for i in range(n if self.apart else 1):
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], self.set) if self.apart else self.set
-            own.validate(name, jax.tree.map(lambda leaf, i=i: leaf[i], like))
+        one, numbers = jax.tree.map(lambda leaf: leaf[0], like), jax.tree.map(np.asarray, self.set)  # read once
+        for i in range(jax.tree.leaves(like)[0].shape[0] if self.apart else 1):
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], numbers) if self.apart else self.set
+            own.validate(name, one)

@@ -149,3 +149,9 @@ def test_what_does_not_fit_is_named():
     for change, message in wrong:
         with pytest.raises(bilevel.InvalidInput, match=message):
             dataclasses.replace(good, init=bilevel.problem.no_init, **change).validate()
+
+
+def test_every_blocks_own_set_is_looked_at():
+    scales = jnp.ones(N).at[3].set(jnp.nan)
+    with pytest.raises(bilevel.InvalidInput, match="y_set"):
+        bilevel.hypergradient(blocks(("y_set",), y_set=bilevel.Simplex(scales)), X)
