@@ -181,6 +181,11 @@ class BilevelProblem:
         """The problem as f, g, sets and data that stand for themselves, where they follow from something else."""
         return self
 
+    def without(self, part: str) -> "BilevelProblem":
+        """The problem as if `part`, "y_set", "coupling" or "upper_constraints", had not been given."""
+        left_out = next(field.default for field in dataclasses.fields(BilevelProblem) if field.name == part)
+        return dataclasses.replace(self.plain(), **{part: left_out})
+
     def refuses(self, solver: object) -> str | None:
         """Why `solver` cannot take this kind of problem, a sentence, or None: for kinds that f and g do not define."""
         return None

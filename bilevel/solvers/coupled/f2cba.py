@@ -1,6 +1,5 @@
 """F2CBA: first-order hypergradients under linear constraints, from multipliers and a penalty on the active rows."""
 
-import dataclasses
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -209,7 +208,7 @@ class F2CBA(Solver):
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if isinstance(problem.coupling, SmoothCoupling):
             return "F2CBA needs linear constraints; got SmoothCoupling. Write them as LinearCoupling."
-        uncoupled = dataclasses.replace(problem.plain(), coupling=None)
+        uncoupled = problem.without("coupling")
         return refuse_fixed_point(self, problem) or refuse_constrained_lower(self, uncoupled)
 
 

@@ -1,6 +1,5 @@
 """SFLCB: one loop of gradients on an augmented Lagrangian of both lower problems, linear constraints."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -165,5 +164,5 @@ class SFLCB(Solver):
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if isinstance(problem.coupling, SmoothCoupling):
             return "SFLCB needs linear constraints; got SmoothCoupling. Write them as LinearCoupling."
-        uncoupled = dataclasses.replace(problem.plain(), coupling=None)
+        uncoupled = problem.without("coupling")
         return refuse_fixed_point(self, problem) or refuse_constrained_lower(self, uncoupled)

@@ -158,25 +158,20 @@ class AugmentedLagrangian(Solver):
         return self.solver.init(there, key)
 
     def cost(self, problem: BilevelProblem) -> OracleCount:
-        return self.solver.cost(_without(problem))
+        return self.solver.cost(problem.without("upper_constraints"))
 
     def referee(self, problem: BilevelProblem) -> Referee | None:
-        return self.solver.referee(_without(problem))
+        return self.solver.referee(problem.without("upper_constraints"))
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
         if problem.upper_constraints is None:
             return f"AugmentedLagrangian is for upper_constraints; got None. Use {type(self.solver).__name__} itself."
-        return self.solver.unsupported(_without(problem))
+        return self.solver.unsupported(problem.without("upper_constraints"))
 
 
 def _values(problem: BilevelProblem, x: PyTree, y: PyTree) -> tuple[Array, Array]:
     assert problem.upper_constraints is not None
     return problem.upper_constraints.values(x, y)
-
-
-def _without(problem: BilevelProblem) -> BilevelProblem:
-    """The problem without its upper constraints."""
-    return dataclasses.replace(problem.plain(), upper_constraints=None)
 
 
 def _augmented(problem: BilevelProblem, state: State) -> BilevelProblem:
@@ -188,4 +183,4 @@ def _augmented(problem: BilevelProblem, state: State) -> BilevelProblem:
         pushed = jnp.sum(jnp.maximum(lam + rho * G, 0) ** 2) / (2 * rho)
         return f(x, y, batch) + pushed + mu @ H + rho * jnp.sum(H**2) / 2
 
-    return dataclasses.replace(_without(problem), upper=upper)
+    return dataclasses.replace(problem.without("upper_constraints"), upper=upper)

@@ -1,6 +1,5 @@
 """BOME: descent on f, corrected so that the value gap of the lower level always falls."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ from bilevel.parts.spectrum import smoothness
 from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -134,4 +132,4 @@ class BOME(Solver):
         return OracleCount(upper_gradients=1, lower_gradients=self.num_lower_steps + 2)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))
+        return refuse_without_value(self, problem.without("y_set"))

@@ -1,6 +1,5 @@
 """BVFSM: a sequence of barriers on g's value gap, for lower levels that need not be convex."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from bilevel.parts.descent import barzilai_borwein
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount, Referee
-from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, require_numbers, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -183,4 +181,4 @@ class BVFSM(Solver):
         return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))
+        return refuse_without_value(self, problem.without("y_set"))

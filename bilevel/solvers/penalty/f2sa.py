@@ -1,6 +1,5 @@
 """F2SA and Prox-F2SA: a fully first-order hypergradient from two lower iterates and a growing multiplier."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -14,7 +13,6 @@ from bilevel.parts.spectrum import smoothness
 from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scheduled, Stepper, StepSize, schedules, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -224,4 +222,4 @@ class ProxF2SA(F2SA):
         return state.x, state.y
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))
+        return refuse_without_value(self, problem.without("y_set"))

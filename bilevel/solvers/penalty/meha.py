@@ -15,7 +15,6 @@ from bilevel.diagnostics import BY_VALUE
 from bilevel.parts.spectrum import smoothness
 from bilevel.problem import BilevelProblem, Minimize
 from bilevel.record import OracleCount, Referee
-from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Scheduled, Stepper, StepSize, growth, move, require_numbers, schedules, stepper
 from bilevel.struct import static, struct
@@ -166,4 +165,4 @@ class MEHA(Solver):
         return BY_VALUE if problem.constrained_lower else None
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))
+        return refuse_without_value(self, problem.without("y_set"))

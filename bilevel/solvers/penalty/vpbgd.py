@@ -1,6 +1,5 @@
 """VPBGD: gradient descent on f plus a penalty on the value gap of the lower level."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,6 @@ from bilevel.parts.spectrum import smoothness
 from bilevel.parts.tuning import default_steps
 from bilevel.problem import BilevelProblem
 from bilevel.record import OracleCount
-from bilevel.sets import Reals
 from bilevel.solver import About, Solver, refuse_without_value
 from bilevel.step import Scalar, Stepper, StepSize, require_numbers, step_sizes, stepper
 from bilevel.struct import static, struct
@@ -119,4 +117,4 @@ class VPBGD(Solver):
         return OracleCount(upper_gradients=1, lower_gradients=self.num_lower_steps + 2)
 
     def unsupported(self, problem: BilevelProblem) -> str | None:
-        return refuse_without_value(self, dataclasses.replace(problem.plain(), y_set=Reals()))
+        return refuse_without_value(self, problem.without("y_set"))

@@ -1,6 +1,5 @@
 """AiPOD: projected lower steps and implicit gradients for lower levels under linear equalities."""
 
-import dataclasses
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -166,4 +165,4 @@ class AiPOD(Solver):
         if inequalities or isinstance(coupling, SmoothCoupling):
             got = type(coupling).__name__ + " with inequalities" * inequalities
             return f"AiPOD needs linear equalities and no inequality; got {got}."
-        return refuse_constrained_lower(self, dataclasses.replace(problem.plain(), coupling=None))
+        return refuse_constrained_lower(self, problem.without("coupling"))
