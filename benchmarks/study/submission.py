@@ -8,6 +8,7 @@ row is the start, at 0 seconds. The folder is one of a run, which `show`, `compa
 import dataclasses
 import hashlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -30,7 +31,7 @@ from bilevel.backend.bounded import Flat
 from bilevel.record import Measurement, Row, Status, solved
 from bilevel.run.kinks import descent_at_kink, may_be_stationary, stands_still
 from bilevel.run.lanes import measure_lanes
-from bilevel.run.verdicts import last_word, rank, verdict, worse
+from bilevel.run.verdicts import last_word, rank, row_of, verdict, worse
 from bilevel.solver import Solver
 
 PyTree = Any
@@ -132,7 +133,10 @@ def _judged(cell: Cell, instance: Any, outcome: programs.Outcome, path: Path) ->
     ]
     times = [0.0, *(line.time for line in outcome.lines)]
     found = [_measured(instance, *point) for point in points]
-    rows: list[Any] = [_row(k, at, seconds) for k, (at, seconds) in enumerate(zip(found, times, strict=True))]
+    # what calls were made nobody knows
+    rows: list[Any] = [
+        row_of(at, k, math.nan, seconds) for k, (at, seconds) in enumerate(zip(found, times, strict=True))
+    ]
     x, y = points[-1]
     tol = instance.referee.default_tol(x)
     status = _status(instance, found[-1], rows, (x, y), tol)
@@ -174,15 +178,6 @@ def _claims(instance: Any, lines: list[programs.Line], points: list[tuple[PyTree
 def _measured(instance: Any, x: PyTree, y: PyTree) -> Measurement:
     numbers = measure_lanes(Flat(instance.problem), x, y, False, instance.referee.measure)
     return Measurement(*np.asarray(numbers).tolist())
-
-
-def _row(step: int, found: Measurement, seconds: float) -> dict[str, Any]:
-    """A row of the record: how many lines, what the referee found, when. What calls were made nobody knows."""
-    return {
-        "step": step, "value": found.value, "hypergradient": found.hypergradient,
-        "lower_residual": found.lower_residual, "violation": found.violation, "oracles": float("nan"),
-        "time": seconds, "error_bound": found.error_bound, "status": int(found.status),
-    }  # fmt: skip
 
 
 def _status(

@@ -35,7 +35,7 @@ from bilevel.run.arguments import (
 from bilevel.run.checkpoint import fingerprint, load_checkpoint, run_notes, save_checkpoint
 from bilevel.run.kinks import Hull, Points, descent_at_kink, hull_near, may_be_stationary, stands_still
 from bilevel.run.lanes import At, Many, advance, compiled, lane, nonfinite_end, numbers_of, passes_per_step, scalars
-from bilevel.run.verdicts import ENDS_WELL, last_word, rank, verdict, worse
+from bilevel.run.verdicts import ENDS_WELL, last_word, rank, row_of, verdict, worse
 from bilevel.solution import Best, Solution, SolveError
 from bilevel.solver import Solver, Unsupported, refusal
 from bilevel.struct import invalid
@@ -335,11 +335,8 @@ class Driver:
 
     def row(self, found: Measurement, k: int) -> dict[str, Any]:
         """Lane k's row of the record: what the referee found, what it cost, and the solver's own numbers."""
-        row = {
-            "step": self.at.step, "value": found.value, "hypergradient": found.hypergradient,
-            "lower_residual": found.lower_residual, "violation": found.violation, "oracles": self.at.step * self.passes,
-            "time": self.clock.solve, "error_bound": found.error_bound, "status": int(found.status),
-        } | ({} if math.isnan(found.multiplier) else {"multiplier": found.multiplier})  # fmt: skip
+        row = row_of(found, self.at.step, self.at.step * self.passes, self.clock.solve)
+        row |= {} if math.isnan(found.multiplier) else {"multiplier": found.multiplier}
         if self.at.step > 0:
             own = zip(self.columns, lane(self.at.numbers, self.many, k).tolist(), strict=True)
             row |= {name: number for name, number in own if name not in row}  # the referee's numbers win

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,6 +25,15 @@ RISE = 1e-3  # part of |F_0| by which F may stay above F_0
 CLIMB = 0.1  # part of |F_0| by which F may climb over the last quarter
 NOISE = 3.0  # times the noise, beside both
 FEW, LONG = 5, 12  # rows from which noise can be told, and from which a last quarter is one
+
+
+def row_of(found: Measurement, step: int, oracles: float, time: float) -> dict[str, Any]:
+    """A row of a record: what the referee found, plain numbers, after how many steps and at what price."""
+    return {
+        "step": step, "value": found.value, "hypergradient": found.hypergradient,
+        "lower_residual": found.lower_residual, "violation": found.violation, "oracles": oracles,
+        "time": time, "error_bound": found.error_bound, "status": int(found.status),
+    }  # fmt: skip
 
 
 def verdict(found: Measurement, tol: float, early: bool) -> Status | None:
