@@ -150,8 +150,7 @@ def certify(problem: BilevelProblem, max_nodes: int = MAX_NODES, *, optimistic: 
 
 def _against(problem: BilevelProblem, told: Certificate) -> Certificate:
     """The certificate of a problem from that of `pessimistic(problem)`: y is a minimiser of g, too."""
-    x, z = told.x
-    del z
+    x, _ = told.x
     if not np.isfinite(told.value):
         return told._replace(x=x)
     fall = float(jax.device_get(jax.jit(_at_point)(problem, x, told.y))[1])

@@ -74,8 +74,9 @@ def _error(x: PyTree, y: Array, lower_residual: Array, adjoint: Adjoint, seen: F
     size, constants = seen.sizes, adjoint.constants
     rounding = float(jnp.finfo(y.dtype).eps) * (y.size + ravel_pytree(x)[0].size)
     if constants is not None:
-        error = _proved(constants, x, y, seen, lower_residual, rounding)
-        word = jnp.where(_may_prove(constants, y.dtype), Status.NONFINITE, Status.UNCHECKED)  # a bound that overflows
+        proves = _may_prove(constants, y.dtype)
+        error = jnp.where(proves, _proved(constants, x, y, seen, lower_residual, rounding), jnp.inf)
+        word = jnp.where(proves, Status.NONFINITE, Status.UNCHECKED)  # the first for a bound that overflows
         return error, jnp.where(jnp.isfinite(error), Status.CONVERGED, word)
     if not adjoint.estimate:
         status = jnp.where(seen.unsolved, Status.UNSOLVED_LINEAR, Status.UNCHECKED)
@@ -129,8 +130,7 @@ def _proved(c: Constants, x: PyTree, y: Array, seen: Findings, lower_residual: A
     delta = R / c.mu
     eps_v = (r_v + c.L_fy * delta + c.L_gyy * size_v * delta) / c.mu
     bound = c.L_fx * delta + c.L_gxy * size_v * delta + c.C_gxy * eps_v
-    bound = bound + rounding * (seen.sizes.fx + c.L_fx * size_y + c.C_gxy * size_v)
-    return jnp.where(_may_prove(c, y.dtype), bound, jnp.inf)
+    return bound + rounding * (seen.sizes.fx + c.L_fx * size_y + c.C_gxy * size_v)
 
 
 def _may_prove(c: Constants, dtype: Any) -> Array:

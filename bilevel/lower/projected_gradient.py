@@ -23,7 +23,7 @@ from bilevel.record import Hypergradient, Status, solved
 
 PyTree = Any
 NEAR = 1e3  # a move with the worst signs may be so many times one with others
-FAR = 0.1  # where y goes so far by that, entries `near` a bound may not leave it
+FAR = 0.1  # part of y's size, beyond which it may not go where entries next to their bounds leave them
 
 
 class _Point(NamedTuple):

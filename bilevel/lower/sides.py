@@ -16,7 +16,7 @@ from bilevel.backend.loops import once_if
 from bilevel.backend.tree import norm, row_norms
 from bilevel.qp.active_set import Factor, Rows, kkt_solve
 
-WIDE = 4.0
+WIDE = 4.0  # a row is next to its other side up to so many times what rounding moves it
 UNITS = 4.0  # rounding errors, each of the size of eps times a term, that one entry of a residual may have
 
 

@@ -1,5 +1,6 @@
 """MPEC: the follower's KKT conditions as constraints, complementarity relaxed, and at the end decided row by row."""
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -242,15 +243,7 @@ def _program(problem: BilevelProblem, state: State, slope: Slopes, kinds: Array,
 def _parts(prices: Array, at: Values) -> list[Array]:
     """The prices of (E, c, products, G, H, lam, X)."""
     k = at.c.size
-    return jnp.split(prices, [int(i) for i in _ends(at.E.size, k, k, at.G.size, at.H.size, k)])
-
-
-def _ends(*counts: int) -> list[int]:
-    total, ends = 0, []
-    for count in counts:
-        total += count
-        ends.append(total)
-    return ends
+    return jnp.split(prices, [*itertools.accumulate((at.E.size, k, k, at.G.size, at.H.size, k))])
 
 
 def _hessian(problem: BilevelProblem, state: State, slope: Slopes, w: Array) -> Array:
